@@ -1,0 +1,1 @@
+"""Layers shared by autoencoders and denoisers. Knows nothing of devices, processes or training."""

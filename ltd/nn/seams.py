@@ -1,0 +1,30 @@
+"""The points where parallelism may change a single-device model.
+
+A model never asks how many processes there are. Where an operation needs all tokens or all samples, the module that
+uses it holds the operation as an *attribute* (never a global), whose default is the single-device one below;
+``ltd.parallel`` replaces the attribute on that instance.
+
+- ``attend(q, k, v, key_mask=None)``: self-attention of one token sequence, on ``SelfAttention`` modules.
+- ``shard_tokens(x)``: tokens ``(b, n, ...)`` -> this process's part of axis 1, on the denoiser.
+- ``gather_tokens(x)``: the inverse, on the denoiser.
+- ``reduce_mean(x)``: mean over processes, for statistics of a batch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def shard_tokens(x: Tensor) -> Tensor:
+    """Keep all tokens ``(b, n, ...)``: the single-device identity."""
+    return x
+
+
+def gather_tokens(x: Tensor) -> Tensor:
+    """Keep all tokens ``(b, n, ...)``: the single-device identity."""
+    return x
+
+
+def reduce_mean(x: Tensor) -> Tensor:
+    """Keep the local mean: the single-device identity."""
+    return x
