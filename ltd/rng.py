@@ -47,7 +47,7 @@ class DrawRandom:
         Returns:
             ``(b, *shape)``, float32, CPU.
         """
-        return torch.stack([torch.randn(*shape, generator=generator(self.seed, d, stream)) for d in self.draws])
+        return torch.stack([torch.randn(tuple(shape), generator=generator(self.seed, d, stream)) for d in self.draws])
 
     def uniform(self, shape: Sequence[int], stream: str) -> Tensor:
         """Draw numbers uniform in [0, 1).
@@ -59,4 +59,4 @@ class DrawRandom:
         Returns:
             ``(b, *shape)``, float32, CPU.
         """
-        return torch.stack([torch.rand(*shape, generator=generator(self.seed, d, stream)) for d in self.draws])
+        return torch.stack([torch.rand(tuple(shape), generator=generator(self.seed, d, stream)) for d in self.draws])

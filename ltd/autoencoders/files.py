@@ -1,0 +1,124 @@
+"""Autoencoders on disk: exported folders and the checkpoints of runs, and the hash that ties latents to an autoencoder.
+
+Knows the format of neither: both are ``ltd.storage``'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ltd import config as ltd_config
+from ltd import storage
+from ltd.autoencoders.build import build_autoencoder
+from ltd.autoencoders.causal_vae import CausalVae, CausalVaeConfig
+from ltd.config import ConfigError
+
+
+def save(model: CausalVae, directory: str | Path, *, lineage: Mapping[str, Any] | None = None) -> None:
+    """Write an exported folder: weights, latent statistics and configuration.
+
+    Args:
+        model: Autoencoder.
+        directory: Folder to make; an existing export is replaced.
+        lineage: Plain values that say where the weights come from, such as the run and its step.
+    """
+    config = {"family": "autoencoder", "model": _plain(model), "lineage": dict(lineage or {})}
+    storage.save_model(directory, model.state_dict(), config)
+
+
+def load(
+    path: str | Path,
+    *,
+    weights: Literal["ema", "raw"] = "ema",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CausalVae:
+    """Read an autoencoder, ready to use: in evaluation mode, without gradients.
+
+    Args:
+        path: Exported folder; run directory (its export ``model/`` where training ended and ``weights`` is "ema", else
+            its latest checkpoint); or a checkpoint inside a run directory.
+        weights: Which weights of a checkpoint: their moving average, where it was kept, or the raw ones.
+        device: Where to; CPU by default.
+        dtype: Floating type of parameters and buffers; as stored by default.
+
+    Returns:
+        The autoencoder.
+
+    Raises:
+        ConfigError: If the path holds no autoencoder, or the tensors do not fit the configuration.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such directory; needed an exported autoencoder or a run directory")
+    if weights == "ema" and (path / "model" / "model.safetensors").is_file():
+        path = path / "model"
+    if (path / "model.safetensors").is_file():
+        tensors, tree = storage.load_model(path)
+        if tree.get("family") != "autoencoder":
+            raise ConfigError(f"{path}: holds a {tree.get('family')}, needed an autoencoder")
+    else:
+        tensors, tree = _read_run(path, weights)
+    model = build_autoencoder(ltd_config.from_dict(CausalVaeConfig, tree["model"]))
+    _fill(model, tensors, path)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def weights_hash(model: CausalVae) -> str:
+    """Hash the configuration and every stored tensor in fp32.
+
+    Args:
+        model: Autoencoder.
+
+    Returns:
+        SHA-256 as 64 hex digits; the same on every device. The latent statistics are left out: they do not change the
+        raw latents that a cache holds.
+    """
+    digest = hashlib.sha256(json.dumps(_plain(model), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("latent_norm."):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plain(model: CausalVae) -> dict[str, Any]:
+    return ltd_config.to_dict(model.config)
+
+
+def _read_run(path: Path, weights: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    checkpoint = path if path.parent.name == "checkpoints" else storage.latest_checkpoint(path)
+    if checkpoint is None:
+        raise ConfigError(f"{path}: no exported model and no whole checkpoint in it")
+    run_dir = checkpoint.parent.parent
+    tree: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    if not isinstance(tree, dict) or "model" not in tree or tree["model"].get("kind", "causal_vae") != "causal_vae":
+        raise ConfigError(f"{run_dir / 'config.yaml'}: holds no autoencoder under 'model'")
+    reader = storage.Reader(checkpoint)
+    averages = sorted(group for group in reader.groups() if group == "ema" or group.startswith("ema_"))
+    group = averages[-1] if weights == "ema" and averages else "master"
+    tensors = reader.read_full(group)
+    if "buffer" in reader.groups():
+        tensors |= reader.read_full("buffer")
+    return tensors, tree
+
+
+def _fill(model: CausalVae, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(tensors))
+    extra = sorted(set(tensors) - set(expected))
+    wrong = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
+    if missing or extra or wrong:
+        raise ConfigError(
+            f"{path}: tensors do not fit the configuration: missing {missing[:3]}, unknown {extra[:3]}, "
+            f"of another shape {wrong[:3]} ({len(missing)}, {len(extra)} and {len(wrong)} in all)"
+        )
+    model.load_state_dict(tensors)

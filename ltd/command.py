@@ -1,0 +1,48 @@
+"""What every command does around its work: set up logging, and turn a user's mistake into one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import sys
+from collections.abc import Iterator
+
+from ltd.config import ConfigError
+from ltd.storage import StorageError
+
+
+@contextlib.contextmanager
+def command_line(*fatal: type[Exception]) -> Iterator[None]:
+    """Configure logging and end the process with one line where the error says all there is to say.
+
+    A ``ConfigError`` or ``StorageError`` exits with 2, a full disk or one of ``fatal`` with 1; anything else is a bug
+    and keeps its traceback.
+
+    Args:
+        fatal: Further errors whose message is enough.
+
+    Yields:
+        Nothing.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    for noisy in ("transformers", "httpx", "DeepSpeed", "PIL", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except (ConfigError, StorageError) as error:
+        _end(error, 2)
+    except fatal as error:
+        _end(error, 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _end(error, 1)
+
+
+def _end(error: Exception, code: int) -> None:
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(code)

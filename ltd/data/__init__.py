@@ -1,0 +1,20 @@
+"""Bytes to batches on the CPU: shards, index, plan, decoding, transforms, latent cache, loader.
+
+Knows two integers (``global_rank``, ``world_size``), never process groups, models or devices. See docs/data.md.
+"""
+
+from ltd.data.batch import BadSample, Batch, StepInfo
+from ltd.data.evaluation import evaluation_batches
+from ltd.data.loader import DataConfig, Loader, build_loader
+from ltd.data.plan import ViewConfig
+
+__all__ = [
+    "BadSample",
+    "Batch",
+    "DataConfig",
+    "Loader",
+    "StepInfo",
+    "ViewConfig",
+    "build_loader",
+    "evaluation_batches",
+]

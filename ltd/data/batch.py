@@ -1,0 +1,156 @@
+"""What the loader hands to training: batches of samples and the bookkeeping of a step.
+
+Knows nothing of files or plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltd.shapes import VideoShape
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used.
+
+    Args:
+        cause: One of the short fixed causes the metrics count by, such as ``"undecodable"``.
+        message: What was found.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """Record of a sample that failed: one line of ``quarantine.jsonl``."""
+
+    key: str  #: Key of the sample in its shard.
+    shard: str  #: Path of the tar or cache directory.
+    cause: str  #: Short name the metrics count by.
+    message: str  #: What was found.
+    draw: int | None = None  #: Slot of the global sequence; None for samples that the index left out.
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as a plain dict."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One sample before collation; either ``pixels`` or ``mean`` and ``logvar`` are set."""
+
+    caption: str = ""  #: Caption, "" where there is none.
+    fps: float = 0.0  #: Frames per second after the frame step; 0 for images and where unknown.
+    pixels: np.ndarray | None = None  #: uint8 (t, h, w, c), RGB.
+    mean: Tensor | None = None  #: float32 (c, t, h, w), raw latents.
+    logvar: Tensor | None = None  #: float32 (c, t, h, w).
+    text: Tensor | None = None  #: float32 (n, d), zero where masked out.
+    text_mask: Tensor | None = None  #: bool (n,), True = token.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples of one shape, on one device."""
+
+    keys: tuple[str, ...]  #: Key of each sample.
+    draws: tuple[int, ...]  #: Slot of each sample in the global sequence of batches; seeds its random numbers.
+    weight: Tensor  #: float32 (b,); 0 where the sample failed (its data are zeros), else 1.
+    captions: tuple[str, ...]  #: Caption of each sample.
+    fps: Tensor  #: float32 (b,); frames per second, 0 for images and where unknown.
+    pixels: Tensor | None = None  #: uint8 (b, t, h, w, c), RGB.
+    mean: Tensor | None = None  #: float32 (b, c, t, h, w), raw latents.
+    logvar: Tensor | None = None  #: float32 (b, c, t, h, w).
+    text: Tensor | None = None  #: float32 (b, n, d).
+    text_mask: Tensor | None = None  #: bool (b, n), True = token.
+    kinds: tuple[str, ...] = field(default=())  #: "image" or "video" per sample.
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def shape(self) -> VideoShape:
+        """Size of ``pixels``, or of the latents where there are no pixels."""
+        if self.pixels is not None:
+            return VideoShape(*self.pixels.shape[1:4])
+        if self.mean is None:
+            raise ValueError("a batch holds either pixels or latents")
+        return VideoShape(*self.mean.shape[2:5])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor to a device.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            A new batch; tensors already there are shared.
+        """
+        tensors: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """Bookkeeping of one optimizer step of this process."""
+
+    step: int  #: Step the batches belong to, from 0.
+    state: dict[str, Any]  #: Plain dict that continues after this step; equal on every process.
+    keys_hash: str  #: Running sha256 of all sample keys up to and with this step, in global order.
+    bad: tuple[BadSample, ...]  #: Samples of this process that failed in this step.
+    data_s: float  #: Seconds this process waited for its batches.
+
+
+def collate(
+    samples: Sequence[Sample | None],
+    *,
+    blank: Sample,
+    keys: Sequence[str],
+    draws: Sequence[int],
+    kind: str,
+) -> Batch:
+    """Stack samples of one shape.
+
+    Args:
+        samples: ``b`` samples; None where one failed.
+        blank: Sample of zeros that stands in for a failed one and says which tensors a batch has.
+        keys: Key of each.
+        draws: Slot of each in the global sequence.
+        kind: "image" or "video".
+
+    Returns:
+        The batch; weight 0 where ``samples`` has None.
+    """
+    filled = [blank if sample is None else sample for sample in samples]
+
+    def stack(name: str) -> Tensor | None:
+        if getattr(blank, name) is None:
+            return None
+        return torch.stack([torch.as_tensor(getattr(sample, name)) for sample in filled])
+
+    return Batch(
+        keys=tuple(keys),
+        draws=tuple(draws),
+        weight=torch.tensor([0.0 if sample is None else 1.0 for sample in samples]),
+        captions=tuple(sample.caption for sample in filled),
+        fps=torch.tensor([sample.fps for sample in filled], dtype=torch.float32),
+        pixels=stack("pixels"),
+        mean=stack("mean"),
+        logvar=stack("logvar"),
+        text=stack("text"),
+        text_mask=stack("text_mask"),
+        kinds=(kind,) * len(filled),
+    )

@@ -1,0 +1,128 @@
+"""Threads that load samples ahead, with a time-out per sample.
+
+Decoders, the resize filter and file reads run outside Python's lock, so threads scale; they need no pickling, cannot
+outlive the process and are never made anew between epochs. Results are taken in the order of submission, so any number
+of threads gives the same batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class SampleTimeoutError(TimeoutError):
+    """A job ran longer than its time-out."""
+
+
+class Job(Generic[T]):
+    """Result to come of one submitted function."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.work = work
+        self.started_s: float | None = None
+        self.abandoned = False
+        self.result: T | None = None
+        self.error: BaseException | None = None
+        self.changed = threading.Condition()
+        self.done = False
+
+    def outcome(self) -> T:
+        """Return what the function returned, or raise what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.result  # type: ignore[return-value]
+
+    def run(self) -> None:
+        """Run the function and keep what it returns or raises."""
+        with self.changed:
+            self.started_s = time.monotonic()
+            self.changed.notify_all()
+        try:
+            self.result = self.work()
+        except Exception as error:
+            self.error = error
+        with self.changed:
+            self.done = True
+            self.changed.notify_all()
+
+
+class WorkerPool:
+    """A fixed number of daemon threads; a stuck one is replaced.
+
+    Args:
+        num_threads: Threads.
+        timeout_s: Seconds that one job may run.
+    """
+
+    def __init__(self, num_threads: int, *, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._num_threads = num_threads
+        self._closed = False
+        for _ in range(num_threads):
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        # Daemon threads: a decoder stuck in native code must not keep the process from ending.
+        threading.Thread(target=self._work, name="ltd-data", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            if job.abandoned:
+                return
+
+    def submit(self, work: Callable[[], T]) -> Job[T]:
+        """Queue a function.
+
+        Args:
+            work: Function of no arguments.
+
+        Returns:
+            Its job; hand it to ``wait``.
+
+        Raises:
+            RuntimeError: If the pool is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        job = Job(work)
+        self._jobs.put(job)
+        return job
+
+    def wait(self, job: Job[T]) -> T:
+        """Wait for a job.
+
+        Args:
+            job: The job.
+
+        Returns:
+            What the function returned; what it raised is raised.
+
+        Raises:
+            SampleTimeoutError: If it has run longer than the time-out; its thread is replaced and left to end alone.
+        """
+        with job.changed:
+            while not job.done:
+                if job.started_s is None:
+                    job.changed.wait()
+                    continue
+                left = job.started_s + self.timeout_s - time.monotonic()
+                if left <= 0:
+                    job.abandoned = True
+                    self._start_thread()
+                    raise SampleTimeoutError(f"not loaded within {self.timeout_s:g} s")
+                job.changed.wait(left)
+        return job.outcome()
+
+    def close(self) -> None:
+        """Let the threads end once they have done their job."""
+        self._closed = True
+        for _ in range(self._num_threads):
+            self._jobs.put(None)

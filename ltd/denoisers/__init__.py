@@ -1,0 +1,17 @@
+"""Denoisers: models that predict the velocity of noisy latents under conditions."""
+
+from ltd.denoisers.conditioning import NULL_LABEL, Conditioning, stack
+from ltd.denoisers.dit import Dit, DitConfig
+from ltd.denoisers.files import build_denoiser, describe, load, save
+
+__all__ = [
+    "NULL_LABEL",
+    "Conditioning",
+    "Dit",
+    "DitConfig",
+    "build_denoiser",
+    "describe",
+    "load",
+    "save",
+    "stack",
+]

@@ -1,0 +1,255 @@
+"""Diffusion transformer over (t, h, w) tokens of image and video latents of any size.
+
+A plain single-device model: it knows nothing of processes, precision policies or training. Parallelism enters through
+three attributes (``SelfAttention.attend``, ``Dit.shard_tokens``, ``Dit.gather_tokens``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltd.config import ConfigError
+from ltd.denoisers.blocks import BlockModulation, DitBlock, FinalLayer, TableModulation
+from ltd.denoisers.conditioning import Conditioning
+from ltd.nn import seams
+from ltd.nn.embed import LabelEmbedding, TextEmbedding, TimeEmbedding, masked_mean
+from ltd.nn.patch import grid_positions, patchify, token_grid, unpatchify
+from ltd.nn.rope import check_rope_split, default_rope_split, rope_tables
+from ltd.shapes import VideoShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitConfig:
+    """Size and options of a diffusion transformer."""
+
+    kind: Literal["dit"] = "dit"
+    latent_channels: int = 16
+    """Channels of the latents."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latent cells per token along (t, h, w)."""
+    width: int = 384
+    """Channels of a token; divides by num_heads."""
+    depth: int = 12
+    """Number of blocks."""
+    num_heads: int = 6
+    """Attention heads; width / num_heads is even and 6 or more."""
+    mlp_ratio: float = 4.0
+    """Width of the ungated perceptron the SwiGLU stands for: its gate is 2/3 of that, rounded to mlp_multiple."""
+    mlp_multiple: int = 16
+    """The SwiGLU gate's width is rounded to the nearest multiple of this."""
+    text_dim: int | None = None
+    """Size of the text encoder's token embeddings; null = no text."""
+    pooled_text: bool = False
+    """Whether the mean text token also joins the time embedding that modulates every block; needs text_dim."""
+    num_classes: int | None = None
+    """Number of class labels; null = no labels."""
+    qk_norm: bool = True
+    """Whether each head's queries and keys pass an RMSNorm."""
+    rope_split: tuple[int, int, int] | None = None
+    """Channels of a head rotated by (t, h, w), three even numbers; null = a third each."""
+    rope_theta: float = 10_000.0
+    """Base of the rotation frequencies, above 1; smaller for short grids."""
+    modulation: Literal["per_block", "shared"] = "per_block"
+    """Whether each block projects the condition itself, or all share one projection plus a table per block."""
+    time_scale: float = 1000.0
+    """What times in [0, 1] are multiplied by before their sinusoid."""
+
+    def __post_init__(self) -> None:
+        for name in ("latent_channels", "width", "depth", "num_heads", "mlp_multiple", "text_dim", "num_classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: got {value}, needed 1 or more")
+        if min(self.patch) < 1:
+            raise ConfigError(f"patch: got {self.patch}, needed three positive integers")
+        if self.width % self.num_heads:
+            raise ConfigError(f"num_heads: got {self.num_heads}, needed a divisor of width = {self.width}")
+        if self.mlp_ratio <= 0 or self.rope_theta <= 1 or self.time_scale <= 0:
+            raise ConfigError(
+                f"mlp_ratio, rope_theta, time_scale: got {self.mlp_ratio}, {self.rope_theta}, {self.time_scale}, "
+                "needed above 0, above 1, above 0"
+            )
+        if self.pooled_text and self.text_dim is None:
+            raise ConfigError("pooled_text: got true without text_dim, needed text_dim = size of the text embeddings")
+        try:
+            check_rope_split(self.head_split, self.head_dim)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.width // self.num_heads
+
+    @property
+    def head_split(self) -> tuple[int, int, int]:
+        """Channels of a head rotated by (t, h, w)."""
+        return self.rope_split or default_rope_split(self.head_dim)
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the SwiGLU gate."""
+        steps = round(2 / 3 * self.mlp_ratio * self.width / self.mlp_multiple)
+        return max(1, steps) * self.mlp_multiple
+
+    @property
+    def patch_dim(self) -> int:
+        """Features of one patch."""
+        return self.latent_channels * self.patch[0] * self.patch[1] * self.patch[2]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, in closed form (``docs/denoiser.md``)."""
+        d, hidden = self.width, self.mlp_hidden
+        heads = 2 * self.head_dim if self.qk_norm else 0
+        shared = self.modulation == "shared"
+        block = 4 * d * d + 4 * d + heads + 3 * d * hidden + 2 * hidden + d + (6 * d if shared else 6 * d * (d + 1))
+        total = (self.patch_dim + 1) * d + (256 + 1) * d + d * (d + 1)
+        total += 2 * d * (d + 1) + (d + 1) * self.patch_dim + (6 * d * (d + 1) if shared else 0)
+        if self.text_dim is not None:
+            block += 4 * d * d + 4 * d + heads + d
+            total += self.text_dim + (self.text_dim + 1) * d + d * (d + 1) + (d * (d + 1) if self.pooled_text else 0)
+        if self.num_classes is not None:
+            total += (self.num_classes + 1) * d
+        return total + self.depth * block
+
+
+class Dit(nn.Module):
+    """Predict the velocity of noisy latents: patches, blocks of full attention over (t, h, w), patches.
+
+    At the start the output is exactly zero and every block is the identity.
+
+    Reference: Peebles and Xie (2022), arXiv 2212.09748; Yao et al. (2025), LightningDiT, arXiv 2501.01423.
+
+    Args:
+        config: Size and options.
+    """
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.shard_tokens = seams.shard_tokens
+        self.gather_tokens = seams.gather_tokens
+        d = config.width
+        self.patch_embedding = nn.Linear(config.patch_dim, d)
+        self.time_embedding = TimeEmbedding(d, scale=config.time_scale)
+        self.label_embedding = LabelEmbedding(config.num_classes, d) if config.num_classes else None
+        self.text_embedding = TextEmbedding(config.text_dim, d) if config.text_dim else None
+        self.text_pooling = nn.Linear(d, d) if config.pooled_text else None
+        self.modulation = nn.Linear(d, 6 * d) if config.modulation == "shared" else None
+        self.blocks = nn.ModuleList(
+            DitBlock(
+                d,
+                config.num_heads,
+                config.mlp_hidden,
+                shared_modulation=config.modulation == "shared",
+                cross_attention=config.text_dim is not None,
+                qk_norm=config.qk_norm,
+            )
+            for _ in range(config.depth)
+        )
+        self.final = FinalLayer(d, config.patch_dim)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw every parameter: Xavier-uniform products, small embeddings, zeros where a branch joins the stream."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in (self.time_embedding.input, self.time_embedding.output):
+            nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, BlockModulation):
+                nn.init.zeros_(module.linear.weight)
+            elif isinstance(module, TableModulation):
+                nn.init.zeros_(module.table)
+            elif isinstance(module, DitBlock) and module.cross_attention is not None:
+                nn.init.zeros_(module.cross_attention.out.weight)
+        for last in (self.final.linear, self.modulation):
+            if last is not None:
+                nn.init.zeros_(last.weight)
+
+    def decay_groups(self) -> dict[str, list[str]]:
+        """Name the parameters that weight decay applies to: weights of products, nothing else.
+
+        Returns:
+            ``{"decay": names, "no_decay": names}``; biases, norms, embeddings and tables are not decayed.
+        """
+        decay = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        names = [name for name, _ in self.named_parameters()]
+        return {"decay": [n for n in names if n in decay], "no_decay": [n for n in names if n not in decay]}
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """Predict the velocity ``eps - x0``.
+
+        Args:
+            x_t: Noisy latents ``(b, c, t, h, w)``, any float dtype.
+            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise.
+            cond: Text and labels; None, or a missing field, is the null condition.
+
+        Returns:
+            ``(b, c, t, h, w)`` in the dtype of ``x_t``.
+
+        Raises:
+            ValueError: If the latents do not fit the patch or the channels, or the conditions do not fit the model.
+        """
+        cond = cond or Conditioning()
+        self._check(x_t, cond)
+        dtype = self.patch_embedding.weight.dtype
+        grid = token_grid(VideoShape(*x_t.shape[2:]), self.config.patch)
+        patches = self.shard_tokens(patchify(x_t.to(dtype), self.config.patch))  # b n patch_dim
+        positions = self.shard_tokens(grid_positions(grid, x_t.device))  # 1 n 3
+        tables = rope_tables(
+            positions,
+            self.config.head_split,
+            theta=self.config.rope_theta,
+            dtype=torch.promote_types(dtype, torch.float32),
+        )
+        condition, text = self._embed(t, cond)
+        shared = condition if self.modulation is None else self.modulation(condition)
+        x = self.patch_embedding(patches)  # b n d
+        for block in self.blocks:
+            x = block(x, shared, *tables, *text)
+        out = self.gather_tokens(self.final(x, condition))  # b n patch_dim
+        return unpatchify(out, grid, self.config.patch).to(x_t.dtype)
+
+    def _embed(self, t: Tensor, cond: Conditioning) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Make the condition vector ``(b, 1, d)`` after its SiLU, and the text ``(b, m, d)`` with its mask, if any."""
+        condition = self.time_embedding(t)  # b d
+        if self.label_embedding is not None:
+            label = cond.label if cond.label is not None else t.new_full((len(t),), -1, dtype=torch.long)
+            condition = condition + self.label_embedding(label)
+        text: tuple[Tensor, ...] = ()
+        if self.text_embedding is not None:
+            if cond.text is None or cond.text_mask is None:
+                tokens = condition.new_zeros(len(t), 1, self.config.text_dim)
+                mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=t.device)
+            else:
+                tokens, mask = cond.text, cond.text_mask
+            text = (self.text_embedding(tokens), mask)
+            if self.text_pooling is not None:
+                condition = condition + self.text_pooling(masked_mean(*text))
+        return F.silu(condition).unsqueeze(1), text
+
+    def _check(self, x_t: Tensor, cond: Conditioning) -> None:
+        config = self.config
+        if x_t.ndim != 5 or x_t.shape[1] != config.latent_channels:
+            raise ValueError(
+                f"latents: got {tuple(x_t.shape)}, needed (b, model.latent_channels = {config.latent_channels}, t, h, w)"
+            )
+        if cond.text is not None and cond.text.shape[2] != config.text_dim:
+            raise ValueError(
+                f"text: got embeddings of size {cond.text.shape[2]}, the model has model.text_dim = {config.text_dim}"
+            )
+        if cond.label is not None and config.num_classes is None:
+            raise ValueError("label: the model was built without classes (model.num_classes)")
+        if cond.batch_size not in (None, len(x_t)):
+            raise ValueError(f"conditions: got {cond.batch_size} rows for {len(x_t)} latents")

