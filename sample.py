@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from ltd import storage
 from ltd.command import command_line
 from ltd.config import ConfigError
-from ltd.data.write import write_image, write_video
+from ltd.data.decode import decode_clip, decode_image
+from ltd.data.write import write_bytes, write_image, write_video
 from ltd.diffusion import GuidanceConfig, SamplerConfig
-from ltd.inference.generate import Request, batches, load_generator, read_run_parts
+from ltd.inference.generate import Generator, Request, batches, load_generator, read_run_parts
 from ltd.inference.media import tile
 from ltd.progress import Progress
 from ltd.shapes import VideoShape
@@ -77,26 +81,93 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     with command_line():
         requests = plan(args)
+        journal = Journal(args, storage.latest_checkpoint(args.run))
         sampler = SamplerConfig(kind=args.solver, steps=args.steps, guidance=GuidanceConfig(scale=args.guidance))
-        generator = load_generator(
-            args.run,
-            sampler=sampler,
-            weights=args.weights,
-            negative=args.negative,
-            autoencoder=args.autoencoder,
-            device=args.device,
-        )
-        args.out.mkdir(parents=True, exist_ok=True)
-        rows, tiles = [], []
-        with Progress(len(requests), "sample", unit="samples") as progress:
+        generator: Generator | None = None
+        with Progress(len(requests), "sample", unit="samples", done=0) as progress:
             for batch in batches(requests, args.batch_size):
-                for request, frames in zip(batch, generator.generate(batch, seed=args.seed).numpy(), strict=True):
-                    rows.append(_write(args, request, len(rows), frames))
-                    tiles.append(frames[len(frames) // 2])
+                if not journal.has(len(batch)):
+                    generator = generator or load_generator(
+                        args.run,
+                        sampler=sampler,
+                        weights=args.weights,
+                        negative=args.negative,
+                        autoencoder=args.autoencoder,
+                        device=args.device,
+                    )
+                    journal.write(batch, generator.generate(batch, seed=args.seed).numpy())
                 progress.update(len(batch))
-        (args.out / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_image(args.out / "grid.png", tile(tiles))
+        write_image(args.out / "grid.png", tile(list(journal.stills())))
     return 0
+
+
+class Journal:
+    """Samples on disk: one file and one row of samples.jsonl each, kept when the same command runs again.
+
+    Args:
+        args: The command's arguments.
+        checkpoint: Whose weights are sampled from.
+    """
+
+    def __init__(self, args: argparse.Namespace, checkpoint: Path | None) -> None:
+        self.args, self.out = args, args.out
+        self.file = args.out / "samples.jsonl"
+        self.count = 0
+        what = {name: str(value) for name, value in vars(args).items() if name not in ("out", "device")}
+        what["prompts"] = args.prompts.read_text("utf-8")
+        what["checkpoint"] = storage.fingerprint(checkpoint) if checkpoint else ""
+        self.out.mkdir(parents=True, exist_ok=True)
+        marker = self.out / "request.json"
+        if not marker.is_file() or json.loads(marker.read_text("utf-8")) != what:
+            self.file.unlink(missing_ok=True)
+            storage.write_json(marker, what)
+        rows = self.file.read_text("utf-8").splitlines(keepends=True) if self.file.is_file() else []
+        self.rows = [json.loads(row) for row in rows if row.endswith("\n")]
+
+    def has(self, count: int) -> bool:
+        """Say whether the next ``count`` samples are on disk, and pass over them if so."""
+        rows = self.rows[self.count : self.count + count]
+        if len(rows) == count and all((self.out / row["file"]).is_file() for row in rows):
+            self.count += count
+            return True
+        del self.rows[self.count :]
+        return False
+
+    def write(self, batch: list[Request], clips: np.ndarray) -> None:
+        """Write the files of a batch, then their rows."""
+        for request, frames in zip(batch, clips, strict=True):
+            is_image = request.shape.num_frames == 1
+            name = f"{self.count:04d}.{'png' if is_image else 'mp4'}"
+            if is_image:
+                write_image(self.out / name, frames[0])
+            else:
+                write_video(self.out / name, frames, fps=request.fps)
+            self.rows.append(self._row(request, name))
+            self.count += 1
+        write_bytes(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows).encode())
+
+    def stills(self) -> Iterator[np.ndarray]:
+        """Read the middle frame of every sample."""
+        for row in self.rows:
+            data = (self.out / row["file"]).read_bytes()
+            if row["num_frames"] == 1:
+                yield decode_image(data)[0]
+            else:
+                yield decode_clip(data, start=row["num_frames"] // 2, num_frames=1)[0]
+
+    def _row(self, request: Request, name: str) -> dict[str, object]:
+        names = ("seed", "steps", "solver", "guidance", "negative", "weights")
+        shape = request.shape
+        return {
+            "file": name,
+            "prompt": request.prompt,
+            "repetition": request.repetition,
+            **{name: getattr(self.args, name) for name in names},
+            "num_frames": shape.num_frames,
+            "height": shape.height,
+            "width": shape.width,
+            "fps": request.fps,
+        }
 
 
 def _shape(text: str) -> VideoShape:
@@ -105,31 +176,6 @@ def _shape(text: str) -> VideoShape:
         return VideoShape(frames, height, width)
     except ValueError:
         raise ConfigError(f"--shapes: {text!r} is not FRAMESxHEIGHTxWIDTH, such as 17x64x112") from None
-
-
-def _write(args: argparse.Namespace, request: Request, number: int, frames) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """Write one sample's file; returns its row of samples.jsonl."""
-    is_image = request.shape.num_frames == 1
-    name = f"{number:04d}.{'png' if is_image else 'mp4'}"
-    if is_image:
-        write_image(args.out / name, frames[0])
-    else:
-        write_video(args.out / name, frames, fps=request.fps)
-    return {
-        "file": name,
-        "prompt": request.prompt,
-        "repetition": request.repetition,
-        "seed": args.seed,
-        "steps": args.steps,
-        "solver": args.solver,
-        "guidance": args.guidance,
-        "negative": args.negative,
-        "weights": args.weights,
-        "num_frames": request.shape.num_frames,
-        "height": request.shape.height,
-        "width": request.shape.width,
-        "fps": request.fps,
-    }
 
 
 if __name__ == "__main__":

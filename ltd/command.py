@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import sys
 from collections.abc import Iterator
 
 from ltd.config import ConfigError
-from ltd.storage import StorageError
+from ltd.storage import StorageError, StorageWriteError
 
 
 @contextlib.contextmanager
 def command_line(*fatal: type[Exception]) -> Iterator[None]:
     """Configure logging and end the process with one line where the error says all there is to say.
 
-    A ``ConfigError`` or ``StorageError`` exits with 2, a full disk or one of ``fatal`` with 1; anything else is a bug
+    A ``ConfigError`` or ``StorageError`` exits with 2, a ``StorageWriteError`` (a full disk) or one of ``fatal`` with 1; anything else is a bug
     and keeps its traceback.
 
     Args:
@@ -35,11 +34,7 @@ def command_line(*fatal: type[Exception]) -> Iterator[None]:
         yield
     except (ConfigError, StorageError) as error:
         _end(error, 2)
-    except fatal as error:
-        _end(error, 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except (StorageWriteError, *fatal) as error:
         _end(error, 1)
 
 

@@ -9,7 +9,6 @@ Nothing here is pickled.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -34,6 +33,10 @@ _MANIFEST = "manifest.json"
 
 class StorageError(ValueError):
     """A checkpoint or exported folder that cannot be read or written; says which file, what was found and needed."""
+
+
+class StorageWriteError(OSError):
+    """A file that could not be written; says which, the bytes it needed, the bytes free and why."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def write_shard(directory: str | Path, shard_name: str, slices: Iterable[Slice])
         slices: Parts to write, each a flat tensor on any device.
 
     Raises:
-        OSError: If the disk is full; names the file, the bytes needed and the bytes free.
+        StorageWriteError: If the disk is full.
     """
     directory = Path(directory)
     tensors: dict[str, Tensor] = {}
@@ -285,6 +288,20 @@ def verify(directory: str | Path) -> None:
             raise StorageError(f"{file}: checksum differs from {record_file.name}; the file is damaged")
 
 
+def fingerprint(directory: str | Path) -> str:
+    """Hash what a checkpoint holds, by the checksums in its records.
+
+    Args:
+        directory: Whole checkpoint directory.
+
+    Returns:
+        SHA-256 as 64 hex digits, equal for equal weights and state.
+    """
+    records = sorted(path for path in Path(directory).glob("*.json") if path.name != _MANIFEST)
+    text = "".join(json.loads(path.read_text())["sha256"] for path in records)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     """Name the checkpoint directory of a step."""
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
@@ -368,7 +385,7 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(file.parent).free
-        raise OSError(errno.ENOSPC, f"cannot write {needed} bytes ({free} free): {error}", str(file)) from error
+        raise StorageWriteError(f"cannot write {file}: needed {needed} bytes, {free} are free ({error})") from error
 
 
 def _fsync(path: Path) -> None:

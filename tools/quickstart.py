@@ -87,8 +87,9 @@ def steps(root: Path) -> list[Step]:
         ),
         Step(
             "evaluate",
-            (python, "tools/evaluate.py", str(denoiser), "--autoencoder", str(autoencoder), "--shards", str(shards))
-            + ("--samples", str(samples), "--prompts", str(PROMPTS)),
+            (python, "tools/evaluate.py", str(denoiser), "--autoencoder", str(autoencoder))
+            + ("--shards", str(shards / "heldout"), "--samples", str(samples))
+            + ("--reference", str(shards / "train"), "--prompts", str(PROMPTS)),
             outputs=(evaluation,),
             inputs=(sampled,),
         ),

@@ -94,7 +94,7 @@ def _plain(model: CausalVae) -> dict[str, Any]:
     return ltd_config.to_dict(model.config)
 
 
-def _read_run(path: Path, weights: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _read_run(path: Path, weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint = path if path.parent.name == "checkpoints" else storage.latest_checkpoint(path)
     if checkpoint is None:
         raise ConfigError(f"{path}: no exported model and no whole checkpoint in it")

@@ -7,6 +7,7 @@ noise. Everything is accumulated in float64 from the videos given, in their orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -52,11 +53,12 @@ def _set_encoder(model: CausalVae, batches: list[Tensor]) -> None:
     project = model.linear_encoder[1]
     assert isinstance(project, FixedCausalConv3d) and project.bias is not None
     size = project.in_channels
-    count, total, products = 0, 0.0, torch.zeros(size, size, dtype=torch.float64)
+    count, total = 0, torch.zeros(size, dtype=torch.float64)
+    products = torch.zeros(size, size, dtype=torch.float64)
     for video in batches:
         rows = _blocks(model, video).reshape(-1, size)
         count += len(rows)
-        total = total + rows.double().sum(0)
+        total += rows.double().sum(0)
         products += (rows.T @ rows).double()
     if count < size:
         raise ValueError(f"initialize_from_data: got {count} blocks of {size} values, needed at least {size} blocks")
@@ -76,17 +78,17 @@ def _set_decoder(model: CausalVae, batches: list[Tensor]) -> None:
     assert project.bias is not None and rebuild.bias is not None
     weight, bias = project.weight.float().flatten(1), project.bias.float()
     kernel = (rebuild.kernel_size[0], rebuild.kernel_size[1], rebuild.kernel_size[2])
-    gram: Tensor | float = 0.0
-    cross: Tensor | float = 0.0
+    size = rebuild.in_channels * math.prod(kernel) + 1
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros(size, project.in_channels, dtype=torch.float64)
     count = 0
     for video in batches:
         blocks = _blocks(model, video)
         rows = _neighbourhoods((blocks @ weight.T + bias).movedim(-1, 1), kernel)
         count += len(rows)
-        gram = gram + (rows.T @ rows).double()
-        cross = cross + (rows.T @ blocks.reshape(len(rows), -1)).double()
-    assert isinstance(gram, Tensor) and isinstance(cross, Tensor)
-    penalty = torch.full((len(gram),), RIDGE * count, dtype=torch.float64)
+        gram += (rows.T @ rows).double()
+        cross += (rows.T @ blocks.reshape(len(rows), -1)).double()
+    penalty = torch.full((size,), RIDGE * count, dtype=torch.float64)
     penalty[-1] = 0.0  # the constant is free
     solution = torch.linalg.solve(gram + penalty.diag(), cross).T
     rebuild.weight.copy_(solution[:, :-1].reshape(rebuild.weight.shape))

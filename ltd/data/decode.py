@@ -274,6 +274,9 @@ def _decord() -> Any:
 
 
 def _decode_decord(data: bytes, numbers: list[int]) -> np.ndarray:
+    # decord prints the bytes it cannot open to stderr, so it gets only what looks like a video.
+    if data[4:8] not in (b"ftyp", b"moov", b"mdat") and data[:4] not in (b"\x1aE\xdf\xa3", b"RIFF"):
+        return _decode_pyav(data, numbers)
     decord = _decord()
     try:
         reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)

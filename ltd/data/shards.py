@@ -158,7 +158,8 @@ def _cut_all(rows: Sequence[Row], root: Path, options: ShardOptions) -> Iterator
     jobs: queue.SimpleQueue[list[Row]] = queue.SimpleQueue()
     for group in sorted(groups.values(), key=lambda group: -len(group)):
         jobs.put(group)
-    threads = max(1, (os.cpu_count() or 1) // min(options.workers, len(groups) or 1))
+    # At least two decoder threads: beside many small files one film must not decide how long it all takes.
+    threads = max(2, (os.cpu_count() or 1) // min(options.workers, len(groups) or 1))
     done: queue.Queue[Piece | BaseException | None] = queue.Queue(maxsize=64)
 
     def work() -> None:

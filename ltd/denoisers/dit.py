@@ -240,10 +240,10 @@ class Dit(nn.Module):
         return F.silu(condition).unsqueeze(1), text
 
     def _check(self, x_t: Tensor, cond: Conditioning) -> None:
-        config = self.config
-        if x_t.ndim != 5 or x_t.shape[1] != config.latent_channels:
+        config, channels = self.config, self.config.latent_channels
+        if x_t.ndim != 5 or x_t.shape[1] != channels:
             raise ValueError(
-                f"latents: got {tuple(x_t.shape)}, needed (b, model.latent_channels = {config.latent_channels}, t, h, w)"
+                f"latents: got {tuple(x_t.shape)}, needed (b, model.latent_channels = {channels}, t, h, w)"
             )
         if cond.text is not None and cond.text.shape[2] != config.text_dim:
             raise ValueError(

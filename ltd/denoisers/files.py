@@ -104,7 +104,7 @@ def _group(groups: set[str], weights: str, checkpoint: Path) -> str:
 
 
 def _load_strictly(model: Dit, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy the tensors into the model; every name and shape must match."""
+    """Give the model the tensors as its parameters; every name and shape must match."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
@@ -115,7 +115,7 @@ def _load_strictly(model: Dit, tensors: Mapping[str, Tensor], path: Path) -> Non
             f"{len(extra)} unknown {extra[:3]}, {len(shapes)} of another shape "
             f"{[(name, found[name], expected[name]) for name in shapes[:3]]}"
         )
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(dict(tensors), assign=True)  # takes the stored dtype
 
 
 def describe(model: Dit) -> str:

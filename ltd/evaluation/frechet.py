@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -127,8 +128,9 @@ class FrechetDistance:
         residual = float(((vectors * values) @ vectors.T - self._covariance).norm())
         if residual > 1e-10 * scale or float(values.min()) < -1e-10 * scale:
             raise ArithmeticError(f"the covariance's eigendecomposition is off: residual {residual:.2e} of {scale:.2e}")
-        kept = values > reference.dim * torch.finfo(torch.float64).eps * values.max()
-        self._root = vectors[:, kept] * values[kept].sqrt()  # (dim, rank), root @ root.T = covariance
+        # n samples give a rank of n - 1 at most; the other eigenvalues are rounding, whose roots would not be small.
+        rank = min(reference.dim, reference.num_samples - 1)
+        self._root = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()  # (dim, rank), root @ root.T = covariance
 
     def to(self, samples: FeatureMoments) -> FrechetResult:
         """Compute the squared 2-Wasserstein distance between the two fitted Gaussians.
@@ -137,7 +139,8 @@ class FrechetDistance:
             samples: Moments of the other set, 2 samples or more.
 
         Returns:
-            The distance, not negative. A warning is logged when a set is too small for its width.
+            The distance, not negative. A warning is logged, once for the same numbers, when a set is too small for its
+        width.
 
         Raises:
             ValueError: If the widths differ or there are fewer than 2 samples.
@@ -150,18 +153,16 @@ class FrechetDistance:
         # general matrix root is needed.
         values = torch.linalg.eigvalsh(self._root.T @ covariance @ self._root)
         traces = float(self._covariance.trace() + covariance.trace())
-        if len(values) and float(values.min()) < -1e-10 * traces**2:
+        if float(values.min()) < -1e-10 * traces**2:
             raise ArithmeticError(f"the product of covariances has an eigenvalue of {float(values.min()):.2e}")
         squared_mean = float((samples.mean - self.reference.mean).square().sum())
-        value = squared_mean + traces - 2 * float(values.clamp(min=0).sqrt().sum())
+        rank = min(len(values), samples.num_samples - 1)
+        value = squared_mean + traces - 2 * float(values[-rank:].clamp(min=0).sqrt().sum())
         if value < -1e-6 * (traces + squared_mean):
             raise ArithmeticError(f"the Frechet distance comes out negative: {value:.3e}")
         result = FrechetResult(max(value, 0.0), self.reference.num_samples, samples.num_samples, samples.dim)
         if result.rank_deficient:
-            logger.warning(
-                "Frechet distance from %d and %d samples of %d-d features: biased upwards, compare only at equal n",
-                *(result.num_reference, result.num_samples, result.dim),
-            )
+            _warn_few_samples(result.num_reference, result.num_samples, result.dim)
         return result
 
 
@@ -177,3 +178,11 @@ def frechet_distance(features: Tensor, references: Tensor) -> FrechetResult:
     """
     reference = FeatureMoments(references.shape[1]).update(references)
     return FrechetDistance(reference).to(FeatureMoments(references.shape[1]).update(features))
+
+
+@lru_cache
+def _warn_few_samples(num_reference: int, num_samples: int, dim: int) -> None:
+    logger.warning(
+        "Frechet distance from %d and %d samples of %d-d features: biased upwards, compare only at equal n",
+        *(num_reference, num_samples, dim),
+    )

@@ -114,13 +114,16 @@ class _Job:
     ) -> None:
         self.config, self.layout = config, layout
         self.autoencoder, self.encoder = autoencoder, encoder
+        for number, view in enumerate(config.views):
+            try:
+                autoencoder.compression.latent(view.shape)
+            except ValueError as error:
+                raise ConfigError(f"views[{number}]: {error}") from None
         self.hash = autoencoders.weights_hash(autoencoders.load(config.autoencoder))
 
     def run(self, shards: Path, out: Path) -> Path:
         config, layout = self.config, self.layout
         index = open_index(str(shards))
-        for view in config.views:
-            self.autoencoder.compression.latent(view.shape)
         windows = enumerate_windows(
             index,
             config.views,

@@ -72,7 +72,9 @@ class CausalConv3d(nn.Conv3d):
         self.edges = ((w - stride_w) // 2, (w - stride_w + 1) // 2, (h - stride_h) // 2, (h - stride_h + 1) // 2)
         self.edge_mode: Padding = padding
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+    def forward(  # type: ignore[override]  # the state travels with the tensor
+        self, x: Tensor, state: State = None
+    ) -> tuple[Tensor, State]:
         """Convolve a clip or one chunk of it.
 
         Args:

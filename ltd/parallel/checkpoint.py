@@ -1,7 +1,7 @@
 """Checkpoints of a run: one ``save`` that every process calls, whole or not at all, and ``load`` for any layout.
 
 What lies in ``RUN/checkpoints/step-XXXXXXXX``: one shard of flat slices per process (``ltd.storage``) and, written
-last, the manifest. ``RUN/latest`` names the newest. A save that fails on any process leaves the previous checkpoint as it was.
+last, the manifest. ``RUN/latest`` names the newest. A save that fails on any process leaves older checkpoints whole.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step; called by all processes.
 
+    Where writing fails on any of them, all raise ``OSError`` naming the path, the bytes needed and the bytes free.
+
     Args:
         run_dir: Directory of the run.
         step: Training steps done.
@@ -44,9 +46,6 @@ def save(
 
     Returns:
         Directory of the checkpoint.
-
-    Raises:
-        OSError: On all processes if writing failed on any; names the path, the bytes needed and free.
     """
     path = storage.checkpoint_path(run_dir, step)
     _on_main(layout, path, lambda: storage.begin_directory(path))
@@ -81,9 +80,13 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
         Directory of a whole checkpoint; None to start from nothing.
 
     Raises:
-        ConfigError: If a path was given and there is no whole checkpoint at it.
+        ConfigError: If a path was given and there is no whole checkpoint at it, or ``never`` would write over a run.
     """
     if resume == "never":
+        if storage.latest_checkpoint(run_dir) is not None:
+            raise ConfigError(
+                f"run_dir: {run_dir} holds checkpoints and resume is never; choose another run_dir, delete it, or resume=auto"
+            )
         return None
     if resume == "auto":
         return storage.latest_checkpoint(run_dir)
@@ -101,6 +104,8 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
 def load(path: str | Path, engine: Engine, ema: Ema | None) -> dict[str, Any]:
     """Restore weights, optimizer state, buffers and averages; called by all processes, whatever layout wrote them.
 
+    A checkpoint of another model raises ``ConfigError`` (``check_same_model``) before anything is changed.
+
     Args:
         path: Checkpoint directory.
         engine: Engine of a freshly built model of the same configuration.
@@ -108,9 +113,6 @@ def load(path: str | Path, engine: Engine, ema: Ema | None) -> dict[str, Any]:
 
     Returns:
         The manifest: what ``save`` was given as ``extra``, ``step``, and how it was written.
-
-    Raises:
-        ConfigError: If the checkpoint is of another model; names the first tensors that differ.
     """
     reader = Reader(path)
     check_same_model(reader, engine)
@@ -203,9 +205,7 @@ def _raise_anywhere(layout: Layout, path: Path, failure: str | None) -> None:
         return
     if layout.is_main:
         storage.abort_directory(path)
-    free = shutil.disk_usage(_existing(path)).free
-    raise OSError(f"checkpoint {path} was not written, older ones are whole ({free} bytes free): {'; '.join(failures)}")
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+    raise storage.StorageWriteError(
+        f"checkpoint {path} was not written, older ones are whole; free some space and run the same command to resume: "
+        f"{'; '.join(failures)}"
+    )

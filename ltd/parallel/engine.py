@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,16 @@ from torch import Tensor, nn
 from ltd.config import ConfigError
 from ltd.parallel import zero_views
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
-from ltd.parallel.interface import Engine, MasterShard, check_finite, decay_groups, restore_shards
+from ltd.parallel.interface import Engine, MasterShard, NonFiniteError, decay_groups, full_shape, restore_shards
 from ltd.parallel.layout import Layout
-from ltd.parallel.optimizer import build_optimizer, ensure_state, set_lr, set_step, trainable_parameters
+from ltd.parallel.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    ensure_state,
+    set_lr,
+    set_step,
+    trainable_parameters,
+)
 from ltd.parallel.torch_engine import TorchEngine
 from ltd.storage import Reader
 
@@ -88,6 +96,9 @@ class DeepSpeedEngine:
         optim: Optimizer settings.
         layout: This process's position.
         num_backwards: Backward calls per optimizer step.
+
+    Raises:
+        ConfigError: If stage 3 is given frozen parameters.
     """
 
     def __init__(
@@ -160,14 +171,21 @@ class DeepSpeedEngine:
             raise RuntimeError(f"step() needs {self._num_backwards} backward calls before it, got {self._backwards}")
         self._backwards = 0
         set_lr(self._zero, lr)
-        norm = self._clip_whole_gradients() if self._stage == 0 else 0.0
-        self._engine.step()
+        norm = 0.0
+        if self._stage == 0:
+            # DeepSpeed neither checks nor clips before it updates here.
+            norm = clip_gradients(self._parameters.values(), self._optim.grad_clip)
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+        if math.isfinite(norm):
+            self._engine.step()
         if self._stage == 3:
             zero_views.clear_stage3_gradients(self._zero)
         if self._stage > 0:
             norm = float(self._engine.get_global_grad_norm())
-            # ZeRO skips the update, on every process, when the norm is not finite.
-            check_finite(norm if self._engine.was_step_applied() else float("inf"))
+        # ZeRO skipped the update, on every process, if the norm is not finite.
+        if not math.isfinite(norm) or (self._stage > 0 and not self._engine.was_step_applied()):
+            raise NonFiniteError(f"the summed gradient's norm is {norm}; the step was discarded on all processes")
         self.applied_steps += 1
         return norm
 
@@ -209,7 +227,9 @@ class DeepSpeedEngine:
         found = {}
         for name, parameter in self._parameters.items():
             gradient = parameter.grad if self._stage == 0 else safe_get_full_grad(parameter)
-            found[name] = torch.zeros(parameter.shape) if gradient is None else gradient.detach().float().clone()
+            if gradient is None:
+                gradient = torch.zeros(full_shape(parameter), device=parameter.device)
+            found[name] = gradient.detach().float().clone()
         return found
 
     def resolved_config(self) -> dict[str, Any]:
@@ -225,24 +245,11 @@ class DeepSpeedEngine:
             case _:
                 return zero_views.stage12_fragments(self._parameters, self._zero)
 
-    def _clip_whole_gradients(self) -> float:
-        """Check and clip at stage 0, where DeepSpeed does neither before it updates; gradients are summed by then."""
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-        try:
-            check_finite(norm)
-        except RuntimeError:
-            self._engine.zero_grad()
-            raise
-        if self._optim.grad_clip is not None and norm > self._optim.grad_clip:
-            torch._foreach_mul_(gradients, self._optim.grad_clip / (norm + 1e-6))
-        return norm
-
 
 def deepspeed_config(
     config: ParallelConfig, optim: OptimizerSettings, *, stage: int, num_backwards: int
 ) -> dict[str, Any]:
-    """Resolve the dictionary that DeepSpeed is given.
+    """Resolve the dictionary that DeepSpeed is given; ``parallel.deepspeed`` may add to it, never contradict it.
 
     Args:
         config: The parallel section.
@@ -252,9 +259,6 @@ def deepspeed_config(
 
     Returns:
         Plain values.
-
-    Raises:
-        ConfigError: If ``parallel.deepspeed`` contradicts a named field.
     """
     resolved: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

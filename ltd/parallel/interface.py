@@ -6,7 +6,6 @@ global weight. No engine scales anything in between.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,14 +60,13 @@ class Engine(Protocol):
     def step(self, lr: float) -> float:
         """Clip, update the weights with this learning rate, clear the gradients.
 
+        A norm that is not finite raises ``NonFiniteError`` on all processes, with the weights unchanged.
+
         Args:
             lr: Learning rate of this step, for every parameter.
 
         Returns:
             Global L2 norm of the summed gradient before clipping, the same on all processes.
-
-        Raises:
-            NonFiniteError: If that norm is not finite; on all processes, with the weights unchanged.
         """
 
     def master_shards(self) -> list[MasterShard]:
@@ -155,9 +153,3 @@ def restore_shards(shards: Iterable[MasterShard], reader: Reader) -> None:
                     f"optim.kind: the checkpoint {reader.directory} has no {key!r} state; it holds {held}"
                 )
             assign(tensor, reader.read(key, shard.name, shard.start, stop))
-
-
-def check_finite(norm: float) -> None:
-    """Raise ``NonFiniteError`` unless a gradient norm is finite."""
-    if not math.isfinite(norm):
-        raise NonFiniteError(f"the summed gradient's norm is {norm}; the step was discarded on all processes")

@@ -27,20 +27,18 @@ class Layout:
     """Position of this process, its device, and the collectives the project uses outside the engine.
 
     Every method that communicates must be called by all processes, in the same order.
+
+    Args:
+        config: Engine, sequence degree and time-out are read.
+        global_rank: Index of this process in the world.
+        world_size: Number of processes.
+        local_rank: Index of this process on its host; picks the GPU.
+
+    Raises:
+        ConfigError: If the world does not fit the configuration.
     """
 
     def __init__(self, config: ParallelConfig, *, global_rank: int, world_size: int, local_rank: int) -> None:
-        """Check the degrees against the world, pick the device and make the groups.
-
-        Args:
-            config: Engine, sequence degree and time-out are read.
-            global_rank: Index of this process in the world.
-            world_size: Number of processes.
-            local_rank: Index of this process on its host; picks the GPU.
-
-        Raises:
-            ConfigError: If the world does not fit the configuration.
-        """
         if world_size % config.sequence:
             raise ConfigError(
                 f"parallel.sequence: must divide the world size, got sequence {config.sequence} "
@@ -81,9 +79,10 @@ class Layout:
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         missing = [name for name in names if name not in os.environ]
-        if 0 < len(missing) < len(names):
+        alone = {"RANK", "WORLD_SIZE"} <= set(missing)  # DeepSpeed may have left LOCAL_RANK behind
+        if missing and not alone:
             raise ConfigError(f"environment: {', '.join(missing)} not set while the others are; start with torchrun")
-        rank, world, local = (0, 1, 0) if missing else (int(os.environ[name]) for name in names)
+        rank, world, local = (0, 1, 0) if alone else (int(os.environ[name]) for name in names)
         return cls(config, global_rank=rank, world_size=world, local_rank=local)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -189,7 +188,7 @@ class Layout:
     def _store(self) -> Store:
         """Open the rendezvous store under a prefix of its own per restart: torchrun keeps stale keys otherwise."""
         if self.world_size == 1:
-            return dist.HashStore()
+            return dist.HashStore()  # type: ignore[attr-defined]
         store, _, _ = next(iter(rendezvous("env://", timeout=self.timeout)))
         return PrefixStore(f"ltd/restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

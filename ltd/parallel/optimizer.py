@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def clip_gradients(tensors: Iterable[Tensor], clip: float | None) -> float:
+    """Scale whole gradients down to a global norm, in place; a norm that is not finite leaves them as they are.
+
+    Args:
+        tensors: Tensors with ``grad``; those without are left out.
+        clip: Largest norm; None never clips.
+
+    Returns:
+        Global L2 norm before clipping.
+    """
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    if clip is not None and clip < norm < float("inf"):
+        torch._foreach_mul_(gradients, clip / (norm + 1e-6))
+    return norm
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -108,9 +108,6 @@ class TokenSeam:
 
         Returns:
             ``(b, n_local, heads, head_dim)``.
-
-        Raises:
-            ConfigError: If the heads do not divide.
         """
         _check_heads(q.shape[2], self.layout.sequence, "attend")
         qkv = self._to_heads(torch.stack((q, k, v)))  # (3, b, n, heads / s, head_dim)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
-from ltd.parallel.interface import MasterShard, check_finite, decay_groups, restore_shards
-from ltd.parallel.optimizer import build_optimizer, ensure_state, set_lr, set_step, trainable_parameters
+from ltd.parallel.interface import MasterShard, NonFiniteError, decay_groups, restore_shards
+from ltd.parallel.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    ensure_state,
+    set_lr,
+    set_step,
+    trainable_parameters,
+)
 from ltd.storage import Reader
 
 
@@ -62,13 +70,11 @@ class TorchEngine:
         Raises:
             NonFiniteError: If it is not finite; the weights are unchanged.
         """
-        gradients = self._filled_gradients()
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        self._filled_gradients()
+        norm = clip_gradients(self._masters.values(), self._optim.grad_clip)
         try:
-            check_finite(norm)
-            clip = self._optim.grad_clip
-            if clip is not None and norm > clip:
-                torch._foreach_mul_(gradients, clip / (norm + 1e-6))
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"the summed gradient's norm is {norm}; the step was discarded on all processes")
             set_lr(self._optimizer, lr)
             self._optimizer.step()
             self.applied_steps += 1

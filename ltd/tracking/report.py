@@ -145,7 +145,9 @@ def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         Charts in reading order: the main metrics first, in the order of ``MAIN``.
     """
     names = sorted({name for run in runs for row in run.rows for name, value in row.items() if _is_number(value)})
-    names = sorted((name for name in names if name != "step"), key=lambda name: (name.partition("/")[0] in HELD_OUT, name))
+    names = sorted(
+        (name for name in names if name != "step"), key=lambda name: (name.partition("/")[0] in HELD_OUT, name)
+    )
     charts: dict[str, list[Series]] = {}
     for name in names:
         group, _, rest = name.partition("/")

@@ -29,7 +29,7 @@ from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.loop import fit
-from ltd.training.run import RunConfig, heldout_batches, open_layout, start_session
+from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,7 @@ def run(config: AutoencoderRun) -> None:
 
 def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:
     model = autoencoders.build_autoencoder(config.model)
-    for view in config.data.views:
-        model.compression.latent(view.shape)
+    check_views(config.data.views, model.compression)
     if fresh and config.initialize_from:
         # Every process computes the same start from the same samples.
         samples = _training_pass(config, config.initialize_from)

@@ -24,7 +24,7 @@ from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.loop import fit
-from ltd.training.run import RunConfig, heldout_batches, open_layout, start_session
+from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ class LatentInputs:
         assert run.data.shards is not None
         self.device = layout.device
         autoencoder = _autoencoder(run).to(layout.device)
+        check_views(run.data.views, autoencoder.compression)
         self.norm: LatentNorm = autoencoder.latent_norm
         self.autoencoder: autoencoders.CausalVae | None = autoencoder
         self.encoder: TextEncoder | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from torch import nn
 
 from ltd import config as config_io
 from ltd.config import ConfigError
-from ltd.data import Batch, DataConfig, Loader, build_loader, evaluation_batches
+from ltd.data import Batch, DataConfig, Loader, ViewConfig, build_loader, evaluation_batches
 from ltd.parallel import checkpoint as checkpoints
 from ltd.parallel.config import ParallelConfig
 from ltd.parallel.ema import Ema, EmaConfig
@@ -27,6 +27,7 @@ from ltd.parallel.engine import build_engine
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import derive_seed
+from ltd.shapes import Compression
 from ltd.storage import read_manifest, write_json
 from ltd.tracking.tracker import Tracker, TrackingConfig
 from ltd.training.optim import OptimConfig, learning_rate
@@ -206,6 +207,23 @@ def start_session(run: RunConfig, layout: Layout, build_module: Callable[[bool],
         state=manifest.get("tracker"),
     )
     return Session(run, layout, engine, ema, loader, tracker, start_step)
+
+
+def check_views(views: Sequence[ViewConfig], compression: Compression) -> None:
+    """Refuse views that an autoencoder cannot compress.
+
+    Args:
+        views: Views of the data section.
+        compression: The autoencoder's.
+
+    Raises:
+        ConfigError: If a size does not divide; names the view and the nearest sizes.
+    """
+    for number, view in enumerate(views):
+        try:
+            compression.latent(view.shape)
+        except ValueError as error:
+            raise ConfigError(f"data.views[{number}]: {error}") from None
 
 
 def heldout_batches(run: RunConfig, layout: Layout) -> Iterator[Batch]:

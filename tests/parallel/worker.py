@@ -37,10 +37,17 @@ from ltd.parallel import (
     sequence,
 )
 from ltd.parallel.torch_engine import TorchEngine
-from ltd.storage import Reader
-from tools.proofs._parallel_worker import whole_weights
+from tools.proofs._parallel_worker import Case, run_case, whole_weights
 
 STAGES = (0, 1, 2, 3)
+#: Rows of the ``parallel`` proof that are in the tests too.
+PROOF_ROWS = (
+    Case(0, sequence=2, accumulation=2),
+    Case(2),
+    Case(2, sequence=2, accumulation=2),
+    Case(3, sequence=2, checkpointing="full"),
+    Case(2, factor=0.5),
+)
 OPTIM = OptimizerSettings(weight_decay=0.1, grad_clip=1.0)
 LR = 1e-2
 
@@ -140,7 +147,7 @@ def check_views(zero: int) -> dict[str, Any]:
     covered = covered_elements(layout, shards)
     sizes = {name: p.numel() for name, p in tiny().named_parameters()}
     return {
-        "wrong": wrong,
+        "wrong": [name for names in layout.gather_objects(wrong) for name in names],
         "covered": covered == {name: list(range(size)) for name, size in sizes.items()},
         "stable": before == [shard.data.data_ptr() for shard in shards],
     }
@@ -274,7 +281,9 @@ def check_resume(zero: int, precision: str, folder: Path) -> dict[str, Any]:
     path = checkpoint.resolve("auto", run_dir)
     manifest = checkpoint.load(path, again, ema_again)
     rest_again = train(again, layout, range(4, 8), ema_again)
-    ends = [gathered(layout, [i for s in e.master_shards() if s.owner for i in s.slices()[:1]]) for e in (engine, again)]
+    ends = [
+        gathered(layout, [i for s in e.master_shards() if s.owner for i in s.slices()[:1]]) for e in (engine, again)
+    ]
     moments = [gathered(layout, [s.slices()[2] for s in e.master_shards() if s.owner]) for e in (engine, again)]
     emas = [gathered(layout, e.slices()) for e in (ema, ema_again)]
     return {
@@ -427,6 +436,7 @@ def check_sequence() -> dict[str, Any]:
     for num_tokens in (1, 4, 5):
         for masked in (False, True):
             figures[f"{num_tokens}{' masked' if masked else ''}"] = token_difference(layout, config, num_tokens, masked)
+    figures["5 bf16"] = half_difference(layout)
     counts = count_collectives(layout)
     try:
         sequence.shard(Tokens(heads=3), layout)
@@ -454,6 +464,32 @@ def token_difference(layout: Layout, config: ParallelConfig, num_tokens: int, ma
     for p, q in zip(plain.parameters(), parallel.parameters(), strict=True):
         errors.append(float((p.grad - layout.sum_(q.grad)).abs().max() / p.grad.abs().max()))
     return max(errors)
+
+
+def half_difference(layout: Layout) -> float:
+    """Difference in bf16, times 1e-4 so that the limit of the fp32 rows (1e-5) amounts to 0.1."""
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(2)).bfloat16()
+    plain, parallel = Tokens().bfloat16(), Tokens().bfloat16()
+    sequence.shard(parallel, layout)
+    with torch.no_grad():
+        return float((plain(x) - parallel(x)).abs().max()) * 1e-4
+
+
+def check_recompute(zero: int) -> dict[str, Any]:
+    """Blocks with parameters of their own, recomputed in the backward pass, over a split sequence."""
+    config = ParallelConfig(zero=zero, sequence=2, precision="fp32", activation_checkpointing="full")
+    layout = Layout.from_environment(config)
+    plain, parallel = Tokens(), Tokens()
+    num_blocks = activation.checkpoint_blocks(parallel, config)
+    sequence.shard(parallel, layout)
+    optim = OptimizerSettings(kind="sgd", grad_clip=None)
+    engine = build_engine(parallel, config=config, optim=optim, layout=layout, num_backwards=1)
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    plain(x).square().sum().backward()
+    engine.backward(engine(x).square().sum())
+    gradients = engine.gradients()
+    worst = max(float((gradients[n] - p.grad).norm() / p.grad.norm()) for n, p in plain.named_parameters())
+    return {"gradient": worst, "blocks": num_blocks}
 
 
 def count_collectives(layout: Layout) -> dict[str, int]:
@@ -535,6 +571,10 @@ def checks(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         for precision in ("fp32", "bf16"):
             found[f"non_finite-{zero}-{precision}"] = lambda z=zero, p=precision: check_non_finite(z, p)
             found[f"resume-{zero}-{precision}"] = lambda z=zero, p=precision: check_resume(z, p, folder)
+    for index, case in enumerate(PROOF_ROWS):
+        found[f"proof-{index}"] = lambda c=case: run_case(c)
+    found["recompute-0"] = lambda: check_recompute(0)
+    found["recompute-3"] = lambda: check_recompute(3)
     for source, target in ((2, 3), (3, 0), (0, 1), (1, 2)):
         found[f"elastic-{source}-{target}"] = lambda s=source, t=target: check_elastic(s, t, folder)
     found["disk_full"] = lambda: check_disk_full(folder)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,24 +157,24 @@ def compare(gradients: dict[str, Tensor], weights: dict[str, Tensor], kind: str)
     }
 
 
+def run_case(case: Case) -> dict[str, Any]:
+    """Train by one layout, under torchrun, and compare; return the case's fields and its figures."""
+    config = ParallelConfig(
+        zero=case.zero,
+        sequence=case.sequence,
+        accumulation=case.accumulation,
+        precision="fp32",
+        activation_checkpointing=case.checkpointing,  # type: ignore[arg-type]
+        timeout_s=120,
+    )
+    layout = Layout.from_environment(config)
+    return {**dataclasses.asdict(case), "processes": layout.world_size, **run(case, layout, config)}
+
+
 def main(out: str, cases: str) -> None:
     """Run the cases of a JSON file and let the main process write their figures."""
-    results = []
-    layout = None
-    for fields in json.loads(Path(cases).read_text()):
-        case = Case(**fields)
-        config = ParallelConfig(
-            zero=case.zero,
-            sequence=case.sequence,
-            accumulation=case.accumulation,
-            precision="fp32",
-            activation_checkpointing=case.checkpointing,  # type: ignore[arg-type]
-            timeout_s=120,
-        )
-        layout = Layout.from_environment(config)
-        start = time.monotonic()
-        results.append({**fields, **run(case, layout, config), "seconds": time.monotonic() - start})
-    if layout is not None and layout.is_main:
+    results = [run_case(Case(**fields)) for fields in json.loads(Path(cases).read_text())]
+    if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 

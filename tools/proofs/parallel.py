@@ -1,4 +1,4 @@
-"""ZeRO stages and sequence degrees on two processes against one plain process: gradients and weights after 10 steps."""
+"""ZeRO stages and sequence degrees on 2 and 4 processes against a plain one: gradients, weights after 10 steps."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ LIMIT = 1e-5
 
 NOTES = """
 A DiT of 2 blocks with text (fp32, every parameter redrawn so that no layer is zero, 45 tokens: an odd count, so that
-sequence degree 2 pads), global batch 8, clipping at norm 1. *Plain* is torch alone in one process, the whole batch in one
-backward pass, sharing no code with `ltd.parallel`. *Gradient* is the relative L2 difference of the first step's
-gradient before clipping, *worst tensor* the same for the worst single tensor (of those that carry more than 1e-4 of the
-norm), *weights* the largest difference of a weight after 10 steps.
+sequence degrees 2 and 4 pad), global batch 8, clipping at norm 1. *Plain* is torch alone in one process, the whole
+batch in one backward pass, sharing no code with `ltd.parallel`. *Gradient* is the relative L2 difference of the first
+step's gradient before clipping, *worst tensor* the same for the worst single tensor (of those that carry more than
+1e-4 of the norm), *weights* the largest difference of a weight after 10 steps.
 
 Limits: gradient and worst tensor 1e-5 everywhere, weights 1e-5 with SGD. AdamW divides by the gradient's own size, so
-where the true gradient is zero (a key bias behind a softmax) it turns rounding into full steps of the learning rate; its
-weights are shown without a limit. For the same reason a wrong factor would hide behind AdamW: the last row halves every
-loss, and must fail.
+where the true gradient is zero (a key bias behind a softmax) it turns rounding into full steps of the learning rate;
+its weights are shown without a limit. For the same reason a wrong factor would hide behind AdamW: the last rows of
+two processes halve every loss, and must fail.
 """
 
 
 def all_cases() -> list[Case]:
-    """List the rows of the page; the last one is wrong on purpose."""
+    """List the rows of two processes; the last two are wrong on purpose."""
     sgd = [
         Case(zero, sequence=degree, accumulation=accumulation)
         for zero in range(4)
@@ -43,7 +43,12 @@ def all_cases() -> list[Case]:
     ]
     adamw = [Case(zero, sequence=degree, kind="adamw") for zero in range(4) for degree in (1, 2)]
     recomputed = [Case(2, sequence=2, checkpointing="full"), Case(3, sequence=2, checkpointing="full")]
-    return [*sgd, *adamw, *recomputed, Case(2, factor=0.5)]
+    return [*sgd, *adamw, *recomputed, Case(2, factor=0.5), Case(3, sequence=2, factor=0.5)]
+
+
+def wide_cases() -> list[Case]:
+    """List the rows of four processes: several sequence groups, and one over all."""
+    return [Case(2, sequence=2, accumulation=2), Case(3, sequence=2), Case(2, sequence=4)]
 
 
 def launch(cases: Sequence[Case], *, processes: int = 2, timeout_s: float = 400) -> list[dict[str, Any]]:
@@ -88,16 +93,17 @@ def measure() -> Proof:
         The table; a right row that breaks a limit is a miss, and so is the wrong row if it breaks none.
     """
     rows, misses = [], []
-    for result in launch(all_cases()):
+    for result in launch(all_cases()) + launch(wide_cases(), processes=4):
         broken = misses_of(result)
         wrong = result["factor"] != 1.0
-        name = f"zero {result['zero']}, sequence {result['sequence']}, accumulation {result['accumulation']}"
+        name = f"{result['processes']} processes, zero {result['zero']}, sequence {result['sequence']}"
         if wrong and not broken:
             misses.append(f"halved gradients ({name}) passed")
         if not wrong:
             misses += [f"{name}, {result['kind']}: {miss}" for miss in broken]
         rows.append(
             (
+                result["processes"],
                 result["zero"],
                 result["sequence"],
                 result["accumulation"],
@@ -109,8 +115,9 @@ def measure() -> Proof:
                 "fails, as it must" if wrong and broken else "FAILS" if broken else "holds",
             )
         )
-    columns = ("ZeRO", "sequence", "accumulation", "recompute", "optimizer", "gradient", "worst tensor", "weights", "")
-    return Proof("Two processes against one plain process", columns, rows, misses, NOTES)
+    columns = ("processes", "ZeRO", "sequence", "accumulation", "recompute", "optimizer")
+    columns += ("gradient", "worst tensor", "weights", "verdict")
+    return Proof("Many processes against one plain process", columns, rows, misses, NOTES)
 
 
 def main() -> int:

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ltd.config import ConfigError
+from ltd.data.index import Index, find_shards, index_path, index_tar, open_index, read_index
+from ltd.data.write import encode_image, encode_video
+
+WriteTar = Callable[[Path, Mapping[str, bytes]], Path]
+STILL = encode_image(np.full((6, 8, 3), 90, dtype=np.uint8))
+CLIP = encode_video(np.full((9, 32, 40, 3), 60, dtype=np.uint8), 12)
+
+
+def test_every_member_is_read_back_by_offset(tmp_path: Path, write_tar: WriteTar) -> None:
+    members = {
+        "a.png": STILL,
+        "a.txt": " ä dog \n".encode(),
+        "sub/b.mp4": CLIP,
+        "sub/b.txt": b"cat",
+        "sub/b.json": b"{}",
+    }
+    tar = write_tar(tmp_path / "x.tar", members)
+    entries, bad = index_tar(tar)
+    assert not bad
+    assert [(e.key, e.kind, e.width, e.height, e.frames, e.fps, e.caption_chars) for e in entries] == [
+        ("a", "image", 8, 6, 1, 0.0, 5),
+        ("sub/b", "video", 40, 32, 9, 12.0, 3),
+    ]
+    index = open_index(str(tar))
+    assert index.read(index.entries[1], "mp4") == CLIP
+    assert index.read(index.entries[0], "png") == STILL
+    assert [index.caption(entry) for entry in index.entries] == ["ä dog", "cat"]
+    assert read_index(tar) == (entries, bad)
+
+
+def test_bad_samples_are_left_out_by_cause(tmp_path: Path, write_tar: WriteTar) -> None:
+    tar = write_tar(
+        tmp_path / "x.tar",
+        {
+            "../evil.png": STILL,
+            "/etc/evil.png": STILL,
+            "new\nline.png": STILL,
+            "good.png": STILL,
+            "good.txt": b"fine",
+            "latin.png": STILL,
+            "latin.txt": "caf\u00e9".encode("latin-1"),
+            "empty.mp4": b"",
+            "noise.mp4": b"\x00\x01" * 400,
+            "wrong.png": CLIP,
+            "alone.txt": b"no picture",
+            "two.png": STILL,
+            "two.mp4": CLIP,
+        },
+    )
+    with tarfile.open(tar, "a") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        again = tarfile.TarInfo("good.png")
+        again.size = len(CLIP)
+        archive.addfile(again, io.BytesIO(CLIP))
+    entries, bad = index_tar(tar)
+    assert [entry.key for entry in entries] == ["good"]
+    assert {(b.key, b.cause) for b in bad} == {
+        ("../evil.png", "unsafe_name"),
+        ("/etc/evil.png", "unsafe_name"),
+        ("new\nline.png", "unsafe_name"),
+        ("link.png", "unsafe_name"),
+        ("good", "duplicate"),
+        ("latin", "caption_not_utf8"),
+        ("empty", "empty"),
+        ("noise", "undecodable"),
+        ("wrong", "undecodable"),
+        ("alone", "no_media"),
+        ("two", "duplicate"),
+    }
+    assert index_path(tar).is_file()
+    assert open_index(str(tar)).bad == bad
+
+
+def test_a_truncated_tar_keeps_its_whole_samples(tmp_path: Path, write_tar: WriteTar) -> None:
+    tar = write_tar(tmp_path / "x.tar", {"a.png": STILL, "b.mp4": CLIP})
+    index_tar(tar)
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: whole.index(CLIP[:64]) + len(CLIP) // 2])
+    with pytest.raises(
+        ConfigError, match=r"truncated or rewritten tar\); run: python tools/make_shards.py --index-only"
+    ):
+        read_index(tar)
+    entries, bad = index_tar(tar)
+    assert [entry.key for entry in entries] == ["a"]
+    assert [record.cause for record in bad] == ["truncated"]
+
+
+def test_unusable_shards_say_what_to_do(tmp_path: Path, write_tar: WriteTar) -> None:
+    tar = write_tar(tmp_path / "sub" / "x.tar", {"a.png": STILL})
+    (tmp_path / "empty").mkdir()
+    zero, text = tmp_path / "zero.bin", tmp_path / "text.bin"
+    zero.touch()
+    text.write_bytes(b"this is no tar" * 100)
+    cases: list[tuple[str, Callable[[], object]]] = [
+        (f"{tar} has no index .*run: python tools/make_shards.py --index-only {tar}", lambda: open_index(str(tar))),
+        ("the directory holds no .tar", lambda: find_shards(str(tmp_path / "empty"))),
+        ("did you mean its folder sub?", lambda: find_shards(str(tmp_path))),
+        ("no such path", lambda: find_shards(str(tmp_path / "nothing.tar"))),
+        ("has zero bytes", lambda: index_tar(zero)),
+        ("is not a plain tar", lambda: index_tar(text)),
+        ("does not exist", lambda: index_tar(tmp_path / "nothing.tar")),
+    ]
+    for message, call in cases:
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_a_damaged_index_names_the_command(tmp_path: Path, write_tar: WriteTar) -> None:
+    tar = write_tar(tmp_path / "x.tar", {"a.png": STILL, "b.png": STILL})
+    index_tar(tar)
+    lines = index_path(tar).read_text().splitlines()
+    header = {**json.loads(lines[0]), "format": 99}
+    damaged = ["\n".join(lines[:2]), "nonsense", json.dumps(header), "", "\n".join([lines[0], "{}", lines[2]])]
+    for text in damaged:
+        index_path(tar).write_text(text)
+        with pytest.raises(ConfigError, match=r"run: python tools/make_shards\.py --index-only"):
+            read_index(tar)
+
+
+def test_patterns(tmp_path: Path, write_tar: WriteTar) -> None:
+    tars = [write_tar(tmp_path / f"d{n // 2}" / f"{n:03d}.tar", {f"k{n}.png": STILL}) for n in range(4)]
+    assert find_shards(str(tmp_path / "d{0,1}" / "*.tar")) == tuple(tars)
+    assert find_shards(str(tmp_path / "d0" / "{000..001}.tar")) == tuple(tars[:2])
+    assert find_shards((str(tars[2]), str(tmp_path / "d1"))) == tuple(tars[2:])
+    for tar in tars:
+        index_tar(tar)
+    assert [entry.key for entry in Index(tars).entries] == ["k0", "k1", "k2", "k3"]

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from ltd import config as configuration
+from ltd import denoisers, storage
+from ltd.denoisers import Dit, DitConfig
+
+
+def write_run(run_dir, model, averages):
+    """Write a run directory with one checkpoint: raw weights plus averages that are offset by a number."""
+    checkpoint = storage.checkpoint_path(run_dir, 10)
+    checkpoint.mkdir(parents=True)
+    groups = {"master": 0.0, **averages}
+    slices = [
+        storage.Slice(group, name, tuple(value.shape), 0, (value + offset).flatten())
+        for group, offset in groups.items()
+        for name, value in model.state_dict().items()
+    ]
+    storage.write_shard(checkpoint, "rank-0", slices)
+    storage.write_manifest(checkpoint, {"step": 10})
+    configuration.save({"model": configuration.to_dict(model.config), "steps": 10}, run_dir / "config.yaml")
+    return checkpoint
+
+
+def equal(model, other, offset=0.0):
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b + offset) for a, b in pairs)
+
+
+def test_an_exported_folder_gives_the_same_predictions(tmp_path, build, inputs):
+    model = build(text_dim=5)
+    denoisers.save(model, tmp_path / "model")
+    loaded = denoisers.load(tmp_path / "model")
+    assert loaded.config == model.config and not loaded.training
+    assert torch.equal(loaded(*inputs), model(*inputs))
+    half = denoisers.load(tmp_path / "model", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_gives_its_average_or_its_raw_weights(tmp_path, build):
+    model = build()
+    checkpoint = write_run(tmp_path, model, {"ema_0.99": 1.0})
+    assert equal(denoisers.load(tmp_path), model, 1.0)
+    assert equal(denoisers.load(tmp_path, weights="raw"), model)
+    assert equal(denoisers.load(checkpoint, weights="ema_0.99"), model, 1.0)
+
+
+def test_several_averages_must_be_named(tmp_path, build):
+    write_run(tmp_path, build(), {"ema_0.9": 1.0, "ema_0.99": 2.0})
+    with pytest.raises(ValueError, match=r"got 'ema', but .* holds ema_0.9, ema_0.99, master"):
+        denoisers.load(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path, build):
+    model = build()
+    config = configuration.to_dict(DitConfig(**{**vars(model.config), "depth": 3, "width": 48}))
+    storage.save_model(tmp_path / "other", model.state_dict(), {"model": config, "time": "noise-at-1"})
+    with pytest.raises(ValueError, match=r"\d+ missing \['blocks.2.*0 unknown.*of another shape"):
+        denoisers.load(tmp_path / "other")
+
+
+def test_another_time_convention_is_refused(tmp_path, build):
+    model = build()
+    config = {"model": configuration.to_dict(model.config), "time": "data-at-1"}
+    storage.save_model(tmp_path / "model", model.state_dict(), config)
+    with pytest.raises(ValueError, match="time: got 'data-at-1', needed 'noise-at-1'"):
+        denoisers.load(tmp_path / "model")
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="neither an exported folder"):
+        denoisers.load(tmp_path)
+
+
+def test_description_names_the_size_and_what_differs():
+    model = Dit(DitConfig(width=24, num_heads=2, depth=1))
+    assert denoisers.describe(model) == (
+        f"DiT with {model.config.num_parameters:,} parameters (width=24, depth=1, num_heads=2)"
+    )

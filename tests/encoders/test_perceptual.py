@@ -1,0 +1,78 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ltd.config import ConfigError
+from ltd.encoders import package_files
+from ltd.encoders.perceptual import build_perceptual
+
+
+@pytest.fixture(scope="module")
+def network():
+    return build_perceptual()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    image = pytest.importorskip("skimage.data").astronaut()[100:164, 150:262]
+    frame = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.stack((frame, frame.roll(2, dims=2)), dim=1)[None]  # (1, 3, 2, 64, 112)
+
+
+def test_equals_the_published_implementation(network):
+    # Values of stlpips-pytorch 0.0.2, LPIPS(net="alex", variant="shift_tolerant"), on these inputs.
+    random = torch.Generator().manual_seed(1)
+    x = torch.rand(2, 3, 40, 56, generator=random) * 2 - 1
+    y = torch.rand(2, 3, 40, 56, generator=random) * 2 - 1
+    want = torch.tensor([0.04858732, 0.04239907])
+    assert torch.allclose(network(x[:, :, None], y[:, :, None]), want, rtol=1e-4)
+
+
+def test_equal_clips_are_at_zero_and_frames_are_averaged(network, clip):
+    assert network(clip, clip).abs().max() == 0
+    noisy = clip + 0.2 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([network(clip[:, :, k : k + 1], noisy[:, :, k : k + 1]) for k in range(2)])
+    assert torch.allclose(network(clip, noisy), each.mean(dim=0), rtol=1e-4)
+    assert torch.allclose(network(clip, noisy), network(noisy, clip), rtol=1e-5)
+    assert torch.allclose(build_perceptual(max_frames=1)(clip, noisy), each[0], rtol=1e-4)
+
+
+def test_grows_with_noise_and_blur(network, clip):
+    def blurred(sigma: float) -> torch.Tensor:
+        taps = torch.exp(-0.5 * (torch.arange(-9, 10) / sigma) ** 2)
+        taps = taps / taps.sum()
+        frames = F.pad(clip[0].transpose(0, 1), (9, 9, 9, 9), mode="reflect").flatten(0, 1)[:, None]
+        frames = F.conv2d(F.conv2d(frames, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
+        return frames.view(2, 3, 64, 112).transpose(0, 1)[None]
+
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
+    by_noise = [float(network(clip, clip + sigma * noise)) for sigma in (0.02, 0.05, 0.1, 0.2, 0.4)]
+    by_blur = [float(network(clip, blurred(sigma))) for sigma in (0.5, 1.0, 2.0, 3.0)]
+    assert by_noise == sorted(by_noise) and by_noise[-1] > 10 * by_noise[0] > 0
+    assert by_blur == sorted(by_blur) and by_blur[-1] > 5 * by_blur[0] > 0
+
+
+def test_gradient_flows_to_the_inputs_only_and_is_right(network, clip):
+    x = (clip + 0.1).requires_grad_(True)
+    network(x, clip).sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+    step = 1e-3 * x.grad / x.grad.norm()
+    with torch.no_grad():
+        change = float(network(x + step, clip) - network(x - step, clip)) / 2
+    assert change == pytest.approx(1e-3 * float(x.grad.norm()), rel=0.02)
+    black = torch.full_like(clip, -1.0).requires_grad_(True)
+    network(black, black.detach().clone()).sum().backward()
+    assert torch.isfinite(black.grad).all()
+
+
+def test_refusals(network, clip, monkeypatch):
+    with pytest.raises(ValueError, match="needs two"):
+        network(clip, clip[:, :, :1])
+    with pytest.raises(ValueError, match="32 x 32 or more, got 16 x 112"):
+        network(clip[:, :, :, :16], clip[:, :, :, :16])
+    with pytest.raises(ValueError, match="max_frames: got 0"):
+        build_perceptual(max_frames=0)
+    monkeypatch.setattr(package_files.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="perceptual: needs .*stlpips-pytorch==0.0.2, or the 'eval' extra"):
+        build_perceptual()

@@ -1,0 +1,189 @@
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+
+from ltd.nn import attention
+from ltd.nn.attention import CrossAttention, SelfAttention, attend, available_backends, select_backend
+from ltd.nn.rope import rope_tables
+
+
+def naive(q, k, v, key_mask=None):
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], float("-inf"))
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
+
+
+def qkv(n=5, m=7, dtype=torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(2, size, 3, 8, dtype=dtype, requires_grad=True) for size in (n, m, m)]
+
+
+def test_attend_equals_the_formula():
+    assert torch.allclose(attend(*qkv()), naive(*qkv()), atol=1e-12)
+
+
+def test_masked_keys_have_no_influence():
+    q, k, v = qkv()
+    mask = torch.rand(2, 7) < 0.5
+    mask[:, 0] = True
+    assert torch.allclose(attend(q, k, v, mask), naive(q, k, v, mask), atol=1e-12)
+    other = torch.where(mask[..., None, None], v, 1e6)
+    assert torch.equal(attend(q, k, other, mask), attend(q, k, v, mask))
+
+
+def test_a_row_without_keys_gives_zeros_and_finite_gradients():
+    q, k, v = qkv()
+    mask = torch.tensor([[False] * 7, [True] * 7])
+    out = attend(q, k, v, mask)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    out.square().sum().backward()
+    for x in (q, k, v):
+        assert x.grad.isfinite().all() and x.grad[0].abs().sum() == 0 and x.grad[1].abs().sum() > 0
+
+
+def test_bf16_on_the_cpu_is_the_float32_result_rounded():
+    q, k, v = (x.detach().bfloat16() for x in qkv())
+    out = attend(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, attend(q.float(), k.float(), v.float()).bfloat16())
+
+
+def reference_self_attention(module, dim, heads):
+    reference = Attention(dim, heads=heads, dim_head=dim // heads, bias=True, qk_norm="rms_norm", eps=1e-6)
+    weights, biases = module.qkv.weight.chunk(3), module.qkv.bias.chunk(3)
+    for linear, weight, bias in zip((reference.to_q, reference.to_k, reference.to_v), weights, biases, strict=True):
+        linear.load_state_dict({"weight": weight, "bias": bias})
+    reference.to_out[0].load_state_dict(module.out.state_dict())
+    reference.norm_q.load_state_dict(module.q_norm.state_dict())
+    reference.norm_k.load_state_dict(module.k_norm.state_dict())
+    return reference
+
+
+def test_self_attention_equals_diffusers_where_positions_do_not_matter():
+    torch.manual_seed(0)
+    module = SelfAttention(24, 3)
+    torch.nn.init.normal_(module.q_norm.weight)
+    torch.nn.init.normal_(module.k_norm.weight)
+    x, tables = torch.randn(2, 5, 24), rope_tables(torch.zeros(1, 5, 3), (4, 2, 2))
+    assert torch.allclose(module(x, *tables), reference_self_attention(module, 24, 3)(x), atol=1e-5)
+    moved = rope_tables(torch.rand(1, 5, 3) * 5, (4, 2, 2))
+    assert not torch.allclose(module(x, *moved), module(x, *tables), atol=1e-3)
+
+
+def test_self_attention_reads_its_own_seam():
+    module, other = SelfAttention(24, 3), SelfAttention(24, 3)
+    module.attend = lambda q, k, v, key_mask=None: torch.zeros_like(q)
+    x, tables = torch.randn(2, 5, 24), rope_tables(torch.zeros(1, 5, 3), (4, 2, 2))
+    assert torch.equal(module(x, *tables), module.out.bias.expand(2, 5, 24))
+    assert other.attend is attend
+
+
+def test_cross_attention_equals_the_formula_and_ignores_order_and_padding_of_the_context():
+    torch.manual_seed(0)
+    module = CrossAttention(24, 3, qk_norm=False).double()
+    x, context = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 4, 24, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    k, v = (y.unflatten(-1, (3, 8)) for y in module.kv(context).chunk(2, -1))
+    expected = module.out(naive(module.q(x).unflatten(-1, (3, 8)), k, v, mask).flatten(2))
+    out = module(x, context, mask)
+    assert torch.allclose(out, expected, atol=1e-12)
+    order = torch.tensor([2, 3, 0, 1])
+    assert torch.allclose(module(x, context[:, order], mask[:, order]), out, atol=1e-12)
+    padded = torch.nn.functional.pad(context, (0, 0, 0, 3), value=9.0), torch.nn.functional.pad(mask, (0, 3))
+    assert torch.allclose(module(x, *padded), out, atol=1e-12)
+
+
+class FakeCuda(SimpleNamespace):
+    """What ``select_backend`` looks at of a query on a GPU."""
+
+    def __init__(self, head_dim=64, dtype=torch.bfloat16):
+        super().__init__(device=torch.device("cuda"), dtype=dtype, shape=(2, 5, 3, head_dim))
+
+
+@pytest.fixture
+def fake_kernels(monkeypatch):
+    """Make flash-attn 4 and 2 importable; returns the switch that says which are installed."""
+    installed = {"flash_attn_4": True, "flash_attn_2": True, "sdpa": True}
+    two, four = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    two.flash_attn_func = lambda q, k, v: q + 2
+    four.flash_attn_func = lambda q, k, v: (q + 4, None)
+    monkeypatch.setitem(sys.modules, "flash_attn", two)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", four)
+    monkeypatch.setattr(attention, "available_backends", lambda: installed)
+    caches = (attention._flash_kernel, attention._warn_slow)
+    for cache in caches:
+        cache.cache_clear()
+    yield installed
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("query", "masked", "capability", "expected"),
+    [
+        (FakeCuda(), False, (9, 0), "flash_attn_4"),
+        (FakeCuda(), False, (8, 0), "flash_attn_2"),  # Ampere: flash-attn 4 starts at Hopper
+        (FakeCuda(256), False, (10, 0), "flash_attn_2"),  # too wide a head for 4
+        (FakeCuda(320), False, (10, 0), "sdpa"),
+        (FakeCuda(60), False, (9, 0), "sdpa"),  # not a multiple of 8
+        (FakeCuda(), False, (7, 5), "sdpa"),
+        (FakeCuda(), True, (9, 0), "sdpa"),
+        (FakeCuda(dtype=torch.float32), False, (9, 0), "sdpa"),
+    ],
+)
+def test_backend_fits_the_queries(fake_kernels, query, masked, capability, expected):
+    assert select_backend(query, masked=masked, capability=capability) == expected
+
+
+def test_backend_falls_back_to_what_is_installed(fake_kernels, caplog):
+    fake_kernels["flash_attn_4"] = False
+    assert select_backend(FakeCuda(), masked=False, capability=(9, 0)) == "flash_attn_2"
+    attention._flash_kernel.cache_clear()
+    fake_kernels["flash_attn_2"] = False
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert select_backend(FakeCuda(), masked=False, capability=(9, 0)) == "sdpa"
+    assert sum("scaled_dot_product_attention" in record.message for record in caplog.records) == 1
+
+
+def test_a_kernel_that_does_not_load_is_skipped_with_a_warning(fake_kernels, monkeypatch, caplog):
+    monkeypatch.delattr(sys.modules["flash_attn.cute"], "flash_attn_func")
+    with caplog.at_level(logging.WARNING):
+        assert select_backend(FakeCuda(), masked=False, capability=(9, 0)) == "flash_attn_2"
+    assert "flash_attn.cute is installed but does not load" in caplog.text
+
+
+def test_the_chosen_kernel_runs_and_its_extra_results_are_dropped(fake_kernels, monkeypatch):
+    q, k, v = (x.detach() for x in qkv())
+    for name, added in (("flash_attn_4", 4), ("flash_attn_2", 2)):
+        monkeypatch.setattr(attention, "select_backend", lambda q, *, masked, name=name: name)
+        assert torch.equal(attend(q, k, v), q + added)
+
+
+@pytest.mark.parametrize(("files", "expected"), [(("cute",), (True, False)), (("cute", "__init__.py"), (True, True))])
+def test_backends_are_found_without_importing(tmp_path, monkeypatch, files, expected):
+    package = tmp_path / "flash_attn"
+    (package / "cute").mkdir(parents=True)
+    (package / "cute" / "__init__.py").write_text("raise RuntimeError('imported')")
+    if "__init__.py" in files:
+        (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    for module in ("cutlass", "flash_attn_2_cuda"):
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = available_backends()
+    assert (found["flash_attn_4"], found["flash_attn_2"], found["sdpa"]) == (*expected, True)
+
+
+@pytest.mark.gpu
+def test_flash_equals_sdpa_on_a_gpu():
+    if not any(available_backends()[name] for name in ("flash_attn_4", "flash_attn_2")):
+        pytest.skip("flash-attn is not installed")
+    q, k, v = (torch.randn(2, 65, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    assert select_backend(q, masked=False) != "sdpa"
+    reference = attention._sdpa(q.float(), k.float(), v.float(), None)
+    assert (attend(q, k, v).float() - reference).abs().max() < 0.02

@@ -1,0 +1,165 @@
+"""What two gloo processes measured (``worker.py``, one launch for all), asserted check by check."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.proofs.parallel import misses_of
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = (0, 1, 2, 3)
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("parallel")
+    out = folder / "out.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.parallel.worker", str(out), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return json.loads(out.read_text())
+
+
+def get(results: dict[str, Any], name: str) -> dict[str, Any]:
+    assert "error" not in results[name], results[name]["error"]
+    return results[name]
+
+
+def test_layout(results: dict[str, Any]) -> None:
+    found = get(results, "layout")
+    assert found["group"], "DeepSpeed reduces over another group than the layout's, with torch's own time-out"
+    assert found["timeout_s"] == 77
+    assert found["any"] == [True, False]
+    assert found["broadcast"] == {"rank": 0}
+    assert found["gather"] == [0, 1]
+    assert found["sum"] == 3.0
+    assert "parallel.sequence" in found["messages"]["sequence"] and "world size 2" in found["messages"]["sequence"]
+    assert "parallel.engine" in found["messages"]["engine"]
+
+
+def test_no_kernel_is_compiled_at_start(results: dict[str, Any]) -> None:
+    assert not get(results, "layout")["compiled"]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_views_are_what_deepspeed_gathers(results: dict[str, Any], zero: int) -> None:
+    found = get(results, f"views-{zero}")
+    assert found["wrong"] == []
+    assert found["covered"], "some element is written by no process, or by two"
+    assert found["stable"], "the masters moved: EMA and checkpoints would go on with dead tensors"
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_learning_rate_reaches_the_update(results: dict[str, Any], zero: int) -> None:
+    found = get(results, f"lr-{zero}")
+    assert found["zero"] == 0.0
+    assert found["quarter"] < 1e-6
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_unused_parameter_has_gradient_zero(results: dict[str, Any], zero: int) -> None:
+    assert get(results, f"unused-{zero}")["moved"] == 0.0
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_step_before_all_backwards_is_refused(results: dict[str, Any], zero: int) -> None:
+    assert "needs 2 backward calls before it, got 1" in get(results, f"count-{zero}")["message"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", STAGES)
+def test_non_finite_gradient_stops_all_before_the_update(results: dict[str, Any], zero: int, precision: str) -> None:
+    found = get(results, f"non_finite-{zero}-{precision}")
+    assert found["raised"] == [2, 2], "nan, then inf, from process 1 alone must raise on both"
+    assert found["unchanged"]
+    assert found["applied"] == 3
+    # AdamW, so the weights of bf16 runs differ by rounding of gradients near zero
+    assert found["after"] < (1e-6 if precision == "fp32" else 1e-3)
+    assert found["norms"] < (1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_ema_is_the_single_process_one(results: dict[str, Any], zero: int) -> None:
+    found = get(results, f"ema-{zero}")
+    assert found["difference"] < 1e-6
+    assert found["inside"] < 1e-5 and found["moved"] > 1e-3
+    assert found["restored"]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_bf16_keeps_fp32_masters(results: dict[str, Any], zero: int) -> None:
+    found = get(results, f"bf16-{zero}")
+    assert found["start"] == 0.0, "masters start from the fp32 weights, not from their rounding"
+    assert found["gradient"] < 1e-2
+    assert found["rounded"]
+    assert found["dtypes"] == ["torch.bfloat16"] and found["buffer"] == "torch.float32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", STAGES)
+def test_resume_is_bit_identical(results: dict[str, Any], zero: int, precision: str) -> None:
+    found = get(results, f"resume-{zero}-{precision}")
+    assert found["norms"]
+    assert found["weights"] == found["moments"] == found["ema"] == found["forward"] == 0.0
+    assert found["buffer"] == [0.0, 1.0, 2.0]
+    assert found["manifest"]["step"] == 4 and found["manifest"]["data"] == {"position": 16}
+
+
+@pytest.mark.parametrize("route", ["2-3", "3-0", "0-1", "1-2"])
+def test_checkpoint_moves_between_stages_and_worlds(results: dict[str, Any], route: str) -> None:
+    found = get(results, f"elastic-{route}")
+    assert max(found["weights"], found["alone"], found["ema"]) < 1e-6
+
+
+def test_failed_save_leaves_the_previous_one_whole(results: dict[str, Any]) -> None:
+    found = get(results, "disk_full")
+    for message in found["messages"]:
+        assert "step-00000002" in message and "process 1" in message and "123 bytes" in message
+    assert found["latest"] == "step-00000001"
+    assert found["left"] == ["step-00000001"]
+    assert found["kept"] == ["step-00000004", "step-00000005"]
+
+
+def test_checkpoint_of_another_model_is_refused(results: dict[str, Any]) -> None:
+    message = get(results, "wrong_model")["message"]
+    for part in ("missing in the checkpoint: extra", "not in the model: unused", "out.weight (3, 7) instead of (4, 7)"):
+        assert part in message
+
+
+def test_sequence_parallel_equals_whole(results: dict[str, Any]) -> None:
+    found = get(results, "sequence")
+    for case, figure in found["differences"].items():
+        assert figure < 1e-5, f"{case} tokens"
+    assert found["collectives"] == {"all_to_all": 2, "gather": 1}
+    assert found["exchanged"]
+    assert "parallel.sequence" in found["heads"] and "3 heads" in found["heads"]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_recomputed_blocks_with_own_parameters(results: dict[str, Any], zero: int) -> None:
+    found = get(results, f"recompute-{zero}")
+    assert found["blocks"] == 1
+    assert found["gradient"] < 1e-5
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_proof_row_equals_the_plain_process(results: dict[str, Any], row: int) -> None:
+    assert misses_of(get(results, f"proof-{row}")) == []
+
+
+def test_halved_gradients_do_not_pass_the_proof(results: dict[str, Any]) -> None:
+    found = get(results, "proof-4")
+    assert found["factor"] == 0.5
+    assert any(miss.startswith("gradient") for miss in misses_of(found))
+    assert found["gradient"] == pytest.approx(0.5, abs=1e-3)

@@ -1,0 +1,147 @@
+"""The loop: stopping, resuming, accumulation and failures, on the debug autoencoder in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train
+from ltd import autoencoders, storage
+from ltd.autoencoders import AutoencoderLoss
+from ltd.data.synthetic import make_toy_shards
+from ltd.tracking.tracker import Tracker
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs" / "debug" / "autoencoder.yaml")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    for split, seed in (("train", 0), ("heldout", 1)):
+        make_toy_shards(folder / split, num_videos=8, num_images=8, num_frames=9, height=32, width=32, seed=seed)
+    return folder
+
+
+def run(shards: Path, run_dir: Path, *overrides: str, steps: int = 6) -> int:
+    common = [f"run_dir={run_dir}", f"data.shards={shards / 'train'}", f"evaluation.shards={shards / 'heldout'}"]
+    return train.main([CONFIG, *common, f"steps={steps}", "checkpoint.every=3", "evaluation.every=4", *overrides])
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
+
+
+def weights(run_dir: Path, group: str = "master") -> dict[str, Tensor]:
+    checkpoint = storage.latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    return storage.Reader(checkpoint).read_full(group)
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    assert run(shards, run_dir) == 0
+    return run_dir
+
+
+def test_rows_are_one_per_step_with_the_promised_names(whole: Path) -> None:
+    table = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in table] == [1, 2, 3, 4, 5, 6]
+    needed = {"loss/autoencoder", "optim/grad_norm", "optim/lr", "time/step_s", "time/data_s", "perf/tokens_per_s"}
+    assert all(needed | {"data/keys_hash"} <= row.keys() for row in table)
+    assert [row["step"] for row in table if "heldout/psnr_video_db" in row] == [1, 4, 6]
+    assert len({row["data/keys_hash"] for row in table}) == 6
+
+
+def test_export_is_what_load_returns(whole: Path) -> None:
+    model = autoencoders.load(whole)
+    raw = autoencoders.load(whole, weights="raw")
+    assert equal(dict(raw.named_parameters()), weights(whole))
+    assert equal(dict(model.named_parameters()), weights(whole, "ema"))
+    assert not torch.equal(model.latent_norm.std, torch.ones_like(model.latent_norm.std))
+
+
+def test_sigterm_saves_exits_with_zero_and_resumes_bit_for_bit(
+    shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = Tracker.log
+
+    def log(self: Tracker, step: int, values: dict[str, Any]) -> None:
+        genuine(self, step, values)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log)
+        assert run(shards, tmp_path) == 0
+    assert storage.latest_checkpoint(tmp_path) == storage.checkpoint_path(tmp_path, 5)
+    assert not (tmp_path / "model").exists()
+    assert run(shards, tmp_path) == 0
+    assert rows(tmp_path) == rows(whole)
+    assert equal(weights(tmp_path), weights(whole)) and equal(weights(tmp_path, "ema"), weights(whole, "ema"))
+
+
+def test_finished_run_has_nothing_to_do(shards: Path, whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    assert run(shards, whole) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+
+
+def test_accumulation_does_not_change_the_run(shards: Path, whole: Path, tmp_path: Path) -> None:
+    assert run(shards, tmp_path, "parallel.accumulation=2") == 0
+    for ours, theirs in zip(rows(tmp_path), rows(whole), strict=True):
+        assert ours["data/keys_hash"] == theirs["data/keys_hash"]
+        assert ours["loss/autoencoder"] == pytest.approx(theirs["loss/autoencoder"], rel=1e-4)
+        assert ours["optim/grad_norm"] == pytest.approx(theirs["optim/grad_norm"], rel=1e-3)
+
+
+def test_seed_changes_the_run(shards: Path, whole: Path, tmp_path: Path) -> None:
+    assert run(shards, tmp_path, "seed=1", steps=1) == 0
+    assert rows(tmp_path)[0]["data/keys_hash"] != rows(whole)[0]["data/keys_hash"]
+
+
+def test_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(
+    shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genuine = AutoencoderLoss.__call__
+    calls = 0
+
+    def broken(self: AutoencoderLoss, *inputs: Any) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        terms = genuine(self, *inputs)
+        return {name: value * float("nan") for name, value in terms.items()} if calls == 4 else terms
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderLoss, "__call__", broken)
+        with pytest.raises(SystemExit) as stop:
+            run(shards, tmp_path)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "stopped before the optimizer step" in message and "toy" in message
+    records = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["cause"], len(r["keys"])) for r in records] == [(4, "non_finite", 4)]
+    assert run(shards, tmp_path) == 0, "the checkpoint of step 3 is whole"
+    assert equal(weights(tmp_path), weights(whole))
+
+
+def test_resume_never_refuses_to_write_over_a_run(
+    shards: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(shards, whole, "resume=never", steps=9)
+    assert stop.value.code == 2
+    assert "run_dir" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Chunked encoding and decoding against the whole clip for every chunk size, and causality frame by frame."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltd import config
+from ltd.autoencoders import CausalVae, CausalVaeConfig, build_autoencoder
+from ltd.rng import generator
+from ltd.training.autoencoder import AutoencoderRun
+from tools.proofs.table import Proof
+
+NAME = "streaming"
+ROOT = Path(__file__).resolve().parents[2]
+#: Largest difference over the output's standard deviation.
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+FRAMES = 17
+
+
+def architectures() -> dict[str, CausalVaeConfig]:
+    """List what is measured: the defaults at a small width, and the quickstart's own model."""
+    run = config.load(AutoencoderRun, ROOT / "configs" / "autoencoder" / "quickstart.yaml")
+    default = CausalVaeConfig(channels=(16, 32, 64), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))
+    return {
+        "default 4x8x8, narrow": default,
+        "default without linear path, zero padding": dataclasses.replace(default, linear_path=False, padding="zeros"),
+        "quickstart": run.model,
+    }
+
+
+def redrawn(architecture: CausalVaeConfig, dtype: torch.dtype) -> CausalVae:
+    """Build a model whose every weight is redrawn, so that no zero-initialised branch hides an error."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_autoencoder(architecture).to(dtype)
+        for parameter in model.parameters():
+            spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
+            torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=spread)
+    return model.eval()
+
+
+def clip(dtype: torch.dtype) -> Tensor:
+    """Draw a clip of noise, ``(1, 3, 17, 32, 48)``."""
+    return torch.rand(1, 3, FRAMES, 32, 48, generator=generator(0, "clip"), dtype=torch.float64).to(dtype) * 2 - 1
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.std())
+
+
+def _pieces(x: Tensor, first: int, following: int) -> list[Tensor]:
+    """Cut axis 2 into one piece of ``first`` and others of ``following``."""
+    rest = list(x[:, :, first:].split(following, dim=2)) if x.shape[2] > first else []
+    return [x[:, :, :first], *rest]
+
+
+@torch.no_grad()
+def chunk_differences(model: CausalVae, video: Tensor) -> dict[str, float]:
+    """Encode and decode in chunks of every size and compare with the whole clip.
+
+    Args:
+        model: Autoencoder.
+        video: ``(b, 3, 17, h, w)``.
+
+    Returns:
+        Largest relative difference by what was cut: ``encode k`` for chunks of k latent frames, ``decode k``.
+    """
+    step = model.compression.t
+    posterior = model.encode(video)
+    decoded = model.decode(posterior.mean)
+    frames = posterior.mean.shape[2]
+    found = {}
+    for size in range(1, frames + 1):
+        chunks = _pieces(video, 1 + (size - 1) * step, size * step)
+        parts = list(model.encode_stream(chunks))
+        mean, logvar = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("mean", "logvar"))
+        found[f"encode {size}"] = max(_relative(mean, posterior.mean), _relative(logvar, posterior.logvar))
+        pieces = model.decode_stream(_pieces(posterior.mean, size, size))
+        found[f"decode {size}"] = _relative(torch.cat(list(pieces), dim=2), decoded)
+    return found
+
+
+@torch.no_grad()
+def causality_violations(model: CausalVae, video: Tensor) -> tuple[int, int]:
+    """Perturb each frame and each latent frame in turn.
+
+    Args:
+        model: Autoencoder.
+        video: ``(b, 3, 17, h, w)``.
+
+    Returns:
+        Number of earlier latents (or frames) that changed in any bit, and of perturbed ones that changed nothing at all.
+    """
+    step = model.compression.t
+    before = model.encode(video)
+    changed = unmoved = 0
+    for frame in range(video.shape[2]):
+        other = video.clone()
+        other[:, :, frame] = -other[:, :, frame]
+        after = model.encode(other)
+        first = -(-frame // step)  # ceil: the first latent that may see the frame
+        for name in ("mean", "logvar"):
+            a, b = getattr(before, name), getattr(after, name)
+            changed += int(not torch.equal(a[:, :, :first], b[:, :, :first]))
+            unmoved += int(torch.equal(a[:, :, first], b[:, :, first]))
+    decoded = model.decode(before.mean)
+    for latent in range(before.mean.shape[2]):
+        moved = before.mean.clone()
+        moved[:, :, latent] += 1
+        after_frames = model.decode(moved)
+        first = 0 if latent == 0 else 1 + (latent - 1) * step
+        changed += int(not torch.equal(decoded[:, :, :first], after_frames[:, :, :first]))
+        unmoved += int(torch.equal(decoded[:, :, first:], after_frames[:, :, first:]))
+    return changed, unmoved
+
+
+def measure(architectures_of: Callable[[], dict[str, CausalVaeConfig]] = architectures) -> Proof:
+    """Measure every architecture in fp32 and fp64."""
+    rows, misses = [], []
+    for name, architecture in architectures_of().items():
+        for dtype, limit in LIMITS.items():
+            model, video = redrawn(architecture, dtype), clip(dtype)
+            differences = chunk_differences(model, video)
+            encode = max(value for key, value in differences.items() if key.startswith("encode"))
+            decode = max(value for key, value in differences.items() if key.startswith("decode"))
+            changed, unmoved = causality_violations(model, video)
+            label = str(dtype).removeprefix("torch.")
+            rows.append([name, label, len(differences) // 2, encode, decode, limit, changed, unmoved])
+            if max(encode, decode) > limit:
+                misses.append(f"{name}, {label}: chunks differ by {max(encode, decode):.2e}, limit {limit:.0e}")
+            if changed or unmoved:
+                misses.append(f"{name}, {label}: {changed} earlier outputs changed, {unmoved} perturbations had no effect")
+    columns = ["model", "dtype", "chunk sizes", "encode", "decode", "limit", "earlier outputs changed", "no effect"]
+    notes = (
+        f"{FRAMES} frames of noise, every weight redrawn. Encode and decode: largest difference between the clip in chunks "
+        "of 1, 2, ... latent frames and the whole clip, over the output's standard deviation. Causality: each frame is "
+        "perturbed in turn, and each latent frame; earlier latents (frames) are compared bit for bit, and the perturbed one "
+        "must change."
+    )
+    return Proof("Streaming equals the whole clip, and nothing sees the future", columns, rows, misses, notes)
