@@ -34,7 +34,9 @@ def command_line(*fatal: type[Exception]) -> Iterator[None]:
         yield
     except (ConfigError, StorageError) as error:
         _end(error, 2)
-    except (StorageWriteError, *fatal) as error:
+    except Exception as error:
+        if not isinstance(error, (StorageWriteError, *fatal)):
+            raise
         _end(error, 1)
 
 

@@ -51,7 +51,7 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"{item!r}: an override is written dotted.key=value")
     try:
-        tree = OmegaConf.load(path)
+        tree: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
             raise ConfigError(f"{path}: expected a mapping of fields, got {type(tree).__name__}")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
@@ -275,5 +275,9 @@ def _unknown_message(cls: Any, path: str) -> str:
     leaf = path.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    best = close or sorted(same_leaf, key=lambda name: name.count("."))[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    best = (
+        close
+        or sorted(same_leaf, key=lambda name: name.count("."))[:1]
+        or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    )
     return f"{path}: unknown field" + (f"; did you mean '{best[0]}'?" if best else "")

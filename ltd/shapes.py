@@ -78,9 +78,7 @@ class Compression:
             if size % factor:
                 lower = size // factor * factor
                 nearest = f"{lower} and {lower + factor}" if lower else f"{factor}"
-                raise ValueError(
-                    f"{name} must be a multiple of {factor} (compression), got {size}; nearest: {nearest}"
-                )
+                raise ValueError(f"{name} must be a multiple of {factor} (compression), got {size}; nearest: {nearest}")
         return VideoShape(self.latent_frames(shape.num_frames), shape.height // self.h, shape.width // self.w)
 
     def video(self, shape: VideoShape) -> VideoShape:

@@ -342,7 +342,9 @@ def save_model(directory: str | Path, tensors: Mapping[str, Tensor], config: Map
         config: Plain values: at least the model's configuration.
     """
     with atomic_directory(directory) as incomplete:
-        _save_tensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, incomplete / "model.safetensors")
+        _save_tensors(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, incomplete / "model.safetensors"
+        )
         plain = {"format": FORMAT, **config}
         (incomplete / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
 

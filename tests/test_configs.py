@@ -12,7 +12,9 @@ from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.denoiser import DenoiserRun
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "kind: " in path.read_text() and path.stem != "latents")
+RUNS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if "kind: " in path.read_text() and path.stem != "latents"
+)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -31,9 +31,13 @@ def test_any_range_from_any_layout(tmp_path: Path) -> None:
         write(directory, cuts, tensors)
         reader = Reader(directory)
         full = reader.read_full("master")
-        assert all(torch.equal(full[name], tensor) and full[name].dtype == tensor.dtype for name, tensor in tensors.items())
+        assert all(
+            torch.equal(full[name], tensor) and full[name].dtype == tensor.dtype for name, tensor in tensors.items()
+        )
         for start, stop in [(0, 35), (3, 4), (9, 31), (33, 35)]:
-            assert torch.equal(reader.read("master", "a.weight", start, stop), tensors["a.weight"].flatten()[start:stop])
+            assert torch.equal(
+                reader.read("master", "a.weight", start, stop), tensors["a.weight"].flatten()[start:stop]
+            )
         storage.verify(directory)
 
 

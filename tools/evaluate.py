@@ -52,7 +52,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Define and read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("run", type=Path, help="directory that gets evaluation.json, as a run's")
-    parser.add_argument("--autoencoder", help="run or exported folder of an autoencoder; RUN if --shards is given alone")
+    parser.add_argument(
+        "--autoencoder", help="run or exported folder of an autoencoder; RUN if --shards is given alone"
+    )
     parser.add_argument("--shards", help="held-out tars for the autoencoder")
     parser.add_argument("--size", default="17x64x112", help="FRAMESxHEIGHTxWIDTH of the held-out clips")
     parser.add_argument("--windows-per-clip", type=int, default=2, help="held-out windows of each clip, at most")
@@ -60,7 +62,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=Path, help="directory that sample.py wrote")
     parser.add_argument("--reference", help="tars that the denoiser was trained on")
     parser.add_argument("--prompts", type=Path, help="measure only samples of these prompts, one per line")
-    parser.add_argument("--fps", type=float, help="frames per second that training clips were cut to; theirs if left out")
+    parser.add_argument(
+        "--fps", type=float, help="frames per second that training clips were cut to; theirs if left out"
+    )
     parser.add_argument("--max-clips", type=int, default=64, help="samples that enter Frechet distances, at most")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws of real clips")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -72,9 +76,13 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     with command_line():
         if args.shards is None and args.samples is None:
-            raise ConfigError("nothing to measure: give --shards for the autoencoder, --samples and --reference, or both")
+            raise ConfigError(
+                "nothing to measure: give --shards for the autoencoder, --samples and --reference, or both"
+            )
         if args.samples is not None and args.reference is None:
-            raise ConfigError("--reference: samples are held against training clips; give the tars they were trained on")
+            raise ConfigError(
+                "--reference: samples are held against training clips; give the tars they were trained on"
+            )
         for name in ("windows_per_clip", "max_clips"):
             if getattr(args, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")

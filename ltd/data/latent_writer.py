@@ -98,7 +98,9 @@ class LatentCacheWriter:
             "identity": digest({"of": self.identity.digest, "keys": [w.key for w in self.windows]}),
             "windows": len(self.windows),
         }
-        if self.directory.is_dir() and not marker.is_file() and any(self.directory.iterdir()) and self.global_rank == 0:
+        # Another process of this job may be writing the marker at this moment.
+        foreign = [p for p in self.directory.glob("*") if not p.name.startswith(marker.name)]
+        if foreign and not marker.is_file():
             raise ConfigError(f"out: {self.directory} is not empty and holds no latent cache; choose another directory")
         if marker.is_file():
             found = json.loads(marker.read_text("utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".incomplete")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.incomplete")  # one per writer
     part.write_bytes(data)
     os.replace(part, path)
 

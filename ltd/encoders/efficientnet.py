@@ -59,7 +59,10 @@ class EfficientNetLite0(nn.Module):
         for block in self._blocks:
             _fold(block, [pair for pair in pairs if hasattr(block, pair[0])])
         _fold(self, [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")])
-        return self.to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
 
 
 class _Block(nn.Module):
@@ -102,9 +105,11 @@ class _SameConv(nn.Conv2d):
 
 
 def _fold(parent: nn.Module, pairs: list[tuple[str, str]]) -> None:
-    for conv, norm in pairs:
-        setattr(parent, conv, fuse_conv_bn_eval(parent.get_submodule(conv), parent.get_submodule(norm)))
-        setattr(parent, norm, nn.Identity())
+    for conv_name, norm_name in pairs:
+        conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+        setattr(parent, norm_name, nn.Identity())
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

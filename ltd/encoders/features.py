@@ -1,6 +1,6 @@
 """Features for metrics: clips -> one vector each, from networks that packages ship and from plain statistics.
 
-Every feature carries its ``name`` and ``preprocessing``, so that each number computed from it can say where it came from.
+Every feature carries its ``name`` and ``preprocessing``, so that each number can say where it came from.
 """
 
 from __future__ import annotations
@@ -205,7 +205,9 @@ class FrameDifferences:
         grey = F.interpolate(grey, size=(32, 32), mode="area").unflatten(0, (b, t))[:, :, 0]  # (b, t, 32, 32)
         first, second = grey.diff(dim=1), grey.diff(n=2, dim=1)
         cells = [F.adaptive_avg_pool2d(d.abs().mean(dim=1), 4).flatten(1) for d in (first, second)]  # (b, 16) each
-        lags = [(grey[:, lag:] - grey[:, :-lag]).abs().mean(dim=(1, 2, 3)) for lag in (min(k, t - 1) for k in (1, 2, 4, 8))]
+        lags = [
+            (grey[:, lag:] - grey[:, :-lag]).abs().mean(dim=(1, 2, 3)) for lag in (min(k, t - 1) for k in (1, 2, 4, 8))
+        ]
         return torch.cat((*cells, torch.stack(lags, dim=1)), dim=1).sqrt()
 
 

@@ -58,7 +58,9 @@ class PerceptualDistance(nn.Module):
             ValueError: If the shapes differ or the frames are smaller than 32 x 32.
         """
         if x.shape != y.shape or x.dim() != 5 or x.shape[1] != 3:
-            raise ValueError(f"perceptual distance needs two (b, 3, t, h, w), got {tuple(x.shape)} and {tuple(y.shape)}")
+            raise ValueError(
+                f"perceptual distance needs two (b, 3, t, h, w), got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
         if min(x.shape[3:]) < 32:
             raise ValueError(f"perceptual distance needs frames of 32 x 32 or more, got {x.shape[3]} x {x.shape[4]}")
         if self.max_frames is not None and self.max_frames < x.shape[2]:
@@ -127,5 +129,7 @@ def _unit_length(features: Tensor) -> Tensor:
 def _rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Map the published names to those of the plain layers."""
     names = ("net.slice1.0", "net.slice2.5", "net.slice3.9", "net.slice4.11", "net.slice5.13")
-    renamed = {f"convs.{i}.{part}": weights[f"{name}.{part}"] for i, name in enumerate(names) for part in ("weight", "bias")}
+    renamed = {
+        f"convs.{i}.{part}": weights[f"{name}.{part}"] for i, name in enumerate(names) for part in ("weight", "bias")
+    }
     return renamed | {part: weights[f"scaling_layer.{part}"] for part in ("shift", "scale")}

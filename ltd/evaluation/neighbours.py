@@ -30,18 +30,17 @@ def pairwise_distances(queries: Tensor, gallery: Tensor) -> Tensor:
 
 
 class Retrieval:
-    """Top-1 retrieval: the share of queries whose nearest gallery item carries their own label."""
+    """Top-1 retrieval: the share of queries whose nearest gallery item carries their own label.
+
+    Args:
+        gallery: ``(m, dim)``.
+        labels: Label of each item; a label may have several items.
+
+    Raises:
+        ValueError: If the numbers differ or there are fewer than 2 labels.
+    """
 
     def __init__(self, gallery: Tensor, labels: Sequence[str]) -> None:
-        """Hold the gallery.
-
-        Args:
-            gallery: ``(m, dim)``.
-            labels: Label of each item; a label may have several items.
-
-        Raises:
-            ValueError: If the numbers differ or there are fewer than 2 labels.
-        """
         if len(gallery) != len(labels) or len(set(labels)) < 2:
             raise ValueError(f"a gallery needs 2 labels or more, got {len(gallery)} items, {len(set(labels))} labels")
         self.gallery, self.labels = gallery, tuple(labels)
@@ -89,18 +88,17 @@ class Retrieval:
 
 
 class NearestDistances:
-    """Distances from queries to the nearest gallery item that does not share their group."""
+    """Distances from queries to the nearest gallery item that does not share their group.
+
+    Args:
+        gallery: ``(m, dim)``.
+        groups: Group of each item, as the clip a window was cut from.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
 
     def __init__(self, gallery: Tensor, groups: Sequence[str]) -> None:
-        """Hold the gallery.
-
-        Args:
-            gallery: ``(m, dim)``.
-            groups: Group of each item, as the clip a window was cut from.
-
-        Raises:
-            ValueError: If the numbers differ.
-        """
         if len(gallery) != len(groups):
             raise ValueError(f"got {len(gallery)} gallery items and {len(groups)} groups")
         self.gallery, self.groups = gallery, tuple(groups)

@@ -1,4 +1,4 @@
-"""What is measured of an autoencoder and of samples, and beside which controls; rows in, no files, no networks of its own.
+"""What is measured of an autoencoder and of samples, and beside which controls: rows out, no files, no networks here.
 
 Every distance of samples from real clips stands beside the same distance of real clips from real clips at equal n.
 """
@@ -80,7 +80,9 @@ class ClipFeatures:
 
     def __init__(self, features: FeatureMap, *, frames: int | None = None) -> None:
         self.name, self.dim, self.frames = features.name, features.dim, frames
-        self.preprocessing = features.preprocessing if frames is None else f"{frames} frames per clip; {features.preprocessing}"
+        self.preprocessing = (
+            features.preprocessing if frames is None else f"{frames} frames per clip; {features.preprocessing}"
+        )
         self._features = features
         self._known: list[tuple[Tensor, Tensor]] = []  # holds the clips too, so that ``is`` cannot meet a reused id
 
@@ -154,7 +156,7 @@ def frechet_rows(
     seed: int = 0,
     note: str = "",
 ) -> list[MetricRow]:
-    """Measure Frechet distances of samples, of real clips, of matched real clips and of shuffled real clips.
+    """Measure Frechet distances of samples, of matched real clips and of shuffled real clips, beside the floor.
 
     The pool is split at random into two sets of ``n = len(samples)``: the reference, and the real clips of the floor.
     Values are means over three splits; the shuffled row is of the first split.
@@ -168,7 +170,7 @@ def frechet_rows(
         note: What a reader must know of this metric.
 
     Returns:
-        Two or three rows.
+        One to three rows.
 
     Raises:
         ValueError: If there are too few clips, or not as many matched ones as samples.
@@ -176,32 +178,22 @@ def frechet_rows(
     n = len(samples)
     if reference.matched is not None and len(reference.matched) != n:
         raise ValueError(f"{len(reference.matched)} matched windows for {n} samples: distances compare at equal n only")
-
-    def moments(vectors: Tensor) -> FeatureMoments:
-        return FeatureMoments(features.dim).update(vectors.flatten(0, 1))
-
-    made, pool = features.vectors(samples.pixels), features.vectors(reference.pool.pixels)
-    matched = None if reference.matched is None else features.vectors(reference.matched.pixels)
-    values: dict[str, list[float]] = {"": [], "floor": [], "_real_same_captions": [], "_shuffled_frames": []}
-    for repeat in range(_REPEATS):
-        held, drawn = disjoint_draws(len(pool), n, seed=seed, repeat=repeat)
-        distance = FrechetDistance(moments(pool[held]))
-        values[""].append(distance.to(moments(made)).value)
-        values["floor"].append(distance.to(moments(pool[drawn])).value)
-        if matched is not None:
-            values["_real_same_captions"].append(distance.to(moments(matched)).value)
-        if repeat == 0 and features.frames is None:
-            shuffled = shuffle_frames(reference.pool.pixels[drawn], seed=seed)
-            values["_shuffled_frames"].append(distance.to(moments(features.vectors(shuffled))).value)
-    floor = _mean(values.pop("floor"))
-    counted = made.shape[0] * made.shape[1]
-    small = f"{counted} vectors of {features.dim} dimensions: compare at equal n only" if counted <= features.dim else ""
-    notes = {"": "; ".join(filter(None, (note, small))), "_real_same_captions": _SAME_CAPTIONS, "_shuffled_frames": _SHUFFLED}
+    values = _frechet_values(samples, reference, features, seed=seed)
+    floor = values.pop("floor")
+    counted = n * features.vectors(samples.pixels).shape[1]
+    small = (
+        f"{counted} vectors of {features.dim} dimensions: compare at equal n only" if counted <= features.dim else ""
+    )
+    notes = {
+        "": "; ".join(filter(None, (note, small))),
+        "_real_same_captions": _SAME_CAPTIONS,
+        "_shuffled_frames": _SHUFFLED,
+    }
     return [
         MetricRow(
             part="samples",
             name=name + suffix,
-            value=_mean(found),
+            value=value,
             unit="",
             network=features.name,
             preprocessing=features.preprocessing,
@@ -209,9 +201,30 @@ def frechet_rows(
             floor=floor,
             note=notes[suffix],
         )
-        for suffix, found in values.items()
-        if found
+        for suffix, value in values.items()
     ]
+
+
+def _frechet_values(samples: Clips, reference: Reference, features: ClipFeatures, *, seed: int) -> dict[str, float]:
+    """Compute the distances by suffix of their names; "" is the samples', "floor" the real clips'."""
+
+    def moments(vectors: Tensor) -> FeatureMoments:
+        return FeatureMoments(features.dim).update(vectors.flatten(0, 1))  # (n, k, dim) -> (n * k, dim)
+
+    pool = features.vectors(reference.pool.pixels)
+    others = {"": moments(features.vectors(samples.pixels))}
+    if reference.matched is not None:
+        others["_real_same_captions"] = moments(features.vectors(reference.matched.pixels))
+    found: dict[str, list[float]] = {}
+    for repeat in range(_REPEATS):
+        held, drawn = disjoint_draws(len(pool), len(samples), seed=seed, repeat=repeat)
+        distance = FrechetDistance(moments(pool[held]))
+        for suffix, other in (*others.items(), ("floor", moments(pool[drawn]))):
+            found.setdefault(suffix, []).append(distance.to(other).value)
+        if repeat == 0 and features.frames is None:
+            shuffled = shuffle_frames(reference.pool.pixels[drawn], seed=seed)
+            found["_shuffled_frames"] = [distance.to(moments(features.vectors(shuffled))).value]
+    return {suffix: sum(values) / len(values) for suffix, values in found.items()}
 
 
 def retrieval_rows(samples: Clips, reference: Reference, features: ClipFeatures, *, name: str) -> list[MetricRow]:
@@ -256,7 +269,9 @@ def retrieval_rows(samples: Clips, reference: Reference, features: ClipFeatures,
     ]
 
 
-def nearest_rows(samples: Clips, reference: Reference, features: ClipFeatures, *, name: str, unit: str) -> list[MetricRow]:
+def nearest_rows(
+    samples: Clips, reference: Reference, features: ClipFeatures, *, name: str, unit: str
+) -> list[MetricRow]:
     """Measure how near samples come to training clips, beside how near training clips come to each other.
 
     Args:
@@ -287,8 +302,8 @@ def nearest_rows(samples: Clips, reference: Reference, features: ClipFeatures, *
             preprocessing=features.preprocessing,
             n=len(samples),
             floor=real.median,
-            note=f"median distance to the nearest of {len(gallery)} windows of {len(set(groups))} training clips; floor: "
-            "of a real window to the nearest window of another clip. Far below it is a copy of training data",
+            note=f"median distance to the nearest of {len(gallery)} windows of {len(set(groups))} training clips; "
+            "floor: of a real window to the nearest window of another clip. Far below it is a copy of training data",
         )
     ]
 
@@ -298,7 +313,3 @@ def spread_frames(clips: Tensor, num_frames: int) -> Tensor:
     length = clips.shape[1]
     count = min(num_frames, length)
     return clips[:, [math.floor((i + 0.5) * length / count) for i in range(count)]]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

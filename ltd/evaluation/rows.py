@@ -51,7 +51,7 @@ def rows_from_json(text: str) -> list[MetricRow]:
         ValueError: If the text is no such list.
     """
     try:
-        return [MetricRow(**{k: float("inf") if v == "inf" else v for k, v in row.items()}) for row in json.loads(text)]
+        return [MetricRow(**{key: _parsed(value) for key, value in row.items()}) for row in json.loads(text)]
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a list of metric rows: {error}") from error
 
@@ -73,9 +73,16 @@ def format_table(rows: Sequence[MetricRow]) -> str:
         for row in rows
     ]
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (head, *body)
+    ]
     return "\n".join([*lines, *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
 
 
 def _plain(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) and value > 0 else value
+
+
+def _parsed(value: Any) -> Any:
+    return math.inf if value == "inf" else value

@@ -223,6 +223,8 @@ def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:
 
 def _check_model(model: DitConfig, latent_channels: int, text_dim: int) -> None:
     if model.latent_channels != latent_channels:
-        raise ConfigError(f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {latent_channels}")
+        raise ConfigError(
+            f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {latent_channels}"
+        )
     if model.text_dim != text_dim:
         raise ConfigError(f"model.text_dim: got {model.text_dim}, the text encoder makes {text_dim}")

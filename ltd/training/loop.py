@@ -126,7 +126,9 @@ def fit(session: Session, stage: Stage) -> bool:
             if every(done, run.checkpoint.every) or done == run.steps or stopping:
                 save_session(session, done, info.state)
             if stopping and done < run.steps:
-                logger.warning("stopped by SIGTERM after step %d, checkpoint written; run the same command to resume", done)
+                logger.warning(
+                    "stopped by SIGTERM after step %d, checkpoint written; run the same command to resume", done
+                )
                 return False
     return True
 

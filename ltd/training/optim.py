@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ltd.config import ConfigError
-from ltd.parallel.engine import OptimizerSettings
+from ltd.parallel.config import OptimizerSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +216,19 @@ def test_latents_that_are_not_finite_count_as_bad(tmp_path: Path, index: Index, 
     assert batch.text is None
     assert [record.cause for record in info.bad] == ["not_finite"]
     assert sorted(batch.weight.tolist()) == [0.0, 1.0]
+
+
+def test_processes_that_start_together_do_not_disturb_each_other(
+    tmp_path: Path, index: Index, windows: tuple[Window, ...]
+) -> None:
+    for trial in range(10):
+        directory, barrier = tmp_path / str(trial), threading.Barrier(4)
+
+        def work(rank: int, directory: Path = directory, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            write(directory, index, windows[:8], global_rank=rank, world_size=4)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        finish_cache(directory)
+        check_content(LatentCache(directory), windows[:8])

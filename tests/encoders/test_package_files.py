@@ -6,7 +6,10 @@ from ltd.encoders.package_files import hash_files, package_directory, read_weigh
 
 
 def test_a_missing_package_is_named_with_its_extra():
-    with pytest.raises(ConfigError, match="features: needs the package 'not_here', .* pip install --no-deps not-here==1, or the 'eval' extra"):
+    with pytest.raises(
+        ConfigError,
+        match="features: needs the package 'not_here', .* pip install --no-deps not-here==1, or the 'eval' extra",
+    ):
         package_directory("not_here", field="features", pip_name="not-here==1", extra="eval")
     with pytest.raises(ConfigError, match="import name of one package"):
         package_directory("a.b", field="path")

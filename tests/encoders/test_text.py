@@ -58,17 +58,19 @@ def test_minilm_equals_transformers_on_a_padded_batch(minilm):
 
 
 def test_a_caption_does_not_see_its_batch(minilm):
-    together, _ = minilm.encode(CAPTIONS * 3 + ["a big bird sits up"])
+    together, mask = minilm.encode([*CAPTIONS, "a big bird sits up", *CAPTIONS[::-1]])
+    grouped, _ = build_text_encoder(TransformersTextConfig(max_length=32, batch_size=3)).encode(CAPTIONS)
     for index, caption in enumerate(CAPTIONS):
-        alone, _ = minilm.encode([caption])
-        for copy in (index, index + 4, index + 8):
-            assert torch.allclose(together[copy], alone[0], atol=1e-6, rtol=0)
+        alone, alone_mask = minilm.encode([caption])
+        assert torch.equal(together[index], alone[0]) and torch.equal(mask[index], alone_mask[0])
+        assert torch.equal(together[8 - index], alone[0])
+        assert torch.allclose(grouped[index], alone[0], atol=1e-5)
 
 
 def test_long_captions_are_cut_counted_and_told_once(minilm, caplog):
     encoder = build_text_encoder(TransformersTextConfig(max_length=8))
     with caplog.at_level(logging.WARNING):
-        embeddings, mask = encoder.encode([CAPTIONS[3], CAPTIONS[3], "short"])
+        embeddings, mask = encoder.encode([CAPTIONS[3], CAPTIONS[3] + " sun", "short"])
     assert encoder.num_truncated == 2
     assert len(caplog.records) == 1 and "cut to max_length = 8" in caplog.text
     assert mask.sum(dim=1).tolist() == [8, 8, 3]
@@ -107,7 +109,9 @@ def test_refusals(tmp_path):
 
     with pytest.raises(ConfigError, match=r"path: no config.json in .*nowhere"):
         build(path=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"path: needs the package 'not_a_package'.*pip install --no-deps not-a-package"):
+    with pytest.raises(
+        ConfigError, match=r"path: needs the package 'not_a_package'.*pip install --no-deps not-a-package"
+    ):
         build(path="package:not_a_package")
     with pytest.raises(ConfigError, match="max_length: got 1000, needed at most 512"):
         build(max_length=1000)

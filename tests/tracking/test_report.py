@@ -192,6 +192,14 @@ def test_page_holds_everything_escaped_and_asks_for_nothing(tmp_path: Path) -> N
     assert parsed.tags.count("img") == 1, "the grid"
 
 
+def test_videos_are_of_the_kind_that_every_browser_plays(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    make_run(tmp_path / "a", media=True)
+    with av.open(str(tmp_path / "a/samples/0000.mp4")) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
+
+
 def test_media_past_the_limit_are_named(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", media=True))
     limit = ((tmp_path / "a/samples/0000.mp4").stat().st_size + 10) / 1e6

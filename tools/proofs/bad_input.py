@@ -301,7 +301,12 @@ CASES = (
     Case("checkpoint of another model", _other_model, 2, ("resume", "another model", "(64")),
     Case("no checkpoint to resume", _no_checkpoint, 2, ("resume", "elsewhere", "auto, never")),
     Case("damaged checkpoint", _damaged_checkpoint, 2, (".safetensors", "damaged")),
-    Case("no disk space for a checkpoint", _full_disk, 1, ("step-00000004", "needed", "free", "left: step-00000002;", "code 0")),
+    Case(
+        "no disk space for a checkpoint",
+        _full_disk,
+        1,
+        ("step-00000004", "needed", "free", "left: step-00000002;", "code 0"),
+    ),
     Case("loss or gradient not finite", _not_finite, 1, ("before the optimizer step", "Samples of the batch")),
     Case("missing prompt file", _no_prompts, 2, ("--prompts", "does not exist")),
     Case("sampling from something else", _not_a_run, 2, ("config.yaml", "run directory")),
@@ -327,7 +332,9 @@ def check(case: Case) -> tuple[Outcome, list[str]]:
     with scratch() as folder:
         outcome = case.act(folder)
         outcome = Outcome(outcome.code, outcome.message.replace(f"{folder}/", "").replace(str(folder), "."))
-    wrong = [f"{case.name}: {text!r} is not in {outcome.message!r}" for text in case.expected if text not in outcome.message]
+    wrong = [
+        f"{case.name}: {text!r} is not in {outcome.message!r}" for text in case.expected if text not in outcome.message
+    ]
     if outcome.code != case.code:
         wrong.append(f"{case.name}: exit code {outcome.code}, needed {case.code}: {outcome.message!r}")
     return outcome, wrong

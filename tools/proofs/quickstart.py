@@ -26,7 +26,10 @@ def measure() -> Proof:
     rows: list[list[Any]] = [["wall time of " + name, value / 60, "min", "", ""] for name, value in seconds.items()]
     rows.append(["wall time in all", sum(seconds.values()) / 60, "min", "", f"at most {MINUTES:g}"])
     heldout = [row["heldout/denoise"] for row in metrics if "heldout/denoise" in row]
-    rows += [["held-out denoise loss, first", heldout[0], "", "", ""], ["held-out denoise loss, last", heldout[-1], "", "", ""]]
+    rows += [
+        ["held-out denoise loss, first", heldout[0], "", "", ""],
+        ["held-out denoise loss, last", heldout[-1], "", "", ""],
+    ]
     rows += [[r["name"], r["value"], r["unit"], r["network"], _beside(r)] for r in results]
     return Proof(
         "The quickstart: real film to evaluated samples on two cores",
@@ -58,7 +61,9 @@ def misses(seconds: dict[str, float], results: list[dict[str, Any]], heldout: li
         found.append(f"held-out PSNR {psnr:.2f} dB, needed {PSNR_DB:g}")
     retrieval = values["caption_retrieval_top1"]
     if retrieval["value"] < TIMES_CHANCE * retrieval["floor"]:
-        found.append(f"caption retrieval {retrieval['value']:.3f}, needed {TIMES_CHANCE:g} times chance {retrieval['floor']:.3f}")
+        found.append(
+            f"caption retrieval {retrieval['value']:.3f}, needed {TIMES_CHANCE:g} times chance {retrieval['floor']:.3f}"
+        )
     if not heldout[-1] < heldout[0]:
         found.append(f"held-out loss went from {heldout[0]:.3f} to {heldout[-1]:.3f}")
     return found

@@ -119,7 +119,9 @@ def measure() -> Proof:
         "not the clocks) and every byte of the last checkpoint's shards (the groups listed) are compared with the "
         "untouched run's."
     )
-    return Proof("A killed run continues as if nothing had happened", [*columns, "groups compared"], rows, misses, notes)
+    return Proof(
+        "A killed run continues as if nothing had happened", [*columns, "groups compared"], rows, misses, notes
+    )
 
 
 def _make_data(folder: Path) -> None:
@@ -136,9 +138,7 @@ def _start(case: Case, overrides: list[str]) -> subprocess.Popen[bytes]:
     if case.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
     command = [*launcher, "train.py", case.config, *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

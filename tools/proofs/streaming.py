@@ -134,12 +134,12 @@ def measure(architectures_of: Callable[[], dict[str, CausalVaeConfig]] = archite
             if max(encode, decode) > limit:
                 misses.append(f"{name}, {label}: chunks differ by {max(encode, decode):.2e}, limit {limit:.0e}")
             if changed or unmoved:
-                misses.append(f"{name}, {label}: {changed} earlier outputs changed, {unmoved} perturbations had no effect")
+                misses.append(f"{name}, {label}: {changed} earlier outputs changed, {unmoved} without effect")
     columns = ["model", "dtype", "chunk sizes", "encode", "decode", "limit", "earlier outputs changed", "no effect"]
     notes = (
-        f"{FRAMES} frames of noise, every weight redrawn. Encode and decode: largest difference between the clip in chunks "
-        "of 1, 2, ... latent frames and the whole clip, over the output's standard deviation. Causality: each frame is "
-        "perturbed in turn, and each latent frame; earlier latents (frames) are compared bit for bit, and the perturbed one "
-        "must change."
+        f"{FRAMES} frames of noise, every weight redrawn. Encode and decode: largest difference between the clip in "
+        "chunks of 1, 2, ... latent frames and the whole clip, over the output's standard deviation. Causality: each "
+        "frame is perturbed in turn, and each latent frame; earlier latents (frames) are compared bit for bit, and the "
+        "perturbed one must change."
     )
     return Proof("Streaming equals the whole clip, and nothing sees the future", columns, rows, misses, notes)
