@@ -95,7 +95,11 @@ def main(arguments: list[str]) -> int:
                         autoencoder=args.autoencoder,
                         device=args.device,
                     )
-                    journal.write(batch, generator.generate(batch, seed=args.seed).numpy())
+                    try:
+                        clips = generator.generate(batch, seed=args.seed)
+                    except ValueError as error:
+                        raise ConfigError(f"--shapes: {batch[0].shape}: {error}") from None
+                    journal.write(batch, clips.numpy())
                 progress.update(len(batch))
         write_image(args.out / "grid.png", tile(list(journal.stills())))
     return 0

@@ -85,7 +85,7 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
     if resume == "never":
         if storage.latest_checkpoint(run_dir) is not None:
             raise ConfigError(
-                f"run_dir: {run_dir} holds checkpoints and resume is never; choose another run_dir, delete it, or resume=auto"
+                f"run_dir: {run_dir} has checkpoints and resume is never; change run_dir, delete it, or resume=auto"
             )
         return None
     if resume == "auto":

@@ -5,7 +5,6 @@ Everything is embedded, and the page's own policy forbids it to ask the network 
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import math
 import statistics
@@ -20,13 +19,17 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ltd.tracking.charts import Chart, Point, Series, draw, number
-from ltd.tracking.run_record import RunRecord, Sample
+from ltd.tracking.markup import details, section, table, value_cell
+from ltd.tracking.media_section import samples_section
+from ltd.tracking.run_record import RunRecord
 
-MIME = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
 #: Metrics whose curves come first and are open; the others are folded away.
 MAIN = ("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s", "perf/")
 #: Groups that hold the same quantities as ``loss/``, measured on held-out data: drawn into its charts, dashed.
 HELD_OUT = ("heldout", "eval", "validation")
+
+#: Differences between configurations are unfolded up to this many: runs of two stages share little.
+MAX_OPEN_DIFFERENCES = 30
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -83,7 +86,7 @@ def build_page(runs: Sequence[RunRecord], *, media_limit_mb: float = 64.0) -> tu
         The HTML text, and what was left out of it, one line each.
     """
     runs = _with_distinct_names(runs)
-    samples, left_out = samples_section(runs, media_limit_mb)
+    samples, left_out = samples_section([(run.name, run.samples) for run in runs], media_limit_mb)
     sections = [evaluation_section(runs), samples, curves_section(runs), bad_section(runs), config_section(runs)]
     assets = resources.files("ltd.tracking")
     page = PAGE.substitute(
@@ -130,9 +133,9 @@ def curves_section(runs: Sequence[RunRecord]) -> str:
     body = f'<div class="charts">{"".join(main)}</div>'
     if others:
         plural = "s" if len(others) > 1 else ""
-        body += _details(f"{len(others)} more curve{plural}", f'<div class="charts">{"".join(others)}</div>')
+        body += details(f"{len(others)} more curve{plural}", f'<div class="charts">{"".join(others)}</div>')
     note = "Faint: as logged. Strong: smoothed, where the curve is noisy. Dashed: held-out data."
-    return _section("Curves", f'<p class="note">{note}</p>{body}', "curves")
+    return section("Curves", f'<p class="note">{note}</p>{body}', "curves")
 
 
 def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -167,92 +170,59 @@ def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     return [Chart(title, charts[title]) for title in sorted(charts, key=rank)]
 
 
-def samples_section(runs: Sequence[RunRecord], limit_mb: float) -> tuple[str, list[str]]:
-    """Embed the samples, playable, side by side where several runs have the same caption.
-
-    Args:
-        runs: Runs.
-        limit_mb: Megabytes embedded at most.
-
-    Returns:
-        The section, and what was left out.
-    """
-    budget = limit_mb * 1e6
-    cards: dict[tuple[str, int], list[str]] = {}
-    left_out: list[str] = []
-    shown: Counter[str] = Counter()
-    for run in runs:
-        for sample in run.samples:
-            size = sample.path.stat().st_size
-            if size > budget:
-                left_out.append(f"{sample.path}: {size / 1e6:.1f} MB past the limit of {limit_mb:g} MB in all")
-                continue
-            budget -= size
-            shown[f"{run.name}/{sample.caption}"] += 1
-            key = (sample.caption, shown[f"{run.name}/{sample.caption}"])
-            cards.setdefault(key, []).append(_card(sample, run.name if len(runs) > 1 else ""))
-    if not cards and not left_out:
-        return "", []
-    groups = "".join(
-        f'<div class="group{" several" if len(group) > 1 else ""}">{"".join(group)}</div>' for group in cards.values()
-    )
-    note = f'<p class="note">{len(left_out)} files left out, past {limit_mb:g} MB in all.</p>' if left_out else ""
-    buttons = '<p class="controls"><button type="button" id="play-all">Play all</button></p>'
-    has_video = any(sample.path.suffix in (".mp4", ".webm") for run in runs for sample in run.samples)
-    body = f'{buttons if has_video else ""}{note}<div class="samples">{groups}</div>'
-    return _section("Samples", body, "samples"), left_out
-
-
 def evaluation_section(runs: Sequence[RunRecord]) -> str:
-    """Show the measured metrics: every value with its network, sample count, floor and note."""
-    keys = dict.fromkeys((row["name"], str(row.get("network") or "")) for run in runs for row in run.evaluation)
+    """Show the measured metrics: every value with its network, sample count, floor, making and note."""
+    measured = [run for run in runs if run.evaluation]
+    keys = dict.fromkeys(_metric_key(row) for run in measured for row in run.evaluation)
     if not keys:
         return ""
-    values = ["value"] if len(runs) == 1 else [run.name for run in runs]
-    columns = ["metric", *values, "unit", "floor", "n", "network", "note"]
+    values = ["value"] if len(measured) == 1 else [run.name for run in measured]
     rows = []
     for key in keys:
-        per_run = [_find(run.evaluation, key) for run in runs]
+        per_run = [next((row for row in run.evaluation if _metric_key(row) == key), None) for run in measured]
         first = next(row for row in per_run if row is not None)
-        cells = [_value(row.get("value") if row else None) for row in per_run]
-        rest = [_value(first.get(name)) for name in ("unit", "floor", "n", "network", "note")]
-        rows.append([escape(key[0]), *cells, *rest])
+        cells = [value_cell(row.get("value") if row else None) for row in per_run]
+        about = [value_cell(first.get(name)) for name in ("unit", "floor", "n", "network")]
+        rows.append([escape(key[0]), *cells, *about, value_cell(_how_measured(first)), value_cell(first.get("note"))])
+    columns = ["metric", *values, "unit", "floor", "n", "network", "how", "note"]
     note = (
-        "Floor: the same distance between two sets of real data of the same size. Distances compare only at equal n "
-        "and with the same network."
+        "Floor: the same metric of real data against real data, at equal n (chance, for retrieval). Distances compare "
+        "only at equal n and with the same network."
     )
-    return _section(
-        "Metrics", _table(columns, rows, numeric=range(1, 1 + len(values))) + f'<p class="note">{note}</p>', "metrics"
-    )
+    body = table(columns, rows, numeric=range(1, 1 + len(values))) + f'<p class="note">{note}</p>'
+    return section("Metrics", body, "metrics")
 
 
 def bad_section(runs: Sequence[RunRecord]) -> str:
     """Count the samples that failed by cause, with the first of them."""
     causes = sorted({cause for run in runs for cause in run.bad})
     if not causes:
-        return _section("Bad samples", "<p>None failed.</p>" if any(run.rows for run in runs) else "", "bad")
+        return section("Bad samples", "<p>None failed.</p>" if any(run.rows for run in runs) else "", "bad")
     counts = [[escape(cause), *(f"{run.bad.get(cause, 0):,}" for run in runs)] for cause in causes]
-    body = _table(["cause", *(run.name for run in runs)], counts, numeric=range(1, 1 + len(runs)))
+    body = table(["cause", *(run.name for run in runs)], counts, numeric=range(1, 1 + len(runs)))
     columns = ["run", "step", "key", "shard", "cause", "message"]
     rows = [
-        [escape(run.name), *(_value(row.get(name)) for name in columns[1:])] for run in runs for row in run.bad_examples
+        [escape(run.name), *(value_cell(row.get(name)) for name in columns[1:])]
+        for run in runs
+        for row in run.bad_examples
     ]
-    return _section("Bad samples", body + _details("The first of them", _table(columns, rows)), "bad")
+    return section("Bad samples", body + details("The first of them", table(columns, rows)), "bad")
 
 
 def config_section(runs: Sequence[RunRecord]) -> str:
     """Show the resolved configuration, and where several runs differ."""
     body = ""
     if len(runs) > 1:
-        rows = [[f"<code>{escape(key)}</code>", *map(_value, values)] for key, values in config_differences(runs)]
+        rows = [[f"<code>{escape(key)}</code>", *map(value_cell, values)] for key, values in config_differences(runs)]
         names = ["field", *(run.name for run in runs)]
-        body += _table(names, rows) if rows else "<p>The configurations are equal.</p>"
+        differences = table(names, rows) if rows else "<p>The configurations are equal.</p>"
+        body += details(f"{len(rows)} fields differ", differences, is_open=len(rows) <= MAX_OPEN_DIFFERENCES)
     for run in runs:
         if run.config:
             text = f"<pre>{escape(OmegaConf.to_yaml(OmegaConf.create(dict(run.config))))}</pre>"
             title = "Resolved configuration" + (f" of {escape(run.name)}" if len(runs) > 1 else "")
-            body += _details(title, text, is_open=len(runs) == 1)
-    return _section("Configuration", body, "configuration") if body else ""
+            body += details(title, text, is_open=len(runs) == 1)
+    return section("Configuration", body, "configuration") if body else ""
 
 
 def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
@@ -299,53 +269,21 @@ def _points(run: RunRecord, name: str) -> list[Point]:
     return [(float(row["step"]), float(row[name])) for row in run.rows if name in row and _is_number(row[name])]
 
 
-def _find(rows: Sequence[Mapping[str, Any]], key: tuple[str, str]) -> Mapping[str, Any] | None:
-    return next((row for row in rows if (row["name"], str(row.get("network") or "")) == key), None)
+def _metric_key(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What makes two rows the same metric: its name, with its part, and its network."""
+    name = f"{row['part']}/{row['name']}" if row.get("part") else row["name"]
+    return name, str(row.get("network") or "")
+
+
+def _how_measured(row: Mapping[str, Any]) -> str:
+    """How the samples were made and read, as far as the row tells."""
+    parts = [str(row[name]) for name in ("preprocessing",) if row.get(name)]
+    parts += [f"{row['weights']} weights"] if row.get("weights") else []
+    parts += [f"{name} {row[name]}" for name in ("steps", "guidance", "seed") if row.get(name) is not None]
+    return ", ".join(parts)
 
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _value(value: Any) -> str:
-    if value is None or value == "":
-        return '<span class="note">-</span>'
-    return escape(number(value) if isinstance(value, float) else str(value))
-
-
-def _card(sample: Sample, run_name: str) -> str:
-    kind = MIME.get(sample.path.suffix, "image/jpeg")
-    source = f"data:{kind};base64,{base64.b64encode(sample.path.read_bytes()).decode()}"
-    if kind.startswith("video/"):
-        media = f'<video controls loop muted playsinline preload="auto" src="{source}"></video>'
-    else:
-        media = f'<img alt="{escape(sample.caption, quote=True)}" src="{source}">'
-    details = " · ".join(part for part in (run_name, sample.details) if part)
-    note = f'<br><span class="note">{escape(details)}</span>' if details else ""
-    wide = " wide" if "grid" in sample.path.stem else ""
-    return f'<figure class="card{wide}">{media}<figcaption>{escape(sample.caption)}{note}</figcaption></figure>'
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Iterable[int] = ()) -> str:
-    """Lay out escaped cells under plain column names."""
-    right = set(numeric)
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} class="number">{cell}</{tag}>' if index in right else f"<{tag}>{cell}</{tag}>"
-            for index, cell in enumerate(cells)
-        )
-
-    head = f"<thead><tr>{line('th', [escape(name) for name in columns])}</tr></thead>"
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f'<div class="table"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _details(title: str, body: str, *, is_open: bool = False) -> str:
-    return f"<details{' open' if is_open else ''}><summary>{title}</summary>{body}</details>"
-
-
-def _section(title: str, body: str, anchor: str) -> str:
-    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' if body else ""

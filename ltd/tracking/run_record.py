@@ -24,11 +24,11 @@ MEDIA_SUFFIXES = (".mp4", ".webm", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 @dataclass(frozen=True)
 class Sample:
-    """One media file, its caption, and in a few words how it was made."""
+    """One media file, its caption, and in a few words each how it was made."""
 
     path: Path
     caption: str
-    details: str = ""
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _logged_media(run_dir: Path) -> list[Sample]:
     rows = list(read_journal(run_dir / MEDIA))
     latest = {row["name"]: row["step"] for row in rows}
     chosen = [row for row in rows if row["step"] == latest[row["name"]]]
-    samples = [Sample(run_dir / row["path"], row.get("caption", ""), f"step {row['step']:,}") for row in chosen]
+    samples = [Sample(run_dir / row["path"], row.get("caption", ""), (f"step {row['step']:,}",)) for row in chosen]
     return [sample for sample in samples if sample.path.is_file()]
 
 
@@ -129,7 +129,7 @@ def _sample_folder(folder: Path) -> list[Sample]:
     return [sample for sample in listed if sample.path.is_file()] + [Sample(path, path.stem) for path in others]
 
 
-def _how_made(row: Mapping[str, Any]) -> str:
+def _how_made(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Say how ``sample.py`` made a file, as far as its row tells."""
     parts = []
     if {"num_frames", "height", "width"} <= row.keys():
@@ -139,7 +139,7 @@ def _how_made(row: Mapping[str, Any]) -> str:
         parts.append(f"{row['steps']} {row.get('solver', '')} steps".replace("  ", " "))
     if "weights" in row:
         parts.append(f"{row['weights']} weights")
-    return ", ".join(parts)
+    return tuple(parts)
 
 
 def _unique(samples: Sequence[Sample]) -> list[Sample]:

@@ -46,6 +46,18 @@ def test_a_row_without_keys_gives_zeros_and_finite_gradients():
         assert x.grad.isfinite().all() and x.grad[0].abs().sum() == 0 and x.grad[1].abs().sum() > 0
 
 
+def test_a_row_without_keys_is_safe_whatever_the_kernel_does_with_it(monkeypatch):
+    def formula(q, k, v, attn_mask=None):
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~attn_mask, float("-inf"))
+        return scores.softmax(-1) @ v  # 0 / 0 where a row keeps nothing
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", formula)
+    q, k, v = qkv()
+    out = attend(q, k, v, torch.tensor([[False] * 7, [True] * 7]))
+    out.square().sum().backward()
+    assert out.isfinite().all() and all(x.grad.isfinite().all() for x in (q, k, v))
+
+
 def test_bf16_on_the_cpu_is_the_float32_result_rounded():
     q, k, v = (x.detach().bfloat16() for x in qkv())
     out = attend(q, k, v)

@@ -20,8 +20,9 @@ from ltd import config
 from ltd.data.write import write_video
 from ltd.tracking import Tracker, TrackingConfig
 from ltd.tracking.charts import Chart, Scale, Series, draw, is_noisy, number, smooth, thin, value_scale
+from ltd.tracking.media_section import samples_section
 from ltd.tracking.report import build_page, collect_charts, config_differences, write_report
-from ltd.tracking.run_record import read_run
+from ltd.tracking.run_record import Sample, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,7 +51,7 @@ def make_run(run_dir: Path, *, lr: float = 1e-3, media: bool = False) -> Path:
         ramp = np.arange(17, dtype=np.uint8)[:, None, None, None] * 10
         write_video(samples / "0000.mp4", np.broadcast_to(ramp, (17, 32, 48, 3)).copy(), fps=8)
         Image.new("RGB", (48, 32), "red").save(samples / "grid.png")
-        rows = [{"file": "0000.mp4", "prompt": PROMPT, "seed": 3}]
+        rows = [{"file": "0000.mp4", "prompt": PROMPT, "seed": 3, "steps": 24, "solver": "heun"}]
         (samples / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     row = {
         "name": "psnr",
@@ -190,6 +191,22 @@ def test_page_holds_everything_escaped_and_asks_for_nothing(tmp_path: Path) -> N
         assert text in parsed.text, text
     assert parsed.tags.count("video") == 1
     assert parsed.tags.count("img") == 1, "the grid"
+
+
+def test_samples_of_one_prompt_stand_under_it_with_what_they_share_said_once(tmp_path: Path) -> None:
+    shared = ("guidance 3", "ema weights")
+    samples = []
+    for name, seed in (("a", 0), ("b", 1)):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        samples.append(Sample(tmp_path / f"{name}.png", PROMPT, (f"seed {seed}", *shared)))
+    text, left_out = samples_section([("run", samples)], 1.0)
+    assert left_out == []
+    shown = PageParser(text)
+    assert shown.tags.count("h3") == 1
+    assert [shown.text.count(part) for part in (PROMPT, *shared, "seed 0", "seed 1")] == [1] * 5
+    two = PageParser(samples_section([("first", samples[:1]), ("second", samples[1:])], 1.0)[0])
+    assert two.text.index("first · seed 0") < two.text.index("second · seed 1"), "runs side by side under the prompt"
+    assert two.tags.count("h3") == 1
 
 
 def test_videos_are_of_the_kind_that_every_browser_plays(tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""Shards -> autoencoder -> latent cache -> denoiser -> samples, at toy size and through the commands users type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from ltd import autoencoders, denoisers
+from ltd.config import ConfigError
+from ltd.data.decode import decode_clip
+from ltd.data.index import open_index
+from ltd.data.latents import LatentCache
+from ltd.data.synthetic import make_toy_shards
+from ltd.data.windows import enumerate_windows, read_window
+from ltd.denoisers import Conditioning
+from ltd.diffusion import GuidanceConfig, SamplerConfig
+from ltd.diffusion import sample as integrate
+from ltd.inference.generate import Request, batches, load_generator
+from ltd.inference.media import pixels_to_video, tile, video_to_pixels
+from ltd.rng import DrawRandom, derive_seed
+from ltd.shapes import VideoShape
+from ltd.training.denoiser import DenoiserRun, LatentInputs
+from tools import cache_latents
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "{kind: bytes, dim: 32, max_length: 48}"
+CACHE = """
+shards: {folder}/shards
+out: {folder}/latents
+autoencoder: {folder}/autoencoder
+text: {text}
+views: [{{num_frames: 9, height: 32, width: 32}}, {{num_frames: 1, height: 32, width: 32}}]
+dtype: fp32
+batch_size: 3
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything up to a trained denoiser."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for split, count, seed in (("train", 8, 0), ("heldout", 4, 1)):
+        make_toy_shards(
+            folder / "shards" / split, num_videos=count, num_images=count, num_frames=9, height=32, width=32, seed=seed
+        )
+    common = ["steps=3", "evaluation.every=2", "parallel.engine=torch"]
+    debug = ROOT / "configs" / "debug"
+    media = [f"data.shards={folder}/shards/train", f"evaluation.shards={folder}/shards/heldout"]
+    assert train.main([str(debug / "autoencoder.yaml"), f"run_dir={folder}/autoencoder", *media, *common]) == 0
+    (folder / "latents.yaml").write_text(CACHE.format(folder=folder, text=TEXT))
+    assert cache_latents.main([str(folder / "latents.yaml")]) == 0
+    cached = [f"data.shards={folder}/latents/train", f"evaluation.shards={folder}/latents/heldout"]
+    model = [f"autoencoder={folder}/autoencoder", "untrained_autoencoder=null"]
+    assert train.main([str(debug / "denoiser.yaml"), f"run_dir={folder}/denoiser", *cached, *model, *common]) == 0
+    (folder / "prompts.txt").write_text("a red disc moves left\n\na blue square moves up\n")
+    return folder
+
+
+def run_sample(pipeline: Path, out: Path, *arguments: str) -> list[dict[str, object]]:
+    prompts = ["--prompts", str(pipeline / "prompts.txt")]
+    assert sample.main([str(pipeline / "denoiser"), *prompts, "--out", str(out), "--steps", "3", *arguments]) == 0
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_cache_holds_what_the_autoencoder_gives(pipeline: Path) -> None:
+    cache = LatentCache(pipeline / "latents" / "train")
+    index = open_index(str(pipeline / "shards" / "train"))
+    model = autoencoders.load(pipeline / "autoencoder")
+    views = [entry for entry in cache.entries if entry.kind == "video"]
+    assert (len(views), len(cache.entries)) == (8, 16)
+    assert cache.manifest["autoencoder_hash"] == autoencoders.weights_hash(model)
+    window = enumerate_windows(index, [_view(9)])[3]
+    entry = next(entry for entry in cache.entries if entry.key == window.key)
+    pixels = torch.from_numpy(read_window(index, window))[None]
+    posterior = model.encode(pixels_to_video(pixels))
+    stored = cache.read(entry)
+    assert stored.mean is not None and stored.logvar is not None
+    torch.testing.assert_close(stored.mean, posterior.mean[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stored.logvar, posterior.logvar[0], rtol=1e-4, atol=1e-4)
+
+
+def test_cached_and_encoded_latents_train_alike(pipeline: Path) -> None:
+    """The same posterior, noise and norm, whether the latents come from the cache or from media."""
+    from ltd.data import build_loader
+    from ltd.parallel.layout import Layout
+
+    inputs = {}
+    for name, shards in (("cache", pipeline / "latents" / "train"), ("media", pipeline / "shards" / "train")):
+        run = _denoiser_run(pipeline, shards)
+        layout = Layout.from_environment(run.parallel)
+        made = LatentInputs(run, layout)
+        loader = build_loader(run.data, seed=0, global_rank=0, world_size=1)
+        batch = next(iter(loader))[0][0]
+        loader.close()
+        random = DrawRandom(0, batch.draws)
+        keys = [key.split("@")[0] for key in batch.keys]
+        inputs[name] = keys, made.prepare(batch, DrawRandom(0, batch.draws))["latents"]
+    assert inputs["cache"][0] == inputs["media"][0], "one order, whatever the samples are stored as"
+    torch.testing.assert_close(inputs["cache"][1], inputs["media"][1], rtol=1e-4, atol=1e-4)
+    assert 0.5 < float(inputs["cache"][1].std()) < 2.0, "unit scale"
+
+
+def test_same_seed_gives_the_same_files_and_another_seed_others(pipeline: Path, tmp_path: Path) -> None:
+    rows = run_sample(pipeline, tmp_path / "a", "--per-prompt", "2", "--batch-size", "3")
+    assert [row["num_frames"] for row in rows] == [9] * 4 + [1] * 4
+    run_sample(pipeline, tmp_path / "b", "--per-prompt", "2", "--batch-size", "3")
+    run_sample(pipeline, tmp_path / "c", "--per-prompt", "2", "--batch-size", "3", "--seed", "1")
+    names = [str(row["file"]) for row in rows] + ["grid.png"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    assert all((tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes() for name in names)
+    frames = decode_clip((tmp_path / "a" / names[0]).read_bytes(), start=0, num_frames=9)
+    assert frames.shape == (9, 32, 32, 3)
+
+
+def test_restarted_job_makes_only_what_is_missing(pipeline: Path, tmp_path: Path) -> None:
+    rows = run_sample(pipeline, tmp_path, "--batch-size", "2")
+    kept, lost = tmp_path / str(rows[0]["file"]), tmp_path / str(rows[2]["file"])
+    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    assert run_sample(pipeline, tmp_path, "--batch-size", "2") == rows
+    assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
+    run_sample(pipeline, tmp_path, "--batch-size", "2", "--guidance", "2")
+    assert kept.stat().st_mtime_ns != before, "other arguments: made anew"
+
+
+def test_sample_is_what_the_parts_give_by_hand(pipeline: Path) -> None:
+    sampler = SamplerConfig(steps=3, guidance=GuidanceConfig(scale=2.0))
+    generator = load_generator(pipeline / "denoiser", sampler=sampler)
+    request = Request(prompt="a red disc", repetition=1, shape=VideoShape(9, 32, 32), fps=8.0)
+    found = generator.generate([request], seed=5)
+    model = denoisers.load(pipeline / "denoiser", weights="ema")
+    decoder = autoencoders.load(pipeline / "autoencoder")
+    noise = DrawRandom(5, [derive_seed(0, "a red disc", 1, "9x32x32")]).normal((8, 3, 4, 4), "sample")
+    conditions = [Conditioning(*generator.text.encode([prompt])) for prompt in ("a red disc", "")]
+    with torch.no_grad():
+        latents = integrate(model, noise, conditions[0], sampler, null_cond=conditions[1])
+        expected = video_to_pixels(decoder.decode(decoder.denormalize(latents)))
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_batches_keep_order_and_split_by_shape() -> None:
+    shapes = [VideoShape(9, 32, 32)] * 3 + [VideoShape(1, 32, 32)] * 2
+    requests = [Request(prompt=str(i), repetition=0, shape=shape, fps=8.0) for i, shape in enumerate(shapes)]
+    assert [[r.prompt for r in batch] for batch in batches(requests, 2)] == [["0", "1"], ["2"], ["3", "4"]]
+
+
+def test_shape_off_the_rule_is_refused(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_sample(pipeline, tmp_path, "--shapes", "8x32x32")
+    assert stop.value.code == 2
+    assert "--shapes" in capsys.readouterr().err
+
+
+def test_pixels_and_video_are_inverse_and_tiles_keep_every_still() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(1, 2, 16, 16, 3).contiguous()
+    assert torch.equal(video_to_pixels(pixels_to_video(pixels)), pixels)
+    stills = [np.full((4, 6, 3), value, np.uint8) for value in (10, 20, 30)]
+    grid = tile(stills, columns=2)
+    assert grid.shape == (8, 12, 3)
+    assert [grid[0, 0, 0], grid[0, 6, 0], grid[4, 0, 0], grid[4, 6, 0]] == [10, 20, 30, 0]
+
+
+def _view(num_frames: int):  # type: ignore[no-untyped-def]
+    from ltd.data import ViewConfig
+
+    return ViewConfig(num_frames=num_frames, height=32, width=32)
+
+
+def _denoiser_run(pipeline: Path, shards: Path) -> DenoiserRun:
+    from ltd import config
+
+    overrides = [f"data.shards={shards}", f"autoencoder={pipeline}/autoencoder", "untrained_autoencoder=null"]
+    overrides += ["data.views=[{num_frames: 9, height: 32, width: 32}]", "data.global_batch=8", "parallel.engine=torch"]
+    loaded = config.load(DenoiserRun, ROOT / "configs" / "debug" / "denoiser.yaml", [*overrides, "evaluation.every=0"])
+    assert isinstance(loaded, DenoiserRun)
+    return loaded
+
+
+def test_prompt_file_without_prompts_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    args = sample.parse([str(pipeline / "denoiser"), "--prompts", str(tmp_path / "empty.txt"), "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        sample.plan(args)
