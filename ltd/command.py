@@ -15,8 +15,8 @@ from ltd.storage import StorageError, StorageWriteError
 def command_line(*fatal: type[Exception]) -> Iterator[None]:
     """Configure logging and end the process with one line where the error says all there is to say.
 
-    A ``ConfigError`` or ``StorageError`` exits with 2, a ``StorageWriteError`` (a full disk) or one of ``fatal`` with 1; anything else is a bug
-    and keeps its traceback.
+    A ``ConfigError`` or ``StorageError`` exits with 2, a ``StorageWriteError`` (a full disk) or one of ``fatal`` with
+    1; anything else is a bug and keeps its traceback.
 
     Args:
         fatal: Further errors whose message is enough.

@@ -1,9 +1,9 @@
 """Tensors on disk: sharded safetensors with checksums, atomic directories, a format number. No process groups.
 
 A checkpoint is a directory of shards. Each shard holds flat slices: the part ``[start, start + n)`` of the flattened
-tensor ``name`` in ``group`` (``master`` weights, ``exp_avg``, ``ema_0.999``, ...). A reader assembles any range from
-whatever slices cover it, so what wrote a checkpoint (how many ranks, which ZeRO stage) does not matter to what reads it.
-Nothing here is pickled.
+tensor ``name`` in ``group`` (``master`` weights, ``exp_avg``, ``ema``, ...). A reader assembles any range from whatever
+slices cover it, so what wrote a checkpoint (how many ranks, which ZeRO stage) does not matter to what reads it. Nothing
+here is pickled.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ltd.storage import Reader, Slice, StorageError
 def write(directory: Path, cuts: list[int], tensors: dict[str, torch.Tensor]) -> None:
     with storage.atomic_directory(directory) as incomplete:
         bounds = [0, *cuts, max(t.numel() for t in tensors.values())]
-        for rank, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for rank, (start, stop) in enumerate(itertools.pairwise(bounds)):
             slices = [
                 Slice("master", name, tuple(t.shape), start, t.flatten()[start:stop])
                 for name, t in tensors.items()

@@ -112,14 +112,14 @@ def measure_autoencoder(args: argparse.Namespace) -> list[MetricRow]:
         return video_to_pixels(decoded).cpu()
 
     data = DataConfig(shards=args.shards, views=(view,), caption_required=False)
+    total = len(enumerate_windows(open_index(args.shards), [view], windows_per_clip=args.windows_per_clip))
 
     def clips() -> Iterator[Tensor]:
-        with Progress(1, "reconstruct", unit="passes") as progress:
+        with Progress(total, "reconstruct", unit="clips") as progress:
             for batch in evaluation_batches(data, batch_size=8, windows_per_clip=args.windows_per_clip):
-                if batch.pixels is None:
-                    raise ConfigError(f"--shards: {args.shards} is a latent cache, needed tars of media")
+                assert batch.pixels is not None  # an index of tars holds media
                 yield batch.pixels[batch.weight > 0]
-            progress.update()
+                progress.update(len(batch.keys))
 
     note = f"held-out clips {args.size}, reconstructed from the posterior's mean"
     return autoencoder_rows(clips(), reconstruct, weights=args.weights, note=note)

@@ -95,7 +95,8 @@ def steps(root: Path) -> list[Step]:
         ),
         Step(
             "write the report",
-            (python, "tools/report.py", str(denoiser), str(autoencoder), "--out", str(root / "report.html")),
+            (python, "tools/report.py", str(denoiser), str(autoencoder), "--samples", str(samples))
+            + ("--out", str(root / "report.html")),
         ),
     ]
 

@@ -150,12 +150,11 @@ class TokenSeam:
         return parts.permute(1, 2, 0, 3, 4).reshape(b, self._local(), degree * heads_local, dim)
 
 
-def exchange(tensors: Mapping[str, Tensor | None], layout: Layout) -> list[dict[str, Tensor | None]]:
+def exchange(tensors: Mapping[str, Tensor], layout: Layout) -> list[dict[str, Tensor]]:
     """Deal every member's batch to all members of the sequence group.
 
     Args:
-        tensors: This process's batch by name, on one device; the same names and dtypes on all members, any shapes. None
-            stays None, on all members alike.
+        tensors: This process's batch by name, on one device; the same names and dtypes on all members, any shapes.
         layout: This process's position in its sequence group.
 
     Returns:
@@ -163,7 +162,7 @@ def exchange(tensors: Mapping[str, Tensor | None], layout: Layout) -> list[dict[
     """
     if layout.sequence == 1:
         return [dict(tensors)]
-    present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    present = {name: tensor.contiguous() for name, tensor in tensors.items()}
     shapes = torch.full((len(present), _MAX_NDIM), -1, dtype=torch.int64, device=layout.device)
     for row, tensor in enumerate(present.values()):
         shapes[row, : tensor.ndim] = torch.tensor(tensor.shape, dtype=torch.int64)
@@ -178,7 +177,7 @@ def exchange(tensors: Mapping[str, Tensor | None], layout: Layout) -> list[dict[
         payload[: sizes[layout.sequence_rank]] = torch.cat(own)
     batches = []
     for rows, received in zip(all_shapes, layout.gather_sequence(payload), strict=True):
-        batch: dict[str, Tensor | None] = dict.fromkeys(tensors)
+        batch: dict[str, Tensor] = {}
         offset = 0
         for row, (name, tensor) in zip(rows, present.items(), strict=True):
             length = _num_bytes(row, tensor.dtype)

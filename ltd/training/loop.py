@@ -118,9 +118,10 @@ def fit(session: Session, stage: Stage) -> bool:
             row = {f"loss/{stage.name if name == 'loss' else name}": value for name, value in means.items()}
             row |= {"optim/grad_norm": grad_norm, "optim/lr": rate, "time/step_s": step_s, "time/data_s": data_s}
             row |= {"perf/tokens_per_s": tokens / step_s}
-            if _evaluation_due(session, done):
+            evaluated = _evaluation_due(session, done)
+            if evaluated:
                 row |= stage.heldout()
-            if every(done, run.log_every) or done == run.steps:
+            if evaluated or every(done, run.log_every) or done == run.steps:
                 session.tracker.log(done, {**row, "data/keys_hash": info.keys_hash})
             progress.update(1, f"loss {means['loss']:.4f}")
             if every(done, run.checkpoint.every) or done == run.steps or stopping:

@@ -308,7 +308,7 @@ def _announce(run: RunConfig, layout: Layout, module: nn.Module) -> None:
     )
     last = learning_rate(optim, run.steps - 1, run.steps)
     logger.info(
-        "%d steps see %d samples; learning rate: %d warm-up steps to %.3g (not scaled by batch or processes), %s to %.3g",
+        "%d steps see %d samples; learning rate: %d warm-up steps to %.3g (never scaled by batch or world), %s to %.3g",
         run.steps,
         run.steps * data.global_batch,
         optim.warmup_steps,

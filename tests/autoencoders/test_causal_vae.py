@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltd.autoencoders import CausalVae, CausalVaeConfig, build_autoencoder
-from ltd.autoencoders.blocks import Downsample, Upsample, haar_rotation
+from ltd.autoencoders.blocks import Downsample, Fold, Unfold, Upsample, haar_rotation
 from ltd.config import ConfigError
 
 TINY = CausalVaeConfig(
@@ -162,6 +162,17 @@ def test_haar_is_orthonormal_and_starts_with_the_mean() -> None:
     torch.testing.assert_close(matrix[0], torch.full((32,), 32**-0.5, dtype=torch.float64), rtol=0, atol=1e-6)
     pair = haar_rotation((1, 1, 2))
     torch.testing.assert_close(pair, torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2))
+
+
+def test_haar_front_and_back_are_inverse() -> None:
+    factors = (2, 4, 2)
+    x = torch.randn(2, 3, 5, 8, 8, dtype=torch.float64)
+    folded, _ = Fold(factors, haar_rotation(factors)).double()(x)
+    torch.testing.assert_close(folded[:, :, 1:].square().sum(), x[:, :, 1:].square().sum(), rtol=1e-6, atol=0)
+    back, _ = Unfold(factors, haar_rotation(factors)).double()(folded)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
+    flat, _ = Fold(factors, haar_rotation(factors))(torch.full((1, 3, 5, 8, 8), 0.5))
+    assert flat.unflatten(1, (3, 16))[:, :, 1:].abs().max() < 1e-6  # a constant block has its mean only
 
 
 def test_posterior_starts_at_the_configured_width() -> None:

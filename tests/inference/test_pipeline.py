@@ -98,7 +98,6 @@ def test_cached_and_encoded_latents_train_alike(pipeline: Path) -> None:
         loader = build_loader(run.data, seed=0, global_rank=0, world_size=1)
         batch = next(iter(loader))[0][0]
         loader.close()
-        random = DrawRandom(0, batch.draws)
         keys = [key.split("@")[0] for key in batch.keys]
         inputs[name] = keys, made.prepare(batch, DrawRandom(0, batch.draws))["latents"]
     assert inputs["cache"][0] == inputs["media"][0], "one order, whatever the samples are stored as"

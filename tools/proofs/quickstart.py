@@ -36,8 +36,8 @@ def measure() -> Proof:
         ["figure", "value", "unit", "network", "beside it"],
         rows,
         misses(seconds, results, heldout),
-        "Held-out clips are whole shots that no training step saw; samples are of training captions: with this little data "
-        "the denoiser memorises.",
+        "Held-out clips are whole shots that no training step saw; samples are of training captions: with this little "
+        "data the denoiser memorises.",
     )
 
 

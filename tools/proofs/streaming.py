@@ -94,7 +94,7 @@ def causality_violations(model: CausalVae, video: Tensor) -> tuple[int, int]:
         video: ``(b, 3, 17, h, w)``.
 
     Returns:
-        Number of earlier latents (or frames) that changed in any bit, and of perturbed ones that changed nothing at all.
+        Number of earlier latents (or frames) that changed in any bit, and of perturbations that changed nothing.
     """
     step = model.compression.t
     before = model.encode(video)
