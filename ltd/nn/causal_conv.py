@@ -124,6 +124,10 @@ class FixedCausalConv3d(CausalConv3d):
             delattr(self, name)
             self.register_buffer(name, value)
 
+    def _convolve(self, x: Tensor) -> Tensor:
+        # Engines cast parameters and leave buffers alone: the fixed map stays as precise as it was computed.
+        return super()._convolve(x.to(self.weight.dtype))
+
 
 def _tensor(state: State) -> Tensor:
     if not isinstance(state, Tensor):

@@ -52,6 +52,9 @@ def test_efficientnet_equals_the_published_implementation_folded_or_not():
         )
         assert torch.allclose(ours(images), want, atol=1e-5)
         assert torch.allclose(ours.fold()(images), want, atol=1e-4)
+        pixels = torch.randint(0, 256, (2, 1, 224, 224, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+        want = published.extract_features((pixels[:, 0].permute(0, 3, 1, 2).float() - 127) / 128).mean(dim=(2, 3))
+        assert torch.allclose(build_image_features("efficientnet_lite0")(pixels), want, atol=1e-4)
     assert want.abs().max() > 1
 
 
