@@ -20,6 +20,7 @@ from ltd.autoencoders import (
     Posterior,
     initialize_from_data,
 )
+from ltd.autoencoders.sensitivity import pixel_scaled_std, pixel_sensitivity
 from ltd.config import ConfigError
 from ltd.data import Batch, evaluation_batches
 from ltd.encoders.perceptual import build_perceptual
@@ -27,7 +28,7 @@ from ltd.evaluation.fidelity import Psnr
 from ltd.inference.media import pixels_to_video, video_to_pixels
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
-from ltd.rng import DrawRandom
+from ltd.rng import DrawRandom, generator
 from ltd.training.loop import fit
 from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
@@ -42,8 +43,11 @@ class AutoencoderRun(RunConfig):
     kind: Literal["autoencoder"] = "autoencoder"
     model: CausalVaeConfig
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
-    #: Training samples per view from which a new run's linear path starts in closed form; 0 draws it at random.
+    #: Training samples per view from which a new run sets the linear path in closed form; 0 leaves that path off.
     initialize_from: int = 0
+    #: Exported unit scale: ``channel`` divides each latent channel by its own std; ``shared`` divides all by one number,
+    #: which keeps their proportions; ``pixels`` gives each a spread in proportion to what it changes in the pixels.
+    latent_scale: Literal["channel", "shared", "pixels"] = "channel"
     #: Training samples per view from which the exported latent mean and std are computed.
     statistics_from: int = 512
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
@@ -154,7 +158,11 @@ def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:
     if fresh and config.initialize_from:
         # Every process computes the same start from the same samples.
         samples = _training_pass(config, config.initialize_from)
-        initialize_from_data(model, (pixels_to_video(_pixels(batch)[batch.weight > 0]) for batch in samples))
+        videos = (pixels_to_video(_pixels(batch)[batch.weight > 0]) for batch in samples)
+        try:
+            initialize_from_data(model, videos)
+        except ValueError as error:
+            raise ConfigError(f"initialize_from: {error}") from None
     return model
 
 
@@ -193,11 +201,25 @@ def _export(config: AutoencoderRun, layout: Layout) -> None:
     total = LatentStatistics()
     for state in layout.gather_objects(statistics.state()):
         total.merge(state)
-    model.set_latent_norm(total.mean.float(), total.std.float())
+    model.set_latent_norm(total.mean.float(), _unit_scale(config, model, total.std).float())
     if layout.is_main:
         autoencoders.save(model, target, lineage={"run": config.run_dir, "step": step})
         logger.info("exported %s: averaged weights, statistics of %d latent cells", target, int(total.count))
     layout.barrier()
+
+
+def _unit_scale(config: AutoencoderRun, model: autoencoders.CausalVae, std: Tensor) -> Tensor:
+    """Choose what the export's latents are divided by, per channel; every process computes the same."""
+    match config.latent_scale:
+        case "channel":
+            return std
+        case "shared":
+            return std.square().mean().sqrt().expand_as(std)
+        case "pixels":
+            video = pixels_to_video(_pixels(next(_training_pass(config, config.evaluation.batch_size))))
+            latents = model.encode(video).mean
+            draw = torch.randint(0, 2, latents[:, 0].shape, generator=generator(config.seed, "sensitivity"))
+            return pixel_scaled_std(std, pixel_sensitivity(model, latents, std, draw * 2 - 1))
 
 
 def _exported_step(folder: Path) -> int | None:
