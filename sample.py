@@ -16,7 +16,7 @@ from ltd.command import command_line
 from ltd.config import ConfigError
 from ltd.data.decode import decode_clip, decode_image
 from ltd.data.write import write_bytes, write_image, write_video
-from ltd.diffusion import GuidanceConfig, SamplerConfig
+from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
 from ltd.inference.generate import Generator, Request, batches, load_generator, read_run_parts
 from ltd.inference.media import tile
 from ltd.progress import Progress
@@ -35,8 +35,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="solver steps")
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is off")
+    parser.add_argument("--shift", type=float, help="factor of the time shift; the training's if left out")
     parser.add_argument("--negative", default="", help="prompt to lead away from")
     parser.add_argument("--weights", default="ema", help="ema, raw, or the name of one average")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the denoiser")
     parser.add_argument("--autoencoder", help="where the autoencoder is, if not where the run's config says")
     parser.add_argument("--fps", type=float, help="frames per second of the videos; the view's, or 24")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -82,7 +84,12 @@ def main(arguments: list[str]) -> int:
     with command_line():
         requests = plan(args)
         journal = Journal(args, storage.latest_checkpoint(args.run))
-        sampler = SamplerConfig(kind=args.solver, steps=args.steps, guidance=GuidanceConfig(scale=args.guidance))
+        sampler = SamplerConfig(
+            kind=args.solver,
+            steps=args.steps,
+            shift=read_run_parts(args.run).shift if args.shift is None else ShiftConfig(factor=args.shift),
+            guidance=GuidanceConfig(scale=args.guidance),
+        )
         generator: Generator | None = None
         with Progress(len(requests), "sample", unit="samples", done=0) as progress:
             for batch in batches(requests, args.batch_size):
@@ -93,6 +100,7 @@ def main(arguments: list[str]) -> int:
                         weights=args.weights,
                         negative=args.negative,
                         autoencoder=args.autoencoder,
+                        precision=args.precision,
                         device=args.device,
                     )
                     try:
@@ -160,7 +168,7 @@ class Journal:
                 yield decode_clip(data, start=row["num_frames"] // 2, num_frames=1)[0]
 
     def _row(self, request: Request, name: str) -> dict[str, object]:
-        names = ("seed", "steps", "solver", "guidance", "negative", "weights")
+        names = ("seed", "steps", "solver", "guidance", "negative", "weights", "precision")
         shape = request.shape
         return {
             "file": name,

@@ -17,7 +17,7 @@ from ltd.config import ConfigError
 from ltd.denoisers.blocks import BlockModulation, DitBlock, FinalLayer, TableModulation
 from ltd.denoisers.conditioning import Conditioning
 from ltd.nn import seams
-from ltd.nn.embed import LabelEmbedding, TextEmbedding, TimeEmbedding, masked_mean
+from ltd.nn.embed import LabelEmbedding, TextEmbedding, TimeEmbedding, masked_mean, position_sinusoid
 from ltd.nn.patch import grid_positions, patchify, token_grid, unpatchify
 from ltd.nn.rope import check_rope_split, default_rope_split, rope_tables
 from ltd.shapes import VideoShape
@@ -54,10 +54,17 @@ class DitConfig:
     """Channels of a head rotated by (t, h, w), three even numbers; null = a third each."""
     rope_theta: float = 10_000.0
     """Base of the rotation frequencies, above 1; smaller for short grids."""
+    position_embedding: Literal["none", "sincos"] = "sincos"
+    """Whether sinusoids of a token's position join its patch: rotations alone tell only differences of positions."""
     modulation: Literal["per_block", "shared"] = "per_block"
     """Whether each block projects the condition itself, or all share one projection plus a table per block."""
     time_scale: float = 1000.0
     """What times in [0, 1] are multiplied by before their sinusoid."""
+    prediction: Literal["velocity", "data"] = "velocity"
+    """What the last layer stands for. Either way ``forward`` returns the velocity: "data" turns a prediction of x0 into
+    (x_t - x0) / t, which spares a narrow model from carrying the noise of wide patches."""
+    min_time: float = 0.05
+    """Smallest t that a prediction of data is divided by, in (0, 1]."""
 
     def __post_init__(self) -> None:
         for name in ("latent_channels", "width", "depth", "num_heads", "mlp_multiple", "text_dim", "num_classes"):
@@ -73,6 +80,12 @@ class DitConfig:
                 f"mlp_ratio, rope_theta, time_scale: got {self.mlp_ratio}, {self.rope_theta}, {self.time_scale}, "
                 "needed above 0, above 1, above 0"
             )
+        if self.position_embedding == "sincos" and (self.width % 2 or self.width < 6):
+            raise ConfigError(
+                f"width: got {self.width}, needed an even number of 6 or more for position_embedding: sincos"
+            )
+        if not 0 < self.min_time <= 1:
+            raise ConfigError(f"min_time: got {self.min_time}, needed above 0 and at most 1")
         if self.pooled_text and self.text_dim is None:
             raise ConfigError("pooled_text: got true without text_dim, needed text_dim = size of the text embeddings")
         try:
@@ -207,19 +220,28 @@ class Dit(nn.Module):
         grid = token_grid(VideoShape(*x_t.shape[2:]), self.config.patch)
         patches = self.shard_tokens(patchify(x_t.to(dtype), self.config.patch))  # b n patch_dim
         positions = self.shard_tokens(grid_positions(grid, x_t.device))  # 1 n 3
-        tables = rope_tables(
-            positions,
-            self.config.head_split,
-            theta=self.config.rope_theta,
-            dtype=torch.promote_types(dtype, torch.float32),
-        )
+        wide = torch.promote_types(dtype, torch.float32)
+        tables = rope_tables(positions, self.config.head_split, theta=self.config.rope_theta, dtype=wide)
         condition, text = self._embed(t, cond)
         shared = condition if self.modulation is None else self.modulation(condition)
         x = self.patch_embedding(patches)  # b n d
+        if self.config.position_embedding == "sincos":
+            x = x + position_sinusoid(positions, self.config.width).to(dtype)
         for block in self.blocks:
             x = block(x, shared, *tables, *text)
         out = self.gather_tokens(self.final(x, condition))  # b n patch_dim
-        return unpatchify(out, grid, self.config.patch).to(x_t.dtype)
+        return self._velocity(unpatchify(out, grid, self.config.patch), x_t, t)
+
+    def _velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Turn what the last layer predicts into the velocity, in at least fp32 and then the dtype of ``x_t``.
+
+        Reference: Li and He (2025), Back to Basics, arXiv 2511.13720 (x-prediction with v-loss).
+        """
+        if self.config.prediction == "velocity":
+            return prediction.to(x_t.dtype)
+        wide = torch.promote_types(x_t.dtype, torch.float32)
+        time = t.to(wide).clamp(min=self.config.min_time).reshape(-1, 1, 1, 1, 1)
+        return ((x_t.to(wide) - prediction.to(wide)) / time).to(x_t.dtype)
 
     def _embed(self, t: Tensor, cond: Conditioning) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Make the condition vector ``(b, 1, d)`` after its SiLU, and the text ``(b, m, d)`` with its mask, if any."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -17,7 +18,7 @@ from torch import Tensor
 from ltd import autoencoders, denoisers
 from ltd.config import ConfigError, from_dict
 from ltd.denoisers import Conditioning
-from ltd.diffusion import SamplerConfig, sample
+from ltd.diffusion import SamplerConfig, ShiftConfig, sample
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
 from ltd.inference.media import video_to_pixels
 from ltd.rng import DrawRandom, derive_seed
@@ -45,6 +46,8 @@ class RunParts:
     text: TextEncoderConfig
     #: (size in pixels, frames per second or None) of each training view.
     views: tuple[tuple[VideoShape, float | None], ...]
+    #: Time shift that the denoiser was trained under; sampling wants the same.
+    shift: ShiftConfig
 
 
 def read_run_parts(run_dir: str | Path) -> RunParts:
@@ -68,7 +71,12 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
     if config["autoencoder"] is None:
         raise ConfigError(f"{file}: autoencoder is null; an untrained autoencoder cannot decode samples")
     views = tuple((VideoShape(v["num_frames"], v["height"], v["width"]), v["fps"]) for v in config["data"]["views"])
-    return RunParts(autoencoder=config["autoencoder"], text=from_dict(TextEncoderConfig, config["text"]), views=views)
+    return RunParts(
+        autoencoder=config["autoencoder"],
+        text=from_dict(TextEncoderConfig, config["text"]),
+        views=views,
+        shift=from_dict(ShiftConfig, config["objective"]["shift"]),
+    )
 
 
 class Generator:
@@ -153,6 +161,7 @@ def load_generator(
     weights: str = "ema",
     negative: str = "",
     autoencoder: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
 ) -> Generator:
     """Load everything that sampling from a run needs.
@@ -163,13 +172,15 @@ def load_generator(
         weights: ``ema``, ``raw``, or the name of one average.
         negative: Prompt that guidance leads away from.
         autoencoder: Where the autoencoder is now; what the run's configuration says by default.
+        precision: Of the denoiser; the sampler's state, the text encoder and the autoencoder stay in fp32.
         device: Where to compute.
 
     Returns:
         The generator.
     """
     parts = read_run_parts(run_dir)
-    denoiser = denoisers.load(run_dir, weights=weights, device=device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    denoiser = denoisers.load(run_dir, weights=weights, device=device, dtype=dtype)
     decoder = autoencoders.load(autoencoder or parts.autoencoder, device=device)
     return Generator(
         denoiser, decoder, build_text_encoder(parts.text, device=device), sampler=sampler, negative=negative

@@ -1,4 +1,4 @@
-"""Embeddings of the things a denoiser is conditioned on: times, labels, text tokens."""
+"""Embeddings of what a denoiser is told: times, labels, text tokens, positions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltd.nn.norm import RMSNorm
+from ltd.nn.rope import default_rope_split, rope_tables
 
 
 def sinusoid(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -28,6 +29,22 @@ def sinusoid(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     steps = torch.arange(dim // 2, device=values.device, dtype=values.dtype)
     angles = values[:, None] * torch.exp(steps * (-math.log(max_period) / (dim // 2)))
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def position_sinusoid(positions: Tensor, dim: int) -> Tensor:
+    """Embed (t, h, w) positions by cosines and sines, a third of the channels per axis.
+
+    Args:
+        positions: ``(b or 1, n, 3)``, whole or fractional.
+        dim: Size of the embedding; even, 6 or more.
+
+    Returns:
+        ``(b or 1, n, dim)``, float32: all cosines, then all sines.
+
+    Raises:
+        ValueError: If ``dim`` is odd or too small for three axes.
+    """
+    return torch.cat(rope_tables(positions, default_rope_split(dim)), dim=-1).squeeze(-2)
 
 
 class TimeEmbedding(nn.Module):

@@ -66,7 +66,9 @@ def naive_forward(model, x_t, t, cond):
         return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v).flatten(2)
 
     heads = lambda x: x.unflatten(-1, (config.num_heads, -1))  # noqa: E731
-    x = model.patch_embedding(patchify(x_t, config.patch))
+    frequencies = 10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)  # a third of 24 channels, in pairs
+    places = (positions[..., None] * frequencies).flatten(2)
+    x = model.patch_embedding(patchify(x_t, config.patch)) + torch.cat((places.cos(), places.sin()), -1)
     condition = F.silu(model.time_embedding(t))[:, None]
     embedding = model.text_embedding
     text = embedding.output(F.gelu(embedding.input(rms(cond.text, embedding.norm)), approximate="tanh"))
@@ -113,12 +115,16 @@ def test_positions_not_order_decide(build, inputs):
     assert not torch.allclose(model(*inputs), expected, atol=1e-3)
 
 
-def test_a_shift_of_all_positions_changes_nothing_but_one_tokens_position_does(build, inputs):
-    model = build()
+def test_rotations_alone_tell_differences_of_positions_and_sinusoids_tell_places(build, inputs):
+    model = build(position_embedding="none")
     expected = model(*inputs[:2])
     model.shard_tokens = lambda x: x + 5 if x.shape[-1] == 3 else x
     assert torch.allclose(model(*inputs[:2]), expected, atol=1e-9)
     model.shard_tokens = lambda x: x * 2 if x.shape[-1] == 3 else x
+    assert not torch.allclose(model(*inputs[:2]), expected, atol=1e-3)
+    model = build(position_embedding="sincos")
+    expected = model(*inputs[:2])
+    model.shard_tokens = lambda x: x + 5 if x.shape[-1] == 3 else x
     assert not torch.allclose(model(*inputs[:2]), expected, atol=1e-3)
 
 
@@ -221,6 +227,7 @@ def test_every_parameter_gets_a_gradient_and_blocks_can_be_checkpointed(build, i
         ({"depth": 0}, "depth: got 0"),
         ({"pooled_text": True}, "pooled_text: got true without text_dim"),
         ({"rope_theta": 1.0}, "rope_theta"),
+        ({"width": 7, "num_heads": 1}, "width: got 7, needed an even number"),
     ],
 )
 def test_bad_configurations_name_the_field(options, message):

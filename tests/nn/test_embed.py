@@ -1,7 +1,7 @@
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from ltd.nn.embed import LabelEmbedding, TextEmbedding, TimeEmbedding, masked_mean, sinusoid
+from ltd.nn.embed import LabelEmbedding, TextEmbedding, TimeEmbedding, masked_mean, position_sinusoid, sinusoid
 
 
 def test_sinusoid_equals_diffusers():
@@ -20,6 +20,15 @@ def test_time_embedding_scales_times_and_keeps_them_apart_in_bf16():
     assert (half[0] - half[1]).abs().max() > 0  # bf16 times would be equal
     wide = module.float()
     assert torch.allclose(wide(t), wide.output(torch.nn.functional.silu(wide.input(sinusoid(t * 1000, 32)))))
+
+
+def test_position_sinusoid_holds_a_sinusoid_of_every_axis():
+    positions = torch.rand(2, 5, 3) * 20
+    out = position_sinusoid(positions, 24)
+    for axis in range(3):
+        expected = sinusoid(positions[..., axis].flatten(), 8).unflatten(0, (2, 5))
+        part = slice(4 * axis, 4 * axis + 4)
+        assert torch.allclose(torch.cat((out[..., :12][..., part], out[..., 12:][..., part]), -1), expected, atol=1e-5)
 
 
 def test_negative_labels_share_the_null_row():
