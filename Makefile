@@ -8,6 +8,8 @@ PIP_FLAGS ?=
 # One proof: `make proofs ONLY=resume`. Some tests: `make test TESTS='tests/data -m "not slow"'`.
 ONLY ?=
 TESTS ?=
+# Waiting threads sleep instead of spinning: beside any other busy process that is many times faster.
+export OMP_WAIT_POLICY ?= passive
 TORCH_STAMP := $(VENV)/.torch
 STAMP := $(VENV)/.installed
 

@@ -6,6 +6,8 @@ if [ -z "${NPROC:-}" ]; then
 fi
 # Processes share the host's cores; torchrun would give each a single thread.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1 ))}"
+# Waiting threads sleep instead of spinning, which starves the processes beside them.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # A restarted group must not find the previous attempt's keys in the launcher's store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 # A collective that fails raises in the training process instead of hanging it.

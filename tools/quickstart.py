@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -101,6 +102,14 @@ def steps(root: Path) -> list[Step]:
     ]
 
 
+def environment(step: Step) -> dict[str, str]:
+    """Share the cores: waiting threads sleep instead of spinning, and two processes get half of the cores each."""
+    shared = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+    if "torch.distributed.run" in step.command:
+        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    return shared
+
+
 def run(step: Step, number: int, total: int) -> float:
     """Run one step with its output shown; returns its seconds.
 
@@ -122,7 +131,7 @@ def run(step: Step, number: int, total: int) -> float:
     shown = ("python", *step.command[1:])
     print(f"      {shlex.join(shown)}", flush=True)
     began = time.monotonic()
-    code = subprocess.run(step.command, check=False).returncode
+    code = subprocess.run(step.command, check=False, env=os.environ | environment(step)).returncode
     if code:
         print(f"\n'{step.name}' failed with exit code {code}; mend what it says and run the same command again")
         raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""How much each latent channel matters in pixels: a scale for latents that spends a denoiser's effort where it shows."""
+"""How much each latent channel matters in pixels: a scale of latents that puts a denoiser's effort where it shows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def pixel_sensitivity(model: CausalVae, latents: Tensor, std: Tensor, signs: Ten
         signs: +1 or -1 for each cell, ``(b, t, h, w)``: which way it moves.
 
     Returns:
-        Root mean square change of the decoded pixels per channel, ``(c,)`` float64; for an orthonormal linear decoder it
-        is in proportion to ``std``.
+        Root mean square change of the decoded pixels per channel, ``(c,)`` float64; for an orthonormal linear decoder
+        it is in proportion to ``std``.
     """
     base = model.decode(latents).double()
     changes = []
@@ -39,8 +39,8 @@ def pixel_scaled_std(std: Tensor, sensitivity: Tensor) -> Tensor:
         sensitivity: What ``pixel_sensitivity`` gave, ``(c,)``.
 
     Returns:
-        ``(c,)``: dividing by it gives channels whose standard deviations are in proportion to their sensitivity, with mean
-        square 1 over the channels, so that an error of given size costs the same in pixels in every channel.
+        ``(c,)``: dividing by it gives channels whose standard deviations are in proportion to their sensitivity, with
+        mean square 1 over the channels, so that an error of given size costs the same in pixels in every channel.
     """
     wanted = sensitivity / sensitivity.square().mean().sqrt()
     return std / wanted

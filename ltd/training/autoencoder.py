@@ -45,8 +45,8 @@ class AutoencoderRun(RunConfig):
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     #: Training samples per view from which a new run sets the linear path in closed form; 0 leaves that path off.
     initialize_from: int = 0
-    #: Exported unit scale: ``channel`` divides each latent channel by its own std; ``shared`` divides all by one number,
-    #: which keeps their proportions; ``pixels`` gives each a spread in proportion to what it changes in the pixels.
+    #: Exported unit scale: ``channel`` divides each latent channel by its own std; ``shared`` all by one number, which
+    #: keeps their proportions; ``pixels`` gives each a spread in proportion to what it changes in the pixels.
     latent_scale: Literal["channel", "shared", "pixels"] = "channel"
     #: Training samples per view from which the exported latent mean and std are computed.
     statistics_from: int = 512
