@@ -16,6 +16,9 @@ def pytest_configure() -> None:
     for name in FOREIGN:
         os.environ.pop(name, None)
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_SILENT="true")
+    # Tiny tensors gain nothing from threads, and waiting threads slow each other down.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -56,10 +56,10 @@ def misses(seconds: dict[str, float], results: list[dict[str, Any]], heldout: li
     values = {row["name"]: row for row in results}
     if sum(seconds.values()) > MINUTES * 60:
         found.append(f"wall time {sum(seconds.values()) / 60:.1f} min, needed at most {MINUTES:g}")
-    psnr = values["reconstruction_psnr"]["value"]
+    psnr = values["psnr"]["value"]
     if psnr < PSNR_DB:
         found.append(f"held-out PSNR {psnr:.2f} dB, needed {PSNR_DB:g}")
-    retrieval = values["caption_retrieval_top1"]
+    retrieval = values["clip_retrieval_top1_features"]
     if retrieval["value"] < TIMES_CHANCE * retrieval["floor"]:
         found.append(
             f"caption retrieval {retrieval['value']:.3f}, needed {TIMES_CHANCE:g} times chance {retrieval['floor']:.3f}"

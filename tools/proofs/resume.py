@@ -114,10 +114,10 @@ def measure() -> Proof:
             misses.append(f"{case.name}: {found}")
     columns = ["run", "processes", "killed after", "resumed at", "rows", "rows that differ", "shards that differ"]
     notes = (
-        "60 steps with a checkpoint every 10; all processes get SIGKILL when the row of step 37 appears; the same command "
-        "then resumes. Every row of `metrics.jsonl` (losses, gradient norms, learning rates, held-out figures, key "
-        "hashes; not the clocks) and every byte of the last checkpoint's shards (the groups listed) are compared with "
-        "the untouched run's."
+        "60 steps with a checkpoint every 10; all processes get SIGKILL when the row of step 37 appears; the same "
+        "command then resumes. Compared with the untouched run: every row of `metrics.jsonl` (losses, gradient norms, "
+        "learning rates, held-out figures, key hashes; not the clocks), and every byte of the last checkpoint's shards "
+        "(the groups listed)."
     )
     return Proof(
         "A killed run continues as if nothing had happened", [*columns, "groups compared"], rows, misses, notes
