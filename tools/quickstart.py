@@ -84,7 +84,7 @@ def steps(root: Path) -> list[Step]:
         Step(
             "sample",
             (python, "sample.py", str(denoiser), "--prompts", str(PROMPTS), "--out", str(samples))
-            + ("--per-prompt", "2", "--steps", "24", "--guidance", "4", "--precision", "bf16"),
+            + ("--per-prompt", "2", "--steps", "24", "--guidance", "3", "--precision", "bf16"),
         ),
         Step(
             "evaluate",
