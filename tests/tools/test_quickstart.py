@@ -45,7 +45,7 @@ def test_processes_share_the_cores() -> None:
 def test_misses_are_named() -> None:
     results = [
         {"name": "psnr", "value": 25.0, "floor": None},
-        {"name": "clip_retrieval_top1_features", "value": 0.5, "floor": 1 / 16},
+        {"name": "clip_retrieval_top1_pixels", "value": 0.5, "floor": 1 / 16},
     ]
     assert proof.misses({"a": 500.0}, results, [1.9, 0.6]) == []
     results[0]["value"], results[1]["value"] = 23.9, 0.3

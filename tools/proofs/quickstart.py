@@ -59,7 +59,7 @@ def misses(seconds: dict[str, float], results: list[dict[str, Any]], heldout: li
     psnr = values["psnr"]["value"]
     if psnr < PSNR_DB:
         found.append(f"held-out PSNR {psnr:.2f} dB, needed {PSNR_DB:g}")
-    retrieval = values["clip_retrieval_top1_features"]
+    retrieval = values["clip_retrieval_top1_pixels"]
     if retrieval["value"] < TIMES_CHANCE * retrieval["floor"]:
         found.append(
             f"caption retrieval {retrieval['value']:.3f}, needed {TIMES_CHANCE:g} times chance {retrieval['floor']:.3f}"
