@@ -131,10 +131,16 @@ class Journal:
         self.out.mkdir(parents=True, exist_ok=True)
         marker = self.out / "request.json"
         if not marker.is_file() or json.loads(marker.read_text("utf-8")) != what:
-            self.file.unlink(missing_ok=True)
+            self._discard()
             storage.write_json(marker, what)
         rows = self.file.read_text("utf-8").splitlines(keepends=True) if self.file.is_file() else []
         self.rows = [json.loads(row) for row in rows if row.endswith("\n")]
+
+    def _discard(self) -> None:
+        """Delete what an earlier command with other arguments made here."""
+        for row in self.file.read_text("utf-8").splitlines() if self.file.is_file() else []:
+            (self.out / json.loads(row)["file"]).unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
 
     def has(self, count: int) -> bool:
         """Say whether the next ``count`` samples are on disk, and pass over them if so."""

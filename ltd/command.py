@@ -15,8 +15,8 @@ from ltd.storage import StorageError, StorageWriteError
 def command_line(*fatal: type[Exception]) -> Iterator[None]:
     """Configure logging and end the process with one line where the error says all there is to say.
 
-    A ``ConfigError`` or ``StorageError`` exits with 2, a ``StorageWriteError`` (a full disk) or one of ``fatal`` with
-    1; anything else is a bug and keeps its traceback.
+    A ``ConfigError`` or ``StorageError`` exits with 2, an ``OSError`` that names a file (no space, no permission) or
+    one of ``fatal`` with 1; anything else is a bug and keeps its traceback.
 
     Args:
         fatal: Further errors whose message is enough.
@@ -34,6 +34,11 @@ def command_line(*fatal: type[Exception]) -> Iterator[None]:
         yield
     except (ConfigError, StorageError) as error:
         _end(error, 2)
+    except OSError as error:
+        # The file system said no to a path: that is the user's to mend, unless nothing names the path.
+        if error.filename is None and not isinstance(error, StorageWriteError):
+            raise
+        _end(error, 1)
     except Exception as error:
         if not isinstance(error, (StorageWriteError, *fatal)):
             raise

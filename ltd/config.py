@@ -56,7 +56,7 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
             raise ConfigError(f"{path}: expected a mapping of fields, got {type(tree).__name__}")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     return from_dict(cls, cast("dict[str, Any]", plain))
 
@@ -77,7 +77,9 @@ def from_dict(cls: Any, mapping: Mapping[str, Any]) -> Any:
     try:
         return _build(cls, mapping, "")
     except _UnknownKey as error:
-        raise ConfigError(_unknown_message(cls, error.path)) from None
+        families = [member for member in _variants(cls) if dataclasses.is_dataclass(member)]
+        chosen = [member for member in families if len(families) > 1 and _kind(member) == mapping.get("kind")]
+        raise ConfigError(_unknown_message((chosen or [cls])[0], error.path)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

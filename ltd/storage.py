@@ -324,6 +324,39 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def read_run(path: str | Path, weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a model's tensors and the run's configuration out of a checkpoint.
+
+    Args:
+        path: Run directory (its latest checkpoint is taken), or one checkpoint inside it.
+        weights: ``ema`` (the averaged weights, where there is one set), ``raw`` (the masters), or the name of a group.
+
+    Returns:
+        Weights and buffers by name, on the CPU, and the configuration that the checkpoint was written under.
+
+    Raises:
+        StorageError: If there is no whole checkpoint, or it lacks those weights.
+    """
+    path = Path(path)
+    checkpoint = path if (path / _MANIFEST).is_file() else latest_checkpoint(path)
+    if checkpoint is None:
+        raise StorageError(f"{path}: neither an exported folder (model.safetensors) nor a run with a whole checkpoint")
+    reader = Reader(checkpoint)
+    group = "master" if weights == "raw" else weights
+    averages = [name for name in sorted(reader.groups()) if name.startswith("ema")]
+    if weights == "ema" and len(averages) == 1:
+        group = averages[0]
+    if group not in reader.groups():
+        raise StorageError(f"weights: got {weights!r}, but {checkpoint} holds {', '.join(sorted(reader.groups()))}")
+    tensors = reader.read_full(group)
+    if "buffer" in reader.groups():
+        tensors |= reader.read_full("buffer")
+    config = reader.manifest.get("config")
+    if not isinstance(config, dict) or "model" not in config:
+        raise StorageError(f"{checkpoint}: its manifest has no configuration of a model")
+    return tensors, config
+
+
 def write_latest(run_dir: str | Path, checkpoint: Path) -> None:
     """Point ``RUN/latest`` at a checkpoint."""
     pointer = Path(run_dir) / "latest"

@@ -29,6 +29,8 @@ class Step:
 
     name: str
     command: tuple[str, ...]
+    #: Files that the step must leave; without them it was stopped early.
+    leaves: tuple[Path, ...] = ()
     #: Files that make the step unnecessary when they are newer than ``inputs``; steps without any decide themselves.
     outputs: tuple[Path, ...] = ()
     inputs: tuple[Path, ...] = ()
@@ -71,6 +73,7 @@ def steps(root: Path) -> list[Step]:
         Step(
             "train the autoencoder",
             (python, "train.py", str(CONFIGS / "autoencoder" / "quickstart.yaml"), *autoencoder_paths),
+            leaves=(autoencoder / "model" / "model.safetensors",),
         ),
         Step(
             "cache latents and text",
@@ -135,6 +138,9 @@ def run(step: Step, number: int, total: int) -> float:
     if code:
         print(f"\n'{step.name}' failed with exit code {code}; mend what it says and run the same command again")
         raise SystemExit(code)
+    if not all(path.exists() for path in step.leaves):
+        print(f"\n'{step.name}' was stopped before its end; run the same command again to resume")
+        raise SystemExit(1)
     return time.monotonic() - began
 
 

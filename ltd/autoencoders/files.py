@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from ltd import config as ltd_config
@@ -44,8 +43,8 @@ def load(
     """Read an autoencoder, ready to use: in evaluation mode, without gradients.
 
     Args:
-        path: Exported folder; run directory (its export ``model/`` where training ended and ``weights`` is "ema", else
-            its latest checkpoint); or a checkpoint inside a run directory.
+        path: Exported folder; run directory (its export ``model/`` if that is of the latest checkpoint and ``weights``
+            is "ema", else the latest checkpoint); or a checkpoint inside a run directory.
         weights: Which weights of a checkpoint: their moving average, where it was kept, or the raw ones.
         device: Where to; CPU by default.
         dtype: Floating type of parameters and buffers; as stored by default.
@@ -59,14 +58,16 @@ def load(
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path}: no such directory; needed an exported autoencoder or a run directory")
-    if weights == "ema" and (path / "model" / "model.safetensors").is_file():
-        path = path / "model"
+    if weights == "ema":
+        path = _newest_export(path) or path
     if (path / "model.safetensors").is_file():
         tensors, tree = storage.load_model(path)
         if tree.get("family") != "autoencoder":
             raise ConfigError(f"{path}: holds a {tree.get('family')}, needed an autoencoder")
     else:
-        tensors, tree = _read_run(path, weights)
+        tensors, tree = storage.read_run(path, weights)
+        if tree.get("kind") != "autoencoder":
+            raise ConfigError(f"{path}: is a run of kind {tree.get('kind')!r}, needed an autoencoder's")
     model = build_autoencoder(ltd_config.from_dict(CausalVaeConfig, tree["model"]))
     _fill(model, tensors, path)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -94,21 +95,15 @@ def _plain(model: CausalVae) -> dict[str, Any]:
     return ltd_config.to_dict(model.config)
 
 
-def _read_run(path: Path, weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    checkpoint = path if path.parent.name == "checkpoints" else storage.latest_checkpoint(path)
+def _newest_export(run_dir: Path) -> Path | None:
+    """Find the export of a run's latest checkpoint; None where training went on since, or never ended."""
+    export, checkpoint = run_dir / "model", storage.latest_checkpoint(run_dir)
+    if not (export / "model.safetensors").is_file():
+        return None
     if checkpoint is None:
-        raise ConfigError(f"{path}: no exported model and no whole checkpoint in it")
-    run_dir = checkpoint.parent.parent
-    tree: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    if not isinstance(tree, dict) or "model" not in tree or tree["model"].get("kind", "causal_vae") != "causal_vae":
-        raise ConfigError(f"{run_dir / 'config.yaml'}: holds no autoencoder under 'model'")
-    reader = storage.Reader(checkpoint)
-    averages = sorted(group for group in reader.groups() if group == "ema" or group.startswith("ema_"))
-    group = averages[-1] if weights == "ema" and averages else "master"
-    tensors = reader.read_full(group)
-    if "buffer" in reader.groups():
-        tensors |= reader.read_full("buffer")
-    return tensors, tree
+        return export
+    _, tree = storage.load_model(export)
+    return export if tree.get("lineage", {}).get("step") == storage.read_manifest(checkpoint)["step"] else None
 
 
 def _fill(model: CausalVae, tensors: dict[str, Tensor], path: Path) -> None:

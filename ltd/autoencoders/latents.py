@@ -72,6 +72,10 @@ class LatentNorm(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std)
 
+    def to_plain(self) -> dict[str, list[float]]:
+        """Give the statistics as plain numbers, for manifests."""
+        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
+
     def normalize(self, latents: Tensor) -> Tensor:
         """Map raw latents ``(b, c, t, h, w)`` to unit scale; dtype is kept."""
         return (latents - self._column(self.mean, latents)) / self._column(self.std, latents)

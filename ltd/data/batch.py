@@ -112,6 +112,7 @@ class StepInfo:
     keys_hash: str  #: Running sha256 of all sample keys up to and with this step, in global order.
     bad: tuple[BadSample, ...]  #: Samples of this process that failed in this step.
     data_s: float  #: Seconds this process waited for its batches.
+    too_many_bad: str | None = None  #: Why training must stop: more bad samples than ``max_bad_fraction`` allows.
 
 
 def collate(
@@ -139,7 +140,8 @@ def collate(
     def stack(name: str) -> Tensor | None:
         if getattr(blank, name) is None:
             return None
-        return torch.stack([torch.as_tensor(getattr(sample, name)) for sample in filled])
+        values = [getattr(sample, name) for sample in filled]
+        return torch.stack(values) if isinstance(values[0], Tensor) else torch.from_numpy(np.stack(values))
 
     return Batch(
         keys=tuple(keys),

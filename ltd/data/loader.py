@@ -22,6 +22,9 @@ from ltd.data.workers import Job, SampleTimeoutError, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+#: Training stops when a process has read this many samples and every one of them was bad.
+_ALL_BAD = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -237,16 +240,18 @@ class Loader:
             )
         return batches
 
-    def _check_bad(self, bad: list[BadSample]) -> None:
+    def _too_many_bad(self, bad: list[BadSample]) -> str | None:
         count, limit = sum(self._recent), self.config.max_bad_fraction * self.config.bad_window
-        if count > limit:
-            causes = dict(Counter(record.cause for record in bad))
-            last = f"; the last: {bad[-1].shard}, key {bad[-1].key!r}: {bad[-1].message}" if bad else ""
-            raise ConfigError(
-                f"data.max_bad_fraction: got {count} bad samples among the last {len(self._recent)} of process "
-                f"{self._rank}, needed at most {limit:g} = data.max_bad_fraction {self.config.max_bad_fraction:g} x "
-                f"data.bad_window {self.config.bad_window} (this step: {causes}){last}"
-            )
+        hopeless = len(self._recent) >= _ALL_BAD and count == len(self._recent) and self.config.max_bad_fraction < 1
+        if not bad or (count <= limit and not hopeless):
+            return None
+        causes = dict(Counter(record.cause for record in bad))
+        return (
+            f"data.max_bad_fraction: got {count} bad samples among the last {len(self._recent)} of process "
+            f"{self._rank}, needed at most {limit:g} = data.max_bad_fraction {self.config.max_bad_fraction:g} x "
+            f"data.bad_window {self.config.bad_window}, and not all of {_ALL_BAD} (this step: {causes}); "
+            f"the last: {bad[-1].shard}, key {bad[-1].key!r}: {bad[-1].message}"
+        )
 
     def __iter__(self) -> Iterator[tuple[list[Batch], StepInfo]]:
         while True:
@@ -261,7 +266,6 @@ class Loader:
         first = self._step == 0 and self._rank == 0
         bad: list[BadSample] = list(self.source.bad) if first else []
         batches = self._collect(pending, bad)
-        self._check_bad(bad)
         keys = [self.source.entries[entry_id].key for entry_id in pending.plan.entries]
         self._keys_hash = chain_keys(self._keys_hash, keys)
         self._step += 1
@@ -271,6 +275,7 @@ class Loader:
             keys_hash=self._keys_hash,
             bad=tuple(bad),
             data_s=time.monotonic() - begin,
+            too_many_bad=self._too_many_bad(bad),
         )
         return batches, info
 
@@ -311,6 +316,8 @@ def build_loader(
     """
     micro_batch(config.global_batch, world_size=world_size, accumulation=accumulation)
     source = open_source(config.shards, caption_required=config.caption_required, backend=config.decoder)
+    if config.flip and not source.random_cuts:
+        raise ConfigError("data.flip: true, but a latent cache holds its own mirrored copies; set flip when caching")
     return Loader(
         config,
         source,

@@ -32,11 +32,11 @@ class ViewConfig:
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"data.views.{name}: got {getattr(self, name)}, needed an integer of 1 or more")
+                raise ConfigError(f"{name}: got {getattr(self, name)}, needed an integer of 1 or more")
         if self.fps is not None and not 0 < self.fps <= 1000:
-            raise ConfigError(f"data.views.fps: got {self.fps}, needed a rate in (0, 1000] or null")
+            raise ConfigError(f"fps: got {self.fps}, needed a rate in (0, 1000] or null")
         if not 0 < self.weight < float("inf"):
-            raise ConfigError(f"data.views.weight: got {self.weight}, needed a positive number")
+            raise ConfigError(f"weight: got {self.weight}, needed a positive number")
 
     @property
     def kind(self) -> str:
@@ -94,7 +94,7 @@ class Plan:
     """The sequence of global batches: each view runs through exact epochs of the samples that fit it.
 
     Args:
-        eligible: For each view the ids of the samples that fit it, in index order.
+        eligible: For each view the ids of the samples that fit it, in index order; a view without any is never drawn.
         weights: Share of the steps of each view, any positive scale.
         global_batch: Samples per step.
         seed: Seed of the run.
@@ -107,7 +107,7 @@ class Plan:
         self, eligible: Sequence[Sequence[int]], weights: Sequence[float], *, global_batch: int, seed: int
     ) -> None:
         for number, ids in enumerate(eligible):
-            if len(ids) < global_batch:
+            if 0 < len(ids) < global_batch:
                 raise ConfigError(
                     f"data.global_batch: got {global_batch}, but data.views[{number}] has only {len(ids)} samples; "
                     f"needed at least one global batch: lower data.global_batch, drop the view or add data"
@@ -115,7 +115,8 @@ class Plan:
         self.eligible = tuple(np.asarray(ids, dtype=np.int64) for ids in eligible)
         self.global_batch = global_batch
         self.seed = seed
-        self._edges = np.cumsum(weights) / np.sum(weights)
+        drawn = [weight if len(ids) else 0.0 for weight, ids in zip(weights, self.eligible, strict=True)]
+        self._edges = np.cumsum(drawn) / np.sum(drawn)
         self._counts: list[np.ndarray] = [np.zeros(len(self.eligible), dtype=np.int64)]
         self._views = lru_cache(maxsize=4)(self._block_views)
         self._order = lru_cache(maxsize=2 * len(self.eligible) + 2)(self._epoch_order)

@@ -280,12 +280,13 @@ def match_views(source: Source, views: Sequence[ViewConfig], report: Callable[[s
         report: Called with one line of counts per view.
 
     Returns:
-        Ids (positions in ``source.entries``) per view.
+        Ids (positions in ``source.entries``) per view; a view that no sample fits is named in a warning and left empty.
 
     Raises:
-        ConfigError: If a view has no sample at all; names the counts.
+        ConfigError: If no view has a sample; names the counts.
     """
     eligible: list[list[int]] = []
+    empty: list[str] = []
     for number, view in enumerate(views):
         reasons: Counter[str] = Counter()
         ids: list[int] = []
@@ -296,11 +297,16 @@ def match_views(source: Source, views: Sequence[ViewConfig], report: Callable[[s
             else:
                 reasons[reason] += 1
         left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4)) or "none"
-        if not ids:
-            raise ConfigError(
+        eligible.append(ids)
+        if ids:
+            report(f"data.views[{number}] {view}: {len(ids)} of {len(source.entries)} samples (left out: {left_out})")
+        else:
+            empty.append(
                 f"data.views[{number}]: got {view}, but none of the {len(source.entries)} samples fits "
                 f"({left_out}); needed a view that the data can fill: change data.views or data.shards"
             )
-        report(f"data.views[{number}] {view}: {len(ids)} of {len(source.entries)} samples (left out: {left_out})")
-        eligible.append(ids)
+    if len(empty) == len(views):
+        raise ConfigError(empty[0])
+    for text in empty:
+        logger.warning("%s; it is left out", text)
     return eligible

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from ltd import storage
-from ltd.config import from_dict, to_dict
+from ltd.config import ConfigError, from_dict, to_dict
 from ltd.denoisers.dit import Dit, DitConfig
 
 TIME_CONVENTION = "noise-at-1"
@@ -25,7 +23,7 @@ def build_denoiser(config: DitConfig) -> Dit:
         case DitConfig():
             return Dit(config)
         case _:
-            raise ValueError(f"model: no denoiser is built from {type(config).__name__}")
+            raise ConfigError(f"model: no denoiser is built from {type(config).__name__}")
 
 
 def save(model: Dit, directory: str | Path) -> None:
@@ -58,49 +56,22 @@ def load(
         The denoiser.
 
     Raises:
-        ValueError: If nothing is there, or the weights do not belong to the configuration.
+        ConfigError: If nothing is there, or the weights do not belong to the configuration.
     """
     path = Path(path)
     if (path / "model.safetensors").is_file():
         tensors, config = storage.load_model(path)
         if config.get("time") != TIME_CONVENTION:
-            raise ValueError(f"{path / 'config.yaml'}: time: got {config.get('time')!r}, needed {TIME_CONVENTION!r}")
+            raise ConfigError(f"{path / 'config.yaml'}: time: got {config.get('time')!r}, needed {TIME_CONVENTION!r}")
     else:
-        tensors, config = _read_run(path, weights)
+        tensors, config = storage.read_run(path, weights)
+        if config.get("kind") != "denoiser":
+            raise ConfigError(f"{path}: is a run of kind {config.get('kind')!r}, needed a denoiser's")
     if "model" not in config:
-        raise ValueError(f"{path}: its config.yaml has no section 'model'; not a denoiser's")
+        raise ConfigError(f"{path}: its config.yaml has no section 'model'; not a denoiser's")
     model = build_denoiser(from_dict(DitConfig, config["model"]))
     _load_strictly(model, tensors, path)
     return model.to(device=device, dtype=dtype).eval()
-
-
-def _read_run(path: Path, weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights of a run's latest checkpoint, or of one checkpoint, and the run's configuration."""
-    is_checkpoint = path.parent.name == "checkpoints"
-    checkpoint = path if is_checkpoint else storage.latest_checkpoint(path)
-    run_dir = path.parent.parent if is_checkpoint else path
-    if checkpoint is None or not (run_dir / "config.yaml").is_file():
-        raise ValueError(
-            f"{path}: neither an exported folder (model.safetensors) nor a run directory with a checkpoint"
-        )
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{run_dir / 'config.yaml'}: got {type(config).__name__}, needed a mapping")
-    reader = storage.Reader(checkpoint)
-    tensors = reader.read_full(_group(reader.groups(), weights, checkpoint))
-    if "buffer" in reader.groups():
-        tensors |= reader.read_full("buffer")
-    return tensors, {str(key): value for key, value in config.items()}
-
-
-def _group(groups: set[str], weights: str, checkpoint: Path) -> str:
-    name = "master" if weights == "raw" else weights
-    if name in groups:
-        return name
-    averages = sorted(group for group in groups if group.startswith("ema"))
-    if weights == "ema" and len(averages) == 1:
-        return averages[0]
-    raise ValueError(f"weights: got {weights!r}, but {checkpoint} holds {', '.join(sorted(groups))}")
 
 
 def _load_strictly(model: Dit, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -110,7 +81,7 @@ def _load_strictly(model: Dit, tensors: Mapping[str, Tensor], path: Path) -> Non
     if expected != found:
         missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         shapes = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
-        raise ValueError(
+        raise ConfigError(
             f"{path}: the weights are of another model than its config.yaml: {len(missing)} missing {missing[:3]}, "
             f"{len(extra)} unknown {extra[:3]}, {len(shapes)} of another shape "
             f"{[(name, found[name], expected[name]) for name in shapes[:3]]}"

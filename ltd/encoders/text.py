@@ -104,6 +104,30 @@ def build_text_encoder(config: TextEncoderConfig, *, device: torch.device | str 
             return BytesTextEncoder(config)
 
 
+def text_encoder_hash(config: TextEncoderConfig) -> str:
+    """Hash what an encoder's embeddings depend on, without loading its network.
+
+    Args:
+        config: One of the encoder configs.
+
+    Returns:
+        The ``hash`` of the encoder that ``build_text_encoder`` would build.
+    """
+    match config:
+        case TransformersTextConfig():
+            return _hash_folder(resolve_folder(config.path)[0], config)
+        case BytesTextConfig():
+            return hash_files([], "bytes", 1, config.dim, config.max_length)
+
+
+def _hash_folder(folder: Path, config: TransformersTextConfig) -> str:
+    files = [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"path: no *.safetensors in {folder}; pickled weights are not read, convert them first")
+    return hash_files(files + weights, config.max_length, config.dtype)
+
+
 class TransformersTextEncoder:
     """Token embeddings of a transformers network: its last hidden state.
 
@@ -116,11 +140,7 @@ class TransformersTextEncoder:
 
     def __init__(self, config: TransformersTextConfig) -> None:
         folder, self.name = resolve_folder(config.path)
-        files = [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
-        weights = list(folder.glob("*.safetensors"))
-        if not weights:
-            raise ConfigError(f"path: no *.safetensors in {folder}; pickled weights are not read, convert them first")
-        self.hash = hash_files(files + weights, config.max_length, config.dtype)
+        self.hash = _hash_folder(folder, config)
         self.tokenizer, self.network = _load_transformers(folder, dtype=getattr(torch, config.dtype))
         self.dim = int(_first_attribute(self.network.config, "hidden_size", "d_model"))
         limit = getattr(self.network.config, "max_position_embeddings", None)
@@ -186,7 +206,7 @@ class BytesTextEncoder:
     def __init__(self, config: BytesTextConfig) -> None:
         self.name = "untrained bytes"
         self.dim, self.max_length = config.dim, config.max_length
-        self.hash = hash_files([], "bytes", 1, config.dim, config.max_length)
+        self.hash = text_encoder_hash(config)
         self.num_truncated = 0
         table = torch.randn(257, self.dim, generator=generator(0, "bytes text encoder"))
         frequencies = torch.exp(-torch.arange(0, self.dim, 2) / self.dim * 6.0)

@@ -9,13 +9,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from ltd import autoencoders, denoisers
+from ltd import autoencoders, denoisers, storage
 from ltd.config import ConfigError, from_dict
 from ltd.denoisers import Conditioning
 from ltd.diffusion import SamplerConfig, ShiftConfig, sample
@@ -48,10 +47,12 @@ class RunParts:
     views: tuple[tuple[VideoShape, float | None], ...]
     #: Time shift that the denoiser was trained under; sampling wants the same.
     shift: ShiftConfig
+    #: Hash and latent statistics of the autoencoder that it was trained with.
+    lineage: dict[str, Any]
 
 
 def read_run_parts(run_dir: str | Path) -> RunParts:
-    """Read from a run's config.yaml what sampling needs besides the denoiser.
+    """Read from a run's latest checkpoint what sampling needs besides the denoiser.
 
     Args:
         run_dir: Run directory of a denoiser.
@@ -62,20 +63,22 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
     Raises:
         ConfigError: If it is no denoiser's run, or it trained on an untrained autoencoder.
     """
-    file = Path(run_dir) / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{run_dir}: no config.yaml; needed the run directory of a denoiser")
-    config = OmegaConf.to_container(OmegaConf.load(file))
-    if not isinstance(config, dict) or config.get("kind") != "denoiser":
-        raise ConfigError(f"{file}: kind is not 'denoiser'")
+    checkpoint = storage.latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise ConfigError(f"{run_dir}: holds no whole checkpoint; needed the run directory of a denoiser")
+    manifest = storage.read_manifest(checkpoint)
+    config = manifest["config"]
+    if config.get("kind") != "denoiser":
+        raise ConfigError(f"{run_dir}: is a run of kind {config.get('kind')!r}, needed the run directory of a denoiser")
     if config["autoencoder"] is None:
-        raise ConfigError(f"{file}: autoencoder is null; an untrained autoencoder cannot decode samples")
+        raise ConfigError(f"{run_dir}: its autoencoder is null; an untrained autoencoder cannot decode samples")
     views = tuple((VideoShape(v["num_frames"], v["height"], v["width"]), v["fps"]) for v in config["data"]["views"])
     return RunParts(
         autoencoder=config["autoencoder"],
         text=from_dict(TextEncoderConfig, config["text"]),
         views=views,
         shift=from_dict(ShiftConfig, config["objective"]["shift"]),
+        lineage=manifest.get("lineage", {}),
     )
 
 
@@ -182,6 +185,13 @@ def load_generator(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     denoiser = denoisers.load(run_dir, weights=weights, device=device, dtype=dtype)
     decoder = autoencoders.load(autoencoder or parts.autoencoder, device=device)
+    found = {"autoencoder_hash": autoencoders.weights_hash(decoder), "latent_norm": decoder.latent_norm.to_plain()}
+    for name, value in parts.lineage.items():
+        if name in found and found[name] != value:
+            raise ConfigError(
+                f"autoencoder: {name} of {autoencoder or parts.autoencoder} is {found[name]}, the denoiser was trained "
+                f"with {value}; give the autoencoder it was trained with"
+            )
     return Generator(
         denoiser, decoder, build_text_encoder(parts.text, device=device), sampler=sampler, negative=negative
     )

@@ -90,6 +90,10 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
         return None
     if resume == "auto":
         return storage.latest_checkpoint(run_dir)
+    own = storage.latest_checkpoint(run_dir)
+    if own is not None:
+        logger.info("%s has checkpoints of its own: going on from %s, not from resume = %s", run_dir, own, resume)
+        return own
     path = Path(resume)
     if (path / "manifest.json").is_file():
         return path

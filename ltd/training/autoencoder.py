@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class AutoencoderRun(RunConfig):
             raise ConfigError(f"initialize_from: must be at least 0, got {self.initialize_from}")
         if self.statistics_from < 1:
             raise ConfigError(f"statistics_from: must be at least 1, got {self.statistics_from}")
+        if self.parallel.activation_checkpointing != "none":
+            raise ConfigError(
+                "parallel.activation_checkpointing: autoencoders have no blocks to recompute; set it to none"
+            )
         if self.parallel.sequence != 1:
             raise ConfigError(f"parallel.sequence: autoencoders train with 1, got {self.parallel.sequence}")
 
@@ -189,8 +193,14 @@ def _export(config: AutoencoderRun, layout: Layout) -> None:
     target = Path(config.run_dir) / "model"
     checkpoint = storage.latest_checkpoint(config.run_dir)
     assert checkpoint is not None
-    step = storage.read_manifest(checkpoint)["step"]
-    if layout.any(_exported_step(target) == step):
+    lineage = {
+        "run": config.run_dir,
+        "step": storage.read_manifest(checkpoint)["step"],
+        "weights": storage.fingerprint(checkpoint),
+        "latent_scale": config.latent_scale,
+        "statistics_from": config.statistics_from,
+    }
+    if layout.any(_exported_lineage(target) == lineage):
         return
     model = autoencoders.load(checkpoint, weights="ema", device=layout.device)
     statistics = LatentStatistics()
@@ -203,7 +213,7 @@ def _export(config: AutoencoderRun, layout: Layout) -> None:
         total.merge(state)
     model.set_latent_norm(total.mean.float(), _unit_scale(config, model, total.std).float())
     if layout.is_main:
-        autoencoders.save(model, target, lineage={"run": config.run_dir, "step": step})
+        autoencoders.save(model, target, lineage=lineage)
         logger.info("exported %s: averaged weights, statistics of %d latent cells", target, int(total.count))
     layout.barrier()
 
@@ -222,9 +232,9 @@ def _unit_scale(config: AutoencoderRun, model: autoencoders.CausalVae, std: Tens
             return pixel_scaled_std(std, pixel_sensitivity(model, latents, std, draw * 2 - 1))
 
 
-def _exported_step(folder: Path) -> int | None:
+def _exported_lineage(folder: Path) -> dict[str, Any] | None:
     try:
         _, config = storage.load_model(folder)
     except storage.StorageError:
         return None
-    return config.get("lineage", {}).get("step")
+    return config.get("lineage")

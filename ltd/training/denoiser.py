@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,19 @@ from ltd.data import Batch
 from ltd.data.latents import LatentCache, check_cache, is_cache
 from ltd.denoisers import Conditioning, Dit, DitConfig, build_denoiser
 from ltd.diffusion import FlowMatching, FlowMatchingConfig
-from ltd.encoders.text import TextEncoder, TextEncoderConfig, TransformersTextConfig, build_text_encoder
+from ltd.encoders.text import (
+    TextEncoder,
+    TextEncoderConfig,
+    TransformersTextConfig,
+    build_text_encoder,
+    text_encoder_hash,
+)
 from ltd.inference.media import pixels_to_video
 from ltd.parallel import sequence
 from ltd.parallel.activation import checkpoint_blocks
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
-from ltd.rng import DrawRandom
+from ltd.rng import DrawRandom, derive_seed
 from ltd.training.loop import fit
 from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
@@ -99,11 +105,12 @@ class DenoiserStage:
         Returns:
             Mean over samples and quantiles, of all samples and by kind.
         """
+        seed = derive_seed(self.run.seed, "heldout")
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.layout.device)
         for batch in heldout_batches(self.run, self.layout):
-            prepared = self.inputs.prepare(batch.to(self.layout.device), DrawRandom(self.run.seed, batch.draws))
+            prepared = self.inputs.prepare(batch.to(self.layout.device), DrawRandom(seed, batch.draws))
             for tensors in sequence.exchange(prepared, self.layout):
-                random = DrawRandom(self.run.seed, tensors["draws"].tolist())
+                random = DrawRandom(seed, tensors["draws"].tolist())
                 cond = self.inputs.conditioning(tensors)
                 latents, weight = tensors["latents"], tensors["weight"].double()
                 for time in self.objective.evaluation_times(_HELDOUT_TIMES, latents[0, 0].numel()).tolist():
@@ -128,23 +135,36 @@ class LatentInputs:
     """
 
     def __init__(self, run: DenoiserRun, layout: Layout) -> None:
-        assert run.data.shards is not None
         self.device = layout.device
         autoencoder = _autoencoder(run).to(layout.device)
         check_views(run.data.views, autoencoder.compression)
         self.norm: LatentNorm = autoencoder.latent_norm
-        self.autoencoder: autoencoders.CausalVae | None = autoencoder
+        self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
-        if isinstance(run.data.shards, str) and is_cache(run.data.shards):
-            cache = LatentCache(run.data.shards)
-            check_cache(cache.manifest, autoencoder_hash=autoencoders.weights_hash(autoencoder))
-            self.autoencoder = None
-            text, mask = _null_text(cache)
-        else:
+        caches = [self._checked_cache(run, shards) for shards in (run.data.shards, run.evaluation.shards) if shards]
+        all_cached = None not in caches
+        self.autoencoder: autoencoders.CausalVae | None = None if all_cached else autoencoder
+        if not all_cached:
             self.encoder = build_text_encoder(run.text, device=layout.device)
+        if caches[0] is not None:
+            text, mask = _null_text(caches[0])
+        else:
+            assert self.encoder is not None
             text, mask = self.encoder.encode([""])
         self.null = Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
         _check_model(run.model, autoencoder.latent_channels, text.shape[-1])
+
+    def _checked_cache(self, run: DenoiserRun, shards: str | tuple[str, ...]) -> LatentCache | None:
+        """Open a latent cache and refuse one of another autoencoder or text encoder; None for media."""
+        if not isinstance(shards, str) or not is_cache(shards):
+            return None
+        cache = LatentCache(shards)
+        check_cache(cache.manifest, autoencoder_hash=self.hash, text_encoder_hash=text_encoder_hash(run.text))
+        return cache
+
+    def lineage(self) -> dict[str, Any]:
+        """Say what the denoiser's latents depend on: a checkpoint keeps it, and sampling checks it."""
+        return {"autoencoder_hash": self.hash, "latent_norm": self.norm.to_plain()}
 
     def prepare(self, batch: Batch, random: DrawRandom) -> dict[str, Tensor]:
         """Make unit-scale latents and text embeddings.
@@ -194,7 +214,10 @@ def run(config: DenoiserRun) -> None:
         session = start_session(config, layout, lambda fresh: _build(config, layout))
         if session is not None:
             with session:
-                fit(session, DenoiserStage(config, session.engine, layout))
+                stage = DenoiserStage(config, session.engine, layout)
+                _check_lineage(session.lineage, stage.inputs.lineage())
+                session.lineage |= stage.inputs.lineage()
+                fit(session, stage)
 
 
 def _autoencoder(run: DenoiserRun) -> autoencoders.CausalVae:
@@ -205,6 +228,15 @@ def _autoencoder(run: DenoiserRun) -> autoencoders.CausalVae:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return autoencoders.build_autoencoder(run.untrained_autoencoder).eval().requires_grad_(False)
+
+
+def _check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            raise ConfigError(
+                f"autoencoder: {name} is {value} now, but the checkpoint was trained with {before[name]}; "
+                "point autoencoder at the one it was trained with, or start in another run_dir"
+            )
 
 
 def _build(config: DenoiserRun, layout: Layout) -> Dit:

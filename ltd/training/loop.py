@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ltd.config import ConfigError
 from ltd.data import Batch, StepInfo
 from ltd.parallel import sequence
 from ltd.parallel.interface import NonFiniteError
@@ -110,7 +111,8 @@ def fit(session: Session, stage: Stage) -> bool:
             micro_batches, info = next(batches)
             data_s = time.perf_counter() - began
             means, tokens, stopping = _accumulate(session, stage, micro_batches, info, stop)
-            rate = learning_rate(run.optim, step, run.steps)
+            # A step whose samples all failed changes nothing.
+            rate = learning_rate(run.optim, step, run.steps) if tokens else 0.0
             grad_norm = _step(session, rate, micro_batches, info)
             session.ema.update(step)
             done = step + 1
@@ -136,7 +138,11 @@ def fit(session: Session, stage: Stage) -> bool:
 
 def _evaluation_due(session: Session, done: int) -> bool:
     interval = session.run.evaluation.every
-    return interval > 0 and (every(done, interval) or done in (1, session.run.steps))
+    return (
+        interval > 0
+        and session.run.evaluation.shards is not None
+        and (every(done, interval) or done in (1, session.run.steps))
+    )
 
 
 def _accumulate(
@@ -161,14 +167,14 @@ def _accumulate(
     mine = torch.tensor([sum(float(batch.weight.sum()) for batch in micro_batches), float(len(info.bad))])
     total_weight, num_bad = layout.sum_(mine.to(layout.device)).tolist()
     if num_bad:
-        _record_bad(session, info)
+        _record_bad(session, info)  # raises on all processes if one of them has too many
     scale = 1.0 / max(total_weight, 1.0)
     sums: dict[str, Tensor] = {}
     tokens = 0
     for batch in micro_batches:
         for tensors in sequence.exchange(stage.prepare(batch.to(layout.device)), layout):
             terms = stage.terms(tensors)
-            tokens += stage.num_tokens(tensors)
+            tokens += stage.num_tokens(tensors) if total_weight else 0
             weight = tensors["weight"].float()
             session.engine.backward((terms["loss"] * weight).sum() * scale)
             for name, value in terms.items():
@@ -207,3 +213,6 @@ def _record_bad(session: Session, info: StepInfo) -> None:
     """Count bad samples by cause and list them; called on all ranks together."""
     records = [item for part in session.layout.gather_objects(info.bad) for item in part]
     session.tracker.quarantine(info.step + 1, [record.to_dict() for record in records])
+    fatal = [text for text in session.layout.gather_objects(info.too_many_bad) if text is not None]
+    if fatal:
+        raise ConfigError(fatal[0])

@@ -42,6 +42,7 @@ class OptimConfig:
         for name in ("cooldown", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+        self.settings()
 
     def settings(self) -> OptimizerSettings:
         """Pick what the engine's optimiser needs."""

@@ -28,7 +28,7 @@ from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import derive_seed
 from ltd.shapes import Compression
-from ltd.storage import read_manifest, write_json
+from ltd.storage import StorageError, read_manifest, verify, write_json
 from ltd.tracking.tracker import Tracker, TrackingConfig
 from ltd.training.optim import OptimConfig, learning_rate
 
@@ -55,9 +55,9 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Held-out loss in training."""
 
-    #: Steps between evaluations; 0 is never. The first and the last step are always evaluated.
+    #: Steps between evaluations; 0 is never, else the first and the last step are evaluated too.
     every: int = 0
-    #: Held-out shards or latent cache, written like ``data.shards``; null with ``every`` = 0.
+    #: Held-out shards or latent cache, written like ``data.shards``; null evaluates nothing, with a warning.
     shards: str | tuple[str, ...] | None = None
     #: Samples per process and forward pass.
     batch_size: int = 8
@@ -82,7 +82,8 @@ class RunConfig:
     steps: int
     #: Seed of initialisation, data order and every sample's random numbers.
     seed: int = 0
-    #: ``auto`` continues from the latest checkpoint of ``run_dir`` if there is one; ``never`` starts anew; else a path.
+    #: ``auto`` goes on from the latest checkpoint of ``run_dir`` if there is one; ``never`` refuses to write over one;
+    #: a path (a run or checkpoint) is where a run without checkpoints of its own starts from.
     resume: str = "auto"
     #: Steps between rows of ``metrics.jsonl``.
     log_every: int = 1
@@ -102,8 +103,6 @@ class RunConfig:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not self.run_dir:
             raise ConfigError("run_dir: is empty, needed a directory")
-        if self.evaluation.every and self.data.shards is not None and self.evaluation.shards is None:
-            raise ConfigError(f"evaluation.shards: is null, but evaluation.every = {self.evaluation.every} needs some")
 
 
 @dataclass
@@ -118,6 +117,8 @@ class Session:
     tracker: Tracker
     #: Optimizer steps done before this process started.
     start_step: int
+    #: What the model depends on besides its weights (hashes, statistics), as the checkpoint has it; saved with each.
+    lineage: dict[str, Any]
 
     def __enter__(self) -> Session:
         return self
@@ -168,13 +169,21 @@ def start_session(run: RunConfig, layout: Layout, build_module: Callable[[bool],
     found = checkpoints.resolve(run.resume, run_dir)
     manifest = read_manifest(found) if found else {}
     start_step = int(manifest.get("step", 0))
+    own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
     if found and start_step >= run.steps:
+        if not own:
+            raise ConfigError(
+                f"steps: got {run.steps}, but resume = {run.resume} has {start_step} already; raise steps"
+            )
         logger.info("%s already has its %d steps; nothing to train (raise steps to go on)", run_dir, run.steps)
         return None
     _announce_resume(found, manifest, run)
-    if layout.is_main:
-        config_io.save(run, run_dir / "config.yaml")
-    layout.barrier()
+    if run.evaluation.every and run.evaluation.shards is None:
+        logger.warning("evaluation.shards is null: nothing is evaluated in training")
+    if found is None:  # the configuration of a run that goes on is replaced only once its checkpoint is accepted
+        _save_config(run, layout)
+    else:
+        _verify(found, layout)
     loader = build_loader(
         run.data,
         seed=run.seed,
@@ -196,6 +205,7 @@ def start_session(run: RunConfig, layout: Layout, build_module: Callable[[bool],
     ema = Ema(engine, run.ema)
     if found:
         checkpoints.load(found, engine, ema)
+        _save_config(run, layout)
     if layout.is_main and run.parallel.engine == "deepspeed":
         write_json(run_dir / "deepspeed.json", engine.resolved_config())
     tracker = Tracker(
@@ -204,9 +214,28 @@ def start_session(run: RunConfig, layout: Layout, build_module: Callable[[bool],
         is_main=layout.is_main,
         run_config=config_io.to_dict(run),
         start_step=start_step + 1,
-        state=manifest.get("tracker"),
+        state=manifest.get("tracker") if own else None,
     )
-    return Session(run, layout, engine, ema, loader, tracker, start_step)
+    return Session(run, layout, engine, ema, loader, tracker, start_step, dict(manifest.get("lineage", {})))
+
+
+def _save_config(run: RunConfig, layout: Layout) -> None:
+    if layout.is_main:
+        config_io.save(run, Path(run.run_dir) / "config.yaml")
+    layout.barrier()
+
+
+def _verify(checkpoint: Path, layout: Layout) -> None:
+    """Check the checkpoint's checksums on the main process; all processes refuse a damaged one."""
+    problem = None
+    if layout.is_main:
+        try:
+            verify(checkpoint)
+        except StorageError as error:
+            problem = str(error)
+    problem = layout.broadcast_object(problem)
+    if problem is not None:
+        raise StorageError(f"{problem}; give resume=PATH of an older checkpoint, or delete this one")
 
 
 def check_views(views: Sequence[ViewConfig], compression: Compression) -> None:
@@ -257,7 +286,7 @@ def save_session(session: Session, step: int, data_state: dict[str, Any]) -> Non
         "data": data_state,
         "tracker": session.tracker.state(),
         "config": config_io.to_dict(session.run),
-        "time_convention": "noise-at-1",
+        "lineage": session.lineage,
     }
     checkpoints.save(
         session.run.run_dir,
@@ -295,15 +324,15 @@ def _announce(run: RunConfig, layout: Layout, module: nn.Module) -> None:
     per_rank = data.global_batch // (layout.world_size * parallel.accumulation)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     logger.info("%s: %.2fM trained parameters", type(module).__name__, trained / 1e6)
+    engine = f"deepspeed, ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "torch"
     logger.info(
-        "global batch %d = %d per process x %d processes x %d accumulation; sequence groups of %d; %s, ZeRO %d, %s",
+        "global batch %d = %d per process x %d processes x %d accumulation; sequence groups of %d; %s, %s",
         data.global_batch,
         per_rank,
         layout.world_size,
         parallel.accumulation,
         parallel.sequence,
-        parallel.engine,
-        parallel.zero,
+        engine,
         parallel.precision,
     )
     last = learning_rate(optim, run.steps - 1, run.steps)

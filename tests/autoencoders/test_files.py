@@ -31,7 +31,6 @@ def _run_directory(path: Path, *, ema: bool = True) -> tuple[CausalVae, CausalVa
     """Write a run the way a trainer does: the root's config, and a checkpoint in two flat shards."""
     raw, average = _model(1), _model(2)
     path.mkdir()
-    ltd_config.save({"model": ltd_config.to_dict(CONFIG), "seed": 0}, path / "config.yaml")
     checkpoint = storage.checkpoint_path(path, 3)
     checkpoint.mkdir(parents=True)
     groups = {"master": dict(raw.named_parameters()), **({"ema": dict(average.named_parameters())} if ema else {})}
@@ -45,7 +44,8 @@ def _run_directory(path: Path, *, ema: bool = True) -> tuple[CausalVae, CausalVa
         shards[0].append(storage.Slice("buffer", name, tuple(tensor.shape), 0, tensor.flatten()))
     for index, slices in enumerate(shards):
         storage.write_shard(checkpoint, f"shard-{index}", [item for item in slices if item.data.numel()])
-    storage.write_manifest(checkpoint, {"step": 3})
+    config = {"kind": "autoencoder", "model": ltd_config.to_dict(CONFIG), "seed": 0}
+    storage.write_manifest(checkpoint, {"step": 3, "config": config})
     return raw, average
 
 
@@ -76,9 +76,20 @@ def test_a_run_directory_gives_the_average_or_the_raw_weights(tmp_path: Path) ->
     assert next(loaded.parameters()).dtype == torch.float64
 
 
-def test_a_run_without_an_average_gives_the_raw_weights(tmp_path: Path) -> None:
+def test_a_run_without_an_average_gives_the_raw_weights_only_when_asked(tmp_path: Path) -> None:
     raw, _ = _run_directory(tmp_path / "run", ema=False)
-    assert _same(autoencoders.load(tmp_path / "run"), raw)
+    assert _same(autoencoders.load(tmp_path / "run", weights="raw"), raw)
+    with pytest.raises(storage.StorageError, match="got 'ema', but .* holds buffer, master"):
+        autoencoders.load(tmp_path / "run")
+
+
+def test_an_export_counts_only_while_it_is_of_the_latest_checkpoint(tmp_path: Path) -> None:
+    _, average = _run_directory(tmp_path / "run")
+    exported = _model(5)
+    autoencoders.save(exported, tmp_path / "run" / "model", lineage={"step": 3})
+    assert _same(autoencoders.load(tmp_path / "run"), exported)
+    autoencoders.save(exported, tmp_path / "run" / "model", lineage={"step": 2})
+    assert _same(autoencoders.load(tmp_path / "run"), average)
 
 
 def test_the_hash_follows_weights_and_config_but_not_the_latent_norm() -> None:
@@ -97,7 +108,7 @@ def test_the_hash_follows_weights_and_config_but_not_the_latent_norm() -> None:
 def test_what_is_no_autoencoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such directory"):
         autoencoders.load(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="no exported model and no whole checkpoint"):
+    with pytest.raises(storage.StorageError, match="neither an exported folder"):
         autoencoders.load(tmp_path)
     storage.save_model(tmp_path / "dit", {"x": torch.zeros(1)}, {"family": "denoiser", "model": {}})
     with pytest.raises(ConfigError, match="holds a denoiser, needed an autoencoder"):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -175,11 +176,19 @@ def test_a_bad_sample_keeps_its_slot_at_weight_zero(
 
 def test_too_many_bad_samples_stop_with_the_numbers(damaged: Path) -> None:
     config = make_config(damaged, views=(CLIPS,), global_batch=6, max_bad_fraction=0.25, bad_window=20)
-    with pytest.raises(
-        ConfigError, match=r"data.max_bad_fraction: got 6 bad samples among the last 18 .*needed at most 5"
-    ):
-        take(config, steps=6)
-    assert len(take(dataclasses.replace(config, max_bad_fraction=0.4), steps=30)) == 30
+    told = [info.too_many_bad for _, info in take(config, steps=3)]
+    assert told[:2] == [None, None]
+    assert re.search(r"data.max_bad_fraction: got 6 bad samples among the last 18 .*needed at most 5", str(told[2]))
+    lenient = take(dataclasses.replace(config, max_bad_fraction=0.4), steps=30)
+    assert all(info.too_many_bad is None for _, info in lenient)
+
+
+def test_a_view_without_samples_is_named_and_never_drawn(toy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    absent = ViewConfig(num_frames=99, height=24, width=32, weight=50.0)
+    alone = take(make_config(toy, views=(CLIPS,)), steps=4)
+    both = take(make_config(toy, views=(CLIPS, absent)), steps=4)
+    assert "data.views[1]: got 99x24x32, but none of the" in caplog.text
+    assert [batches[0].keys for batches, _ in both] == [batches[0].keys for batches, _ in alone]
 
 
 def test_a_sample_that_hangs_times_out(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

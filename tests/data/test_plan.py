@@ -74,10 +74,10 @@ def test_key_chain_depends_on_order_and_history() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_frames": 0}, "data.views.num_frames: got 0"),
-        ({"height": -1}, "data.views.height: got -1"),
-        ({"fps": 0.0}, "data.views.fps: got 0.0"),
-        ({"weight": 0.0}, "data.views.weight: got 0.0"),
+        ({"num_frames": 0}, "num_frames: got 0"),
+        ({"height": -1}, "height: got -1"),
+        ({"fps": 0.0}, "fps: got 0.0"),
+        ({"weight": 0.0}, "weight: got 0.0"),
     ],
 )
 def test_view_ranges(fields: dict[str, float], message: str) -> None:

@@ -17,8 +17,8 @@ def write_run(run_dir, model, averages):
         for name, value in model.state_dict().items()
     ]
     storage.write_shard(checkpoint, "rank-0", slices)
-    storage.write_manifest(checkpoint, {"step": 10})
-    configuration.save({"model": configuration.to_dict(model.config), "steps": 10}, run_dir / "config.yaml")
+    config = {"kind": "denoiser", "model": configuration.to_dict(model.config), "steps": 10}
+    storage.write_manifest(checkpoint, {"step": 10, "config": config})
     return checkpoint
 
 
@@ -43,6 +43,13 @@ def test_a_run_gives_its_average_or_its_raw_weights(tmp_path, build):
     assert equal(denoisers.load(tmp_path), model, 1.0)
     assert equal(denoisers.load(tmp_path, weights="raw"), model)
     assert equal(denoisers.load(checkpoint, weights="ema_0.99"), model, 1.0)
+
+
+def test_an_autoencoders_run_is_refused(tmp_path, build):
+    checkpoint = write_run(tmp_path, build(), {"ema": 0.0})
+    storage.write_manifest(checkpoint, {"step": 10, "config": {"kind": "autoencoder", "model": {}}})
+    with pytest.raises(ValueError, match="is a run of kind 'autoencoder', needed a denoiser's"):
+        denoisers.load(tmp_path)
 
 
 def test_several_averages_must_be_named(tmp_path, build):

@@ -186,3 +186,24 @@ def test_prompt_file_without_prompts_is_refused(pipeline: Path, tmp_path: Path) 
     args = sample.parse([str(pipeline / "denoiser"), "--prompts", str(tmp_path / "empty.txt"), "--out", str(tmp_path)])
     with pytest.raises(ConfigError, match="holds no prompt"):
         sample.plan(args)
+
+
+def test_an_autoencoder_that_changed_since_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    model = autoencoders.load(pipeline / "autoencoder")
+    model.set_latent_norm(model.latent_norm.mean, model.latent_norm.std * 2)
+    autoencoders.save(model, tmp_path / "other")
+    with pytest.raises(ConfigError, match="latent_norm of .* the denoiser was trained with"):
+        load_generator(pipeline / "denoiser", sampler=SamplerConfig(steps=1), autoencoder=str(tmp_path / "other"))
+
+
+def test_a_cache_of_another_text_encoder_is_refused(pipeline: Path) -> None:
+    from dataclasses import replace
+
+    from ltd.encoders.text import BytesTextConfig
+    from ltd.parallel.layout import Layout
+
+    run = _denoiser_run(pipeline, pipeline / "latents" / "train")
+    layout = Layout.from_environment(run.parallel)
+    LatentInputs(run, layout)
+    with pytest.raises(ConfigError, match="text_encoder_hash"):
+        LatentInputs(replace(run, text=BytesTextConfig(dim=32, max_length=40)), layout)

@@ -145,3 +145,48 @@ def test_resume_never_refuses_to_write_over_a_run(
         run(shards, whole, "resume=never", steps=9)
     assert stop.value.code == 2
     assert "run_dir" in capsys.readouterr().err
+
+
+def test_shards_alone_are_enough_for_the_debug_config(shards: Path, tmp_path: Path) -> None:
+    common = [f"run_dir={tmp_path}", f"data.shards={shards / 'train'}", "steps=2"]
+    assert train.main([CONFIG, *common]) == 0
+    assert len(rows(tmp_path)) == 2 and "heldout/psnr_video_db" not in rows(tmp_path)[-1]
+
+
+def test_refused_resume_leaves_the_run_as_it_was(shards: Path, whole: Path) -> None:
+    before = (whole / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit):
+        run(shards, whole, "model.channels=[16, 64]", steps=9)
+    assert (whole / "config.yaml").read_bytes() == before
+    autoencoders.load(whole)
+
+
+def test_resume_from_another_run_starts_there_once(shards: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(shards, tmp_path, f"resume={whole}", steps=6)
+    assert stop.value.code == 2 and not (tmp_path / "config.yaml").exists()
+    assert run(shards, tmp_path, f"resume={whole}", steps=8) == 0
+    assert [row["step"] for row in rows(tmp_path)] == [7, 8]
+    assert run(shards, tmp_path, f"resume={whole}", steps=9) == 0
+    assert [row["step"] for row in rows(tmp_path)] == [7, 8, 9], "its own checkpoint comes first"
+
+
+def test_damage_of_the_right_length_is_found(shards: Path, tmp_path: Path) -> None:
+    assert run(shards, tmp_path, steps=3) == 0
+    shard = next((tmp_path / "checkpoints").rglob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(SystemExit) as stop:
+        run(shards, tmp_path)
+    assert stop.value.code == 2
+
+
+def test_other_latent_scale_is_exported_anew(shards: Path, tmp_path: Path) -> None:
+    assert run(shards, tmp_path, steps=2) == 0
+    before = autoencoders.load(tmp_path).latent_norm.std
+    assert run(shards, tmp_path, "latent_scale=shared", steps=2) == 0
+    after = autoencoders.load(tmp_path).latent_norm.std
+    assert torch.allclose(after, before.square().mean().sqrt().expand_as(before))
+    assert run(shards, tmp_path, "latent_scale=pixels", steps=2) == 0
+    assert autoencoders.load(tmp_path).latent_norm.std.std() > 0

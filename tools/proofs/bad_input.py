@@ -309,7 +309,7 @@ CASES = (
     ),
     Case("loss or gradient not finite", _not_finite, 1, ("before the optimizer step", "Samples of the batch")),
     Case("missing prompt file", _no_prompts, 2, ("--prompts", "does not exist")),
-    Case("sampling from something else", _not_a_run, 2, ("config.yaml", "run directory")),
+    Case("sampling from something else", _not_a_run, 2, ("no whole checkpoint", "run directory")),
 )
 
 

@@ -67,18 +67,17 @@ def compare(case: Case, folder: Path, *, steps: int = 60, every: int = 10, kill_
     Returns:
         The comparison.
     """
-    whole, killed = folder / "whole", folder / "killed"
+    whole, killed, log = folder / "whole", folder / "killed", folder / "output.txt"
     common = [*case.overrides, f"steps={steps}", f"checkpoint.every={every}", f"data.shards={folder / 'toy' / 'train'}"]
     common += [f"evaluation.shards={folder / 'toy' / 'heldout'}"]
     _make_data(folder / "toy")
-    _wait(_start(case, [f"run_dir={whole}", *common]))
-    victim = _start(case, [f"run_dir={killed}", *common])
-    _kill_after(victim, killed, kill_after)
+    _wait(_start(case, [f"run_dir={whole}", *common], log), log)
+    _kill_after(_start(case, [f"run_dir={killed}", *common], log), killed, kill_after, log)
     reached = _rows(killed)[-1]["step"]
     newest = storage.latest_checkpoint(killed)
     assert newest is not None
     resumed_at = storage.read_manifest(newest)["step"]
-    _wait(_start(case, [f"run_dir={killed}", *common]))
+    _wait(_start(case, [f"run_dir={killed}", *common], log), log)
     first, second = _rows(whole), _rows(killed)
     different = [a["step"] for a, b in zip(first, second, strict=True) if _timeless(a) != _timeless(b)]
     shards = sorted(path.name for path in storage.checkpoint_path(whole, steps).glob("*.safetensors"))
@@ -133,21 +132,21 @@ def _make_data(folder: Path) -> None:
         )
 
 
-def _start(case: Case, overrides: list[str]) -> subprocess.Popen[bytes]:
+def _start(case: Case, overrides: list[str], log: Path) -> subprocess.Popen[bytes]:
     launcher = [sys.executable]
     if case.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
     command = [*launcher, "train.py", case.config, *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    with log.open("wb") as file:  # a pipe that nobody reads would block the run
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    output, _ = process.communicate(timeout=_TIMEOUT_S)
-    if process.returncode:
-        raise RuntimeError(f"exit code {process.returncode}:\n{output.decode(errors='replace')[-3000:]}")
+def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
+    if process.wait(timeout=_TIMEOUT_S):
+        raise RuntimeError(f"exit code {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
 
 
-def _kill_after(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+def _kill_after(process: subprocess.Popen[bytes], run_dir: Path, step: int, log: Path) -> None:
     deadline = time.monotonic() + _TIMEOUT_S
     mark = f'"step": {step},'
     while time.monotonic() < deadline and process.poll() is None:
@@ -157,8 +156,7 @@ def _kill_after(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> N
             process.wait()
             return
         time.sleep(0.002)
-    output, _ = process.communicate(timeout=5)
-    raise RuntimeError(f"step {step} was never reached:\n{output.decode(errors='replace')[-3000:]}")
+    raise RuntimeError(f"step {step} was never reached:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def _kill_children(run_dir: Path) -> None:
