@@ -2,10 +2,11 @@
 
 from ltd.denoisers.conditioning import NULL_LABEL, Conditioning, stack
 from ltd.denoisers.dit import Dit, DitConfig
-from ltd.denoisers.files import build_denoiser, describe, load, save
+from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, describe, load, save
 
 __all__ = [
     "NULL_LABEL",
+    "TIME_CONVENTION",
     "Conditioning",
     "Dit",
     "DitConfig",

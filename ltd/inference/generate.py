@@ -185,7 +185,11 @@ def load_generator(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     denoiser = denoisers.load(run_dir, weights=weights, device=device, dtype=dtype)
     decoder = autoencoders.load(autoencoder or parts.autoencoder, device=device)
-    found = {"autoencoder_hash": autoencoders.weights_hash(decoder), "latent_norm": decoder.latent_norm.to_plain()}
+    found: dict[str, Any] = {
+        "time": denoisers.TIME_CONVENTION,
+        "autoencoder_hash": autoencoders.weights_hash(decoder),
+        "latent_norm": decoder.latent_norm.to_plain(),
+    }
     for name, value in parts.lineage.items():
         if name in found and found[name] != value:
             raise ConfigError(

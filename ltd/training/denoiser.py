@@ -14,7 +14,7 @@ from ltd.autoencoders import CausalVaeConfig, LatentNorm
 from ltd.config import ConfigError
 from ltd.data import Batch
 from ltd.data.latents import LatentCache, check_cache, is_cache
-from ltd.denoisers import Conditioning, Dit, DitConfig, build_denoiser
+from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser
 from ltd.diffusion import FlowMatching, FlowMatchingConfig
 from ltd.encoders.text import (
     TextEncoder,
@@ -164,7 +164,11 @@ class LatentInputs:
 
     def lineage(self) -> dict[str, Any]:
         """Say what the denoiser's latents depend on: a checkpoint keeps it, and sampling checks it."""
-        return {"autoencoder_hash": self.hash, "latent_norm": self.norm.to_plain()}
+        return {
+            "time": TIME_CONVENTION,
+            "autoencoder_hash": self.hash,
+            "latent_norm": self.norm.to_plain(),
+        }
 
     def prepare(self, batch: Batch, random: DrawRandom) -> dict[str, Tensor]:
         """Make unit-scale latents and text embeddings.
