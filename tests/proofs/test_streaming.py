@@ -15,7 +15,7 @@ def test_every_limit_holds_for_the_narrow_models() -> None:
 
 def test_a_model_that_looks_ahead_is_found() -> None:
     """The proof can fail: a convolution that reads the next frame breaks causality and streaming."""
-    model = streaming.redrawn(streaming.architectures()["default 4x8x8, narrow"], torch.float64)
+    model = streaming.redrawn(streaming.architectures()["default 4x8x8, narrow, with linear path"], torch.float64)
     genuine = model.encoder[1].forward
 
     def ahead(x, state=None):  # type: ignore[no-untyped-def]

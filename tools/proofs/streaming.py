@@ -25,9 +25,10 @@ FRAMES = 17
 def architectures() -> dict[str, CausalVaeConfig]:
     """List what is measured: the defaults at a small width, and the quickstart's own model."""
     run = config.load(AutoencoderRun, ROOT / "configs" / "autoencoder" / "quickstart.yaml")
-    default = CausalVaeConfig(channels=(16, 32, 64), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))
+    blocks = (1, 1, 1)
+    default = CausalVaeConfig(channels=(16, 32, 64), encoder_blocks=blocks, decoder_blocks=blocks, linear_path=True)
     return {
-        "default 4x8x8, narrow": default,
+        "default 4x8x8, narrow, with linear path": default,
         "default without linear path, zero padding": dataclasses.replace(default, linear_path=False, padding="zeros"),
         "quickstart": run.model,
     }
@@ -38,7 +39,8 @@ def redrawn(architecture: CausalVaeConfig, dtype: torch.dtype) -> CausalVae:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_autoencoder(architecture).to(dtype)
-        for parameter in model.parameters():
+        fixed = [buffer for name, buffer in model.named_buffers() if name.startswith("linear_")]
+        for parameter in [*model.parameters(), *fixed]:
             spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
             torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=spread)
     return model.eval()
