@@ -165,35 +165,25 @@ def start_session(run: RunConfig, layout: Layout, build_module: Callable[[bool],
     """
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
-    run_dir = Path(run.run_dir)
-    found = checkpoints.resolve(run.resume, run_dir)
-    manifest = read_manifest(found) if found else {}
-    start_step = int(manifest.get("step", 0))
-    own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
-    if found and start_step >= run.steps:
-        if not own:
-            raise ConfigError(
-                f"steps: got {run.steps}, but resume = {run.resume} has {start_step} already; raise steps"
-            )
-        logger.info("%s already has its %d steps; nothing to train (raise steps to go on)", run_dir, run.steps)
+    start = _find_start(run)
+    if start is None:
         return None
-    _announce_resume(found, manifest, run)
     if run.evaluation.every and run.evaluation.shards is None:
         logger.warning("evaluation.shards is null: nothing is evaluated in training")
-    if found is None:  # the configuration of a run that goes on is replaced only once its checkpoint is accepted
+    if start.checkpoint is None:  # a run that goes on replaces its configuration only once its checkpoint is accepted
         _save_config(run, layout)
     else:
-        _verify(found, layout)
+        _verify(start.checkpoint, layout)
     loader = build_loader(
         run.data,
         seed=run.seed,
         global_rank=layout.global_rank,
         world_size=layout.world_size,
         accumulation=run.parallel.accumulation,
-        state=manifest.get("data"),
+        state=start.manifest.get("data"),
     )
     torch.manual_seed(derive_seed(run.seed, "initialization"))
-    module = build_module(found is None)
+    module = build_module(start.checkpoint is None)
     _announce(run, layout, module)
     engine = build_engine(
         module,
@@ -203,20 +193,50 @@ def start_session(run: RunConfig, layout: Layout, build_module: Callable[[bool],
         num_backwards=run.parallel.accumulation * run.parallel.sequence,
     )
     ema = Ema(engine, run.ema)
-    if found:
-        checkpoints.load(found, engine, ema)
+    if start.checkpoint is not None:
+        checkpoints.load(start.checkpoint, engine, ema)
         _save_config(run, layout)
     if layout.is_main and run.parallel.engine == "deepspeed":
-        write_json(run_dir / "deepspeed.json", engine.resolved_config())
+        write_json(Path(run.run_dir) / "deepspeed.json", engine.resolved_config())
     tracker = Tracker(
-        run_dir,
+        run.run_dir,
         run.tracking,
         is_main=layout.is_main,
         run_config=config_io.to_dict(run),
-        start_step=start_step + 1,
-        state=manifest.get("tracker") if own else None,
+        start_step=start.step + 1,
+        state=start.manifest.get("tracker") if start.own else None,
     )
-    return Session(run, layout, engine, ema, loader, tracker, start_step, dict(manifest.get("lineage", {})))
+    return Session(run, layout, engine, ema, loader, tracker, start.step, dict(start.manifest.get("lineage", {})))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run starts: nowhere, at its own latest checkpoint, or at another run's."""
+
+    checkpoint: Path | None
+    manifest: dict[str, Any]
+    own: bool
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest.get("step", 0))
+
+
+def _find_start(run: RunConfig) -> _Start | None:
+    """Find the checkpoint to start from; None when the run has all its steps already."""
+    run_dir = Path(run.run_dir)
+    found = checkpoints.resolve(run.resume, run_dir)
+    own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
+    start = _Start(found, read_manifest(found) if found else {}, own)
+    if found and start.step >= run.steps:
+        if not own:
+            raise ConfigError(
+                f"steps: got {run.steps}, but resume = {run.resume} has {start.step} already; raise steps"
+            )
+        logger.info("%s already has its %d steps; nothing to train (raise steps to go on)", run_dir, run.steps)
+        return None
+    _announce_resume(found, start.manifest, run)
+    return start
 
 
 def _save_config(run: RunConfig, layout: Layout) -> None:
