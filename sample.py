@@ -60,7 +60,12 @@ def plan(args: argparse.Namespace) -> list[Request]:
     """
     if not args.prompts.is_file():
         raise ConfigError(f"--prompts: {args.prompts} does not exist")
-    prompts = [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        prompts = [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts: {args.prompts} is not UTF-8: {error}") from None
+    if args.fps is not None and args.fps <= 0:
+        raise ConfigError(f"--fps: must be above 0, got {args.fps}")
     if not prompts:
         raise ConfigError(f"--prompts: {args.prompts} holds no prompt; needed one per line")
     for name in ("per_prompt", "batch_size"):

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import types
 import typing
@@ -56,7 +57,7 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
             raise ConfigError(f"{path}: expected a mapping of fields, got {type(tree).__name__}")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     return from_dict(cls, cast("dict[str, Any]", plain))
 
@@ -188,6 +189,8 @@ def _build_scalar(annotation: Any, value: Any, path: str) -> Any:
         return float(value)
     if annotation is int and isinstance(value, bool):
         raise _wrong(path, annotation, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: expected a finite number, got {value}")
     if annotation in (int, float, bool, str) and isinstance(value, annotation):
         return value
     raise _wrong(path, annotation, value)

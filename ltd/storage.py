@@ -166,7 +166,10 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     file = Path(directory) / _MANIFEST
     if not file.is_file():
         raise StorageError(f"{directory}: no {_MANIFEST}; not a whole checkpoint")
-    manifest: dict[str, Any] = json.loads(file.read_text())
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise StorageError(f"{file}: damaged ({error})") from error
     if manifest.get("format") != FORMAT:
         raise StorageError(f"{file}: format {manifest.get('format')}, this version of ltd reads {FORMAT}")
     return manifest

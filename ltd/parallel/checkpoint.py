@@ -90,11 +90,12 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
         return None
     if resume == "auto":
         return storage.latest_checkpoint(run_dir)
+    path = Path(resume)
+    is_own = path.parent.resolve() == (Path(run_dir) / "checkpoints").resolve()
     own = storage.latest_checkpoint(run_dir)
-    if own is not None:
+    if own is not None and not is_own:
         logger.info("%s has checkpoints of its own: going on from %s, not from resume = %s", run_dir, own, resume)
         return own
-    path = Path(resume)
     if (path / "manifest.json").is_file():
         return path
     found = storage.latest_checkpoint(path) if path.is_dir() else None

@@ -29,6 +29,7 @@ from ltd.parallel.activation import checkpoint_blocks
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
+from ltd.shapes import num_tokens
 from ltd.training.loop import fit
 from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
@@ -152,7 +153,7 @@ class LatentInputs:
             assert self.encoder is not None
             text, mask = self.encoder.encode([""])
         self.null = Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
-        _check_model(run.model, autoencoder.latent_channels, text.shape[-1])
+        _check_model(run, autoencoder, text.shape[-1])
 
     def _checked_cache(self, run: DenoiserRun, shards: str | tuple[str, ...]) -> LatentCache | None:
         """Open a latent cache and refuse one of another autoencoder or text encoder; None for media."""
@@ -257,10 +258,14 @@ def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:
     return text[None], mask[None]
 
 
-def _check_model(model: DitConfig, latent_channels: int, text_dim: int) -> None:
-    if model.latent_channels != latent_channels:
-        raise ConfigError(
-            f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {latent_channels}"
-        )
+def _check_model(run: DenoiserRun, autoencoder: autoencoders.CausalVae, text_dim: int) -> None:
+    model, channels = run.model, autoencoder.latent_channels
+    if model.latent_channels != channels:
+        raise ConfigError(f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {channels}")
     if model.text_dim != text_dim:
         raise ConfigError(f"model.text_dim: got {model.text_dim}, the text encoder makes {text_dim}")
+    for number, view in enumerate(run.data.views):
+        try:
+            num_tokens(autoencoder.compression.latent(view.shape), model.patch)
+        except ValueError as error:
+            raise ConfigError(f"data.views[{number}]: {error}") from None

@@ -101,6 +101,10 @@ class RunConfig:
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed: must be at least 0, got {self.seed}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"num_threads: must be at least 1 or null, got {self.num_threads}")
         if not self.run_dir:
             raise ConfigError("run_dir: is empty, needed a directory")
 
@@ -228,6 +232,9 @@ def _find_start(run: RunConfig) -> _Start | None:
     found = checkpoints.resolve(run.resume, run_dir)
     own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
     start = _Start(found, read_manifest(found) if found else {}, own)
+    before, now = start.manifest.get("config", {}).get("kind"), getattr(run, "kind", None)
+    if found and before != now:
+        raise ConfigError(f"run_dir: {found} is a checkpoint of kind {before!r}, this run is of kind {now!r}")
     if found and start.step >= run.steps:
         if not own:
             raise ConfigError(

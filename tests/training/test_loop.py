@@ -190,3 +190,30 @@ def test_other_latent_scale_is_exported_anew(shards: Path, tmp_path: Path) -> No
     assert torch.allclose(after, before.square().mean().sqrt().expand_as(before))
     assert run(shards, tmp_path, "latent_scale=pixels", steps=2) == 0
     assert autoencoders.load(tmp_path).latent_norm.std.std() > 0
+
+
+def test_an_older_checkpoint_of_the_run_can_be_asked_for(shards: Path, tmp_path: Path) -> None:
+    assert run(shards, tmp_path, steps=6) == 0
+    newest = next(storage.checkpoint_path(tmp_path, 6).glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(SystemExit):
+        run(shards, tmp_path, steps=7)
+    assert run(shards, tmp_path, f"resume={storage.checkpoint_path(tmp_path, 3)}", steps=7) == 0
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("override", "field"), [("optim.lr=.nan", "optim.lr"), ("seed=-1", "seed"), ("num_threads=0", "num_threads")]
+)
+def test_numbers_that_cannot_train_are_refused(
+    shards: Path, tmp_path: Path, override: str, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(shards, tmp_path, override)
+    assert stop.value.code == 2 and f"error: {field}: " in capsys.readouterr().err
+
+
+def test_a_run_of_another_kind_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(ROOT / "configs" / "debug" / "denoiser.yaml"), f"run_dir={whole}", "parallel.engine=torch"])
+    assert stop.value.code == 2 and "is a checkpoint of kind 'autoencoder'" in capsys.readouterr().err
