@@ -24,8 +24,8 @@ from ltd.config import ConfigError
 from ltd.data import DataConfig, ViewConfig, evaluation_batches
 from ltd.data.decode import decode_clip, decode_image
 from ltd.data.index import Entry, Index, open_index
+from ltd.data.media import decode_cut
 from ltd.data.plan import Placement
-from ltd.data.sources import read_frames
 from ltd.data.windows import enumerate_windows
 from ltd.data.write import write_bytes
 from ltd.encoders.features import build_image_features, build_video_features
@@ -274,7 +274,8 @@ def _read(index: Index, view: ViewConfig, cuts: list[tuple[Entry, Placement]]) -
     pixels = []
     with Progress(len(cuts), "read real clips", unit="clips") as progress:
         for entry, placement in cuts:
-            pixels.append(torch.from_numpy(read_frames(index, entry, view, placement).copy()))
+            frames = decode_cut(index.read(entry, entry.media), entry, view, placement)
+            pixels.append(torch.from_numpy(frames))
             progress.update()
     captions = tuple(index.caption(entry).strip() for entry, _ in cuts)
     return Clips(torch.stack(pixels), captions, tuple(f"{entry.shard}/{entry.key}" for entry, _ in cuts))

@@ -52,9 +52,9 @@ class Sample:
     caption: str = ""  #: Caption, "" where there is none.
     fps: float = 0.0  #: Frames per second after the frame step; 0 for images and where unknown.
     pixels: np.ndarray | None = None  #: uint8 (t, h, w, c), RGB.
-    mean: Tensor | None = None  #: float32 (c, t, h, w), raw latents.
-    logvar: Tensor | None = None  #: float32 (c, t, h, w).
-    text: Tensor | None = None  #: float32 (n, d), zero where masked out.
+    mean: Tensor | None = None  #: float (c, t, h, w), raw latents.
+    logvar: Tensor | None = None  #: float (c, t, h, w).
+    text: Tensor | None = None  #: float (n, d), zero where masked out.
     text_mask: Tensor | None = None  #: bool (n,), True = token.
 
 
@@ -68,9 +68,9 @@ class Batch:
     captions: tuple[str, ...]  #: Caption of each sample.
     fps: Tensor  #: float32 (b,); frames per second, 0 for images and where unknown.
     pixels: Tensor | None = None  #: uint8 (b, t, h, w, c), RGB.
-    mean: Tensor | None = None  #: float32 (b, c, t, h, w), raw latents.
-    logvar: Tensor | None = None  #: float32 (b, c, t, h, w).
-    text: Tensor | None = None  #: float32 (b, n, d).
+    mean: Tensor | None = None  #: float, as a cache stores it, (b, c, t, h, w), raw latents.
+    logvar: Tensor | None = None  #: Like ``mean``.
+    text: Tensor | None = None  #: float, as a cache stores it, (b, n, d).
     text_mask: Tensor | None = None  #: bool (b, n), True = token.
     kinds: tuple[str, ...] = field(default=())  #: "image" or "video" per sample.
 
@@ -102,6 +102,86 @@ class Batch:
         }
         return dataclasses.replace(self, **tensors)
 
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Take samples in the order given.
+
+        Args:
+            rows: Places of samples.
+
+        Returns:
+            A new batch.
+        """
+        index = torch.tensor(rows, dtype=torch.long)
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                values[f.name] = value[index.to(value.device)]
+            elif isinstance(value, tuple):
+                values[f.name] = tuple(value[row] for row in rows)
+        return dataclasses.replace(self, **values)
+
+    @staticmethod
+    def join(batches: Sequence[Batch]) -> Batch:
+        """Put batches of one sample size one after the other; shorter texts are padded.
+
+        Args:
+            batches: One or more, all with the same fields.
+
+        Returns:
+            The batch of all samples.
+        """
+        if len(batches) == 1:
+            return batches[0]
+        longest = max(batch.text.shape[1] if batch.text is not None else 0 for batch in batches)
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(Batch):
+            parts = [getattr(batch, f.name) for batch in batches]
+            if isinstance(parts[0], tuple):
+                values[f.name] = tuple(item for part in parts for item in part)
+            elif parts[0] is not None:
+                if f.name in ("text", "text_mask"):
+                    parts = [_pad_tokens(part, longest) for part in parts]
+                values[f.name] = torch.cat(parts)
+        return Batch(**values)
+
+
+def _pad_tokens(x: Tensor, length: int) -> Tensor:
+    missing = length - x.shape[1]
+    return torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1) if missing else x
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples of several sizes that go through the denoiser as one sequence; one batch per size."""
+
+    groups: tuple[Batch, ...]  #: Samples of one size each.
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Key of each sample, group after group."""
+        return tuple(key for group in self.groups for key in group.keys)
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """Slot of each sample in the global sequence, group after group."""
+        return tuple(draw for group in self.groups for draw in group.draws)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 (b,); 0 where the sample failed."""
+        return torch.cat([group.weight for group in self.groups])
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Move every tensor to a device."""
+        return PackedBatch(tuple(group.to(device) for group in self.groups))
+
+
+MicroBatch = Batch | PackedBatch
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepInfo:
@@ -112,6 +192,9 @@ class StepInfo:
     keys_hash: str  #: Running sha256 of all sample keys up to and with this step, in global order.
     bad: tuple[BadSample, ...]  #: Samples of this process that failed in this step.
     data_s: float  #: Seconds this process waited for its batches.
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  #: ``data/...`` of the global batch; equal on every process.
     too_many_bad: str | None = None  #: Why training must stop: more bad samples than ``max_bad_fraction`` allows.
 
 

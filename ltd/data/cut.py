@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ltd.config import ConfigError
 from ltd.data.batch import BadSampleError
-from ltd.data.decode import FrameReader, decode_image, probe
+from ltd.data.decode import decode_image, probe
+from ltd.data.frames import FrameReader
 from ltd.data.manifest import Row, extension_of
+from ltd.data.mp4 import read_turn
 from ltd.data.transforms import FILTER, resize
 from ltd.data.write import VideoEncoder, encode_image
 
@@ -54,7 +59,8 @@ class Piece:
 def failed(row: Row, error: Exception) -> Piece:
     """Make the piece of a row that gave no sample."""
     cause = error.cause if isinstance(error, BadSampleError) else type(error).__name__
-    return Piece(row, "", b"", {}, error=f"{cause}: {error}")
+    message = str(error).replace(str(row.file), row.path)  # a report tells nothing of where the media lay
+    return Piece(row, "", b"", {}, error=f"{cause}: {message}")
 
 
 @lru_cache(maxsize=1024)
@@ -86,6 +92,17 @@ def scaled(width: int, height: int, size: int | None, *, even: bool) -> tuple[in
     return tuple(max(unit, round(side * factor / unit) * unit) for side in (width, height))  # type: ignore[return-value]
 
 
+def turn_of(path: Path) -> int:
+    """Read by how many degrees clockwise players turn a video: 0, 90, 180 or 270."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return read_turn(data)  # type: ignore[arg-type]  # a map reads like bytes and does not fill the memory
+
+
+def upright(size: tuple[int, int], turn: int) -> tuple[int, int]:
+    """Give the (width, height) of a picture once it is turned."""
+    return (size[1], size[0]) if turn in (90, 270) else size
+
+
 def frame_range(row: Row, *, frames: int, fps: float) -> tuple[int, int]:
     """Convert seconds to frames.
 
@@ -95,32 +112,35 @@ def frame_range(row: Row, *, frames: int, fps: float) -> tuple[int, int]:
         fps: Frames per second of the source.
 
     Returns:
-        First frame, ``round(start * fps)``, and the frame after the last, ``round(end * fps)`` or the source's end.
+        First frame, ``round(start * fps)``, and the frame after the last, ``round(end * fps)`` or the source's end; a
+        detected shot has frames already.
 
     Raises:
         BadSampleError: If the range holds no frame of the source, or the source tells no frame rate.
     """
-    if (row.start or row.end) and fps <= 0:
+    if row.span is not None:
+        start, stop = row.span[0], min(row.span[1], frames)
+    elif (row.start or row.end) and fps <= 0:
         raise BadSampleError("no_fps", f"{row.path} tells no frame rate, so start and end in seconds mean nothing")
-    start = round((row.start or 0) * fps)
-    stop = frames if row.end is None else min(frames, round(row.end * fps))
+    else:
+        start = round((row.start or 0) * fps)
+        stop = frames if row.end is None else min(frames, round(row.end * fps))
     if start >= stop:
         raise BadSampleError("outside_source", f"frames {start}..{stop} of a source of {frames} frames")
     return start, stop
 
 
-def cut_image(row: Row, root: Path, options: CutOptions) -> Piece:
+def cut_image(row: Row, options: CutOptions) -> Piece:
     """Make one image sample; an image that need not be scaled is copied byte for byte.
 
     Args:
         row: What to make.
-        root: Folder of the media.
         options: How to store it.
 
     Returns:
         The piece, with ``error`` set where the image cannot be used.
     """
-    path = root / row.path
+    path = row.file
     extension = {"jpeg": "jpg"}.get(extension_of(path), extension_of(path))
     try:
         data = path.read_bytes()
@@ -171,7 +191,8 @@ class FilmCutter:
 
         self._path, self._options = path, options
         self._reader = FrameReader(str(path), threads=threads)
-        self._size = scaled(self._reader.width, self._reader.height, options.size, even=True)
+        self._size = scaled(self._reader.width, self._reader.height, options.size, even=True)  # before it is turned
+        self._turn = turn_of(path)
         self._reformatter = VideoReformatter()
         self._interpolation = av.video.reformatter.Interpolation.BICUBIC
 
@@ -201,16 +222,9 @@ class FilmCutter:
             for number, frame in self._reader.frames(shots[0].start, max(shot.stop for shot in shots)):
                 while waiting and waiting[0].start <= number:
                     active.append(waiting.pop(0))
-                wanted = [shot for shot in active if number < shot.stop]
-                if wanted:
-                    width, height = self._size
-                    for shot in wanted:
-                        self._add(
-                            shot,
-                            self._reformatter.reformat(
-                                frame, width, height, "yuv420p", interpolation=self._interpolation
-                            ),
-                        )
+                for shot in active:
+                    if number < shot.stop:
+                        self._add(shot, self._convert(frame))
                 for shot in [shot for shot in active if shot.stop <= number + 1]:
                     active.remove(shot)
                     yield self._finish(shot)
@@ -220,16 +234,23 @@ class FilmCutter:
         for shot in (*active, *waiting):
             yield failed(shot.row, rest)
 
+    def _convert(self, frame: Any) -> Any:
+        """Scale a frame, and turn it upright as players do."""
+        kind = "rgb24" if self._turn else "yuv420p"
+        scaled_frame = self._reformatter.reformat(frame, *self._size, kind, interpolation=self._interpolation)
+        return np.rot90(scaled_frame.to_ndarray(), -self._turn // 90) if self._turn else scaled_frame
+
     def _add(self, shot: _Shot, frame: Any) -> None:
         if shot.encoder is None:
-            options, (width, height) = self._options, self._size
+            width, height = upright(self._size, self._turn)
             shot.encoder = VideoEncoder(
                 height=height,
                 width=width,
                 fps=self._reader.fps or 25.0,
-                crf=options.crf,
-                keyframe_every=options.keyframe_every,
-                color=self._reader.color,
+                crf=self._options.crf,
+                keyframe_every=self._options.keyframe_every,
+                # A turned frame comes as RGB, which the encoder tags itself.
+                color=None if self._turn else self._reader.color,
             )
         shot.encoder.add(frame)
         shot.written += 1
@@ -238,14 +259,16 @@ class FilmCutter:
         if shot.encoder is None or shot.written != shot.stop - shot.start:
             message = f"{shot.written} of {shot.stop - shot.start} frames decode"
             return failed(shot.row, BadSampleError("undecodable", message))
-        width, height = self._size
+        stored = (self._reader.width, self._reader.height)
+        width, height = upright(self._size, self._turn)
         provenance = {
             "source": shot.row.path,
             "source_sha256": source_hash(self._path),
-            "source_size": [self._reader.width, self._reader.height],
+            "source_size": list(upright(stored, self._turn)),
             "source_frames": len(self._reader),
-            "start": shot.row.start,
-            "end": shot.row.end,
+            "start": shot.row.start if shot.row.span is None else shot.start / self._reader.fps,
+            "end": shot.row.end if shot.row.span is None else shot.stop / self._reader.fps,
+            **({} if shot.row.shot is None else {"shot": shot.row.shot}),
             "start_frame": shot.start,
             "end_frame": shot.stop,
             "width": width,
@@ -253,7 +276,8 @@ class FilmCutter:
             "frames": shot.written,
             "fps": self._reader.fps,
             "transform": {
-                "resize": "none" if (width, height) == (self._reader.width, self._reader.height) else "swscale-bicubic",
+                "resize": "none" if self._size == stored else "swscale-bicubic",
+                **({"turn": self._turn} if self._turn else {}),
                 "crf": self._options.crf,
                 "keyframe_every": self._options.keyframe_every,
             },
@@ -277,7 +301,7 @@ def _runs(shots: Sequence[_Shot]) -> Iterator[list[_Shot]]:
 
 def _copy_video(row: Row, path: Path, options: CutOptions) -> Piece | None:
     """Take an mp4 as it is where nothing is cut or scaled; None where it must be encoded."""
-    if extension_of(path) not in ("mp4", "m4v") or row.start or row.end is not None:
+    if extension_of(path) not in ("mp4", "m4v") or row.start or row.end is not None or row.span:
         return None
     data = path.read_bytes()
     info = probe(data, "mp4")
@@ -297,19 +321,18 @@ def _copy_video(row: Row, path: Path, options: CutOptions) -> Piece | None:
     return Piece(row, "mp4", data, provenance)
 
 
-def cut_video(rows: Sequence[Row], root: Path, options: CutOptions, *, threads: int = 0) -> Iterator[Piece]:
+def cut_video(rows: Sequence[Row], options: CutOptions, *, threads: int = 0) -> Iterator[Piece]:
     """Make the samples of one video; an mp4 that is neither cut nor scaled is copied byte for byte.
 
     Args:
-        rows: What to make; all of one path.
-        root: Folder of the media.
+        rows: What to make; all of one file.
         options: How to store it.
         threads: Decoder threads; 0 lets the decoder choose.
 
     Yields:
         A piece per row, with ``error`` set where there is no sample.
     """
-    path = root / rows[0].path
+    path = rows[0].file
     left: list[Row] = []
     try:
         for row in rows:

@@ -6,22 +6,22 @@ other frames are touched, and the decoder is closed with the clip (decord leaks 
 
 from __future__ import annotations
 
-import bisect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from torch.utils.dlpack import from_dlpack
 
 from ltd.config import ConfigError
 from ltd.data.batch import BadSampleError
-from ltd.data.transforms import resize
+from ltd.data.frames import FrameReader, Scaler, check_size
+from ltd.data.transforms import cover, cover_size, cut
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,20 @@ VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 Backend = Literal["decord", "pyav"]
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+#: Profiles with 8 bits a channel of what an mp4 holds: decord's conversion of more bits is coarse.
+_DECORD_PROFILES = {
+    "h264": ("Constrained Baseline", "Baseline", "Main", "Extended", "High"),
+    "hevc": ("Main",),
+    "mpeg4": ("Simple Profile", "Advanced Simple Profile"),
+}
+#: Pixels that decord hands out at a time, at full size.
+_CHUNK_PIXELS = 20_000_000
+
+
+class _View(NamedTuple):
+    height: int | None
+    width: int | None
+    crop: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -81,23 +95,25 @@ def choose_backend(backend: Backend | None = None) -> Backend:
     return backend
 
 
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise BadSampleError("undecodable", f"media of {width}x{height} pixels")
-    if width * height > MAX_PIXELS:
-        raise BadSampleError("too_large", f"{width}x{height} is more than the limit of {MAX_PIXELS} pixels")
-
-
 def _check_bytes(data: bytes) -> None:
     if not data:
         raise BadSampleError("empty", "zero bytes")
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(
+    data: bytes,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    crop: tuple[float, float] = (0.5, 0.5),
+) -> np.ndarray:
     """Decode a still; transparency is laid on white and the EXIF orientation applied.
 
     Args:
         data: Bytes of a JPEG, PNG or WebP file.
+        height: Rows to cover, antialiased; None, as ``width``, keeps the source's.
+        width: Columns to cover.
+        crop: Position of the cut in (height, width) as a share of the slack; (0.5, 0.5) is the centre.
 
     Returns:
         uint8 ``(1, h, w, 3)``, RGB.
@@ -106,13 +122,51 @@ def decode_image(data: bytes) -> np.ndarray:
         BadSampleError: If the bytes are no such image or it is larger than ``MAX_PIXELS``.
     """
     image = _open_image(data)
+    turn = _orientation(image)
+    shown = image.size if turn in _SIDEWAYS else image.size[::-1]
+    if height is None or width is None:
+        return _to_rgb(image, turn)[None]
+    scaled = cover_size(*shown, height, width)
+    check_size(*scaled, MAX_PIXELS)
+    # A JPEG can be decoded at a half, quarter or eighth of its size; twice the wanted size is enough to filter well.
+    image.draft(None, tuple(2 * side for side in (scaled if turn in _SIDEWAYS else scaled[::-1])))  # type: ignore[arg-type]
+    return cut(_to_rgb(image, turn)[None], scaled, height, width, crop)
+
+
+#: EXIF orientations that turn the picture by a quarter.
+_SIDEWAYS = (5, 6, 7, 8)
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        image = ImageOps.exif_transpose(image)
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # EXIF is a container of its own, and damage there leaves the pixels whole
+        return 1
+
+
+def _to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
+    """Load an opened image (its first frame, where it is animated) as uint8 ``(h, w, 3)``, upright and opaque."""
+    try:
+        if orientation in _TRANSPOSES:
+            image = image.transpose(_TRANSPOSES[orientation])
+        if image.mode.startswith("I"):  # 16 bits of grey
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return np.asarray(image.convert("RGB"))[None]
+            white = Image.new("RGB", image.size, (255, 255, 255))
+            white.paste(image, mask=image.getchannel("A"))
+            image = white
+        return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise a dozen types on corrupt bytes.
         raise BadSampleError("undecodable", f"image does not decode: {error}") from error
 
@@ -125,9 +179,9 @@ def _open_image(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSampleError("too_large", str(error)) from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # as many types as there are ways to damage a header
         raise BadSampleError("undecodable", f"not a JPEG, PNG or WebP image: {error}") from error
-    _check_size(*image.size)
+    check_size(*image.size, MAX_PIXELS)
     return image
 
 
@@ -154,115 +208,18 @@ def probe(data: bytes, extension: str | None = None) -> MediaInfo:
 
 def _probe_image(data: bytes) -> MediaInfo:
     image = _open_image(data)
-    width, height = image.size
-    if image.getexif().get(0x0112) in (5, 6, 7, 8):  # orientations that turn the picture by a quarter
-        width, height = height, width
+    width, height = image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
     return MediaInfo("image", width, height, 1, 0.0)
-
-
-def _plausible_rate(rate: float) -> float:
-    return rate if 0.1 <= rate <= 1000 else 0.0
 
 
 def _probe_video(data: bytes) -> MediaInfo:
     with FrameReader(data) as reader:
-        return MediaInfo("video", reader.width, reader.height, len(reader), reader.fps)
+        return MediaInfo("video", *reader.display_size, len(reader), reader.fps)
 
 
-class FrameReader:
-    """Frames of one video by number in order of presentation, with PyAV.
-
-    Args:
-        source: Bytes of the file, or its path.
-        threads: Decoder threads; 0 lets the decoder choose.
-
-    Raises:
-        BadSampleError: If it cannot be opened or holds no video frames.
-    """
-
-    def __init__(self, source: bytes | str, *, threads: int = 1) -> None:
-        import av
-
-        self._av = av
-        try:
-            self._container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            self._stream = self._container.streams.video[0]
-        except (av.error.FFmpegError, IndexError, ValueError, OSError) as error:
-            raise BadSampleError("undecodable", f"video does not open: {error}") from error
-        self.width, self.height = self._stream.codec_context.width, self._stream.codec_context.height
-        _check_size(self.width, self.height)
-        self.fps = _plausible_rate(float(self._stream.average_rate or 0))
-        self._stream.codec_context.thread_count = threads
-        self._stream.thread_type = "NONE" if threads == 1 else "AUTO"
-        self._pts = self._list_pts()
-        if not self._pts:
-            raise BadSampleError("undecodable", "video holds no frames")
-
-    def _list_pts(self) -> list[int]:
-        try:
-            packets = self._container.demux(self._stream)
-            return sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
-        except self._av.error.FFmpegError as error:
-            raise BadSampleError("undecodable", f"video does not read: {error}") from error
-
-    @property
-    def color(self) -> Any:
-        """The ``av`` codec context, which holds the colour tags of the stream."""
-        return self._stream.codec_context
-
-    def __len__(self) -> int:
-        return len(self._pts)
-
-    def __enter__(self) -> FrameReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._container.close()
-
-    def frames(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """Decode consecutive frames, from the key frame before the first.
-
-        Args:
-            start: Number of the first frame.
-            stop: Number after the last.
-
-        Yields:
-            ``(number, av.VideoFrame)`` of the frames that decode; a number may be missing in a damaged file.
-
-        Raises:
-            BadSampleError: If the decoder gives up.
-        """
-        stop = min(stop, len(self._pts))
-        if start >= stop:
-            return
-        last = self._pts[stop - 1]
-        try:
-            self._container.seek(self._pts[start], stream=self._stream, backward=True, any_frame=False)
-            for frame in self._container.decode(self._stream):
-                pts = frame.pts  # kept: whoever takes the frame may re-time it
-                if pts is None or pts < self._pts[start]:
-                    continue
-                if pts > last:
-                    return
-                yield bisect.bisect_left(self._pts, pts), frame
-                if pts == last:
-                    return
-        except self._av.error.FFmpegError as error:
-            raise BadSampleError("undecodable", f"video does not decode: {error}") from error
-
-
-def _decode_pyav(data: bytes, numbers: list[int]) -> np.ndarray:
+def _decode_pyav(data: bytes, numbers: list[int], view: _View) -> np.ndarray:
     with FrameReader(data) as reader:
-        _check_range(numbers, len(reader))
-        wanted = set(numbers)
-        found: dict[int, np.ndarray] = {}
-        for number, frame in reader.frames(numbers[0], numbers[-1] + 1):
-            if number in wanted:
-                found[number] = frame.to_ndarray(format="rgb24")
-    missing = sorted(wanted - found.keys())
-    if missing:
-        raise BadSampleError("undecodable", f"frames {missing[:5]} do not decode")
-    return np.stack([found[number] for number in numbers])
+        return reader.pick(numbers, Scaler(*view, reader.turn))
 
 
 @lru_cache(maxsize=1)
@@ -273,28 +230,37 @@ def _decord() -> Any:
     return decord
 
 
-def _decode_decord(data: bytes, numbers: list[int]) -> np.ndarray:
-    # decord prints the bytes it cannot open to stderr, so it gets only what looks like a video.
-    if data[4:8] not in (b"ftyp", b"moov", b"mdat") and data[:4] not in (b"\x1aE\xdf\xa3", b"RIFF"):
-        return _decode_pyav(data, numbers)
+def _decode_decord(data: bytes, numbers: list[int], view: _View) -> np.ndarray:
+    """Let decord decode an excerpt that PyAV made: no pass over the file, no frames that none refers to.
+
+    decord thus never sees a damaged container, and its own scaling, which is bilinear, is not used.
+    """
+    with FrameReader(data) as reader:
+        reader.check_range(numbers)
+        suited = reader.profile in _DECORD_PROFILES.get(reader.codec, ())
+        excerpt, inside = reader.excerpt(numbers) if suited else (b"", [])
+        if not excerpt:
+            return reader.pick(numbers, Scaler(*view, reader.turn))
+        chunk = max(1, _CHUNK_PIXELS // (reader.width * reader.height))
+        turn, size = reader.turn, reader.display_size[::-1]
+    if view.height is not None and view.width is not None:
+        check_size(*cover_size(*size, view.height, view.width), MAX_PIXELS)
     decord = _decord()
+    parts: list[np.ndarray] = []
     try:
-        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
-        _check_range(numbers, len(reader))
-        frames = reader.get_batch(numbers).asnumpy()
-    except BadSampleError:
-        raise
+        decoder = decord.VideoReader(io.BytesIO(excerpt), ctx=decord.cpu(0), num_threads=1)
+        for start in range(0, len(inside), chunk):
+            pixels = from_dlpack(decoder.get_batch(inside[start : start + chunk]).to_dlpack()).numpy()
+            pixels = np.rot90(pixels, -turn // 90, axes=(1, 2))
+            if view.height is not None and view.width is not None:
+                pixels = cover(pixels, view.height, view.width, crop=view.crop)
+            parts.append(pixels)
+        del decoder  # decord leaks what is not closed with the clip
     except Exception as error:
         # decord 0.6 cannot hand out frames of some widths (16, 24, 48, 72): its row padding. PyAV has the last word.
         logger.debug("decord failed (%s); decoding with PyAV", str(error).splitlines()[0] if str(error) else error)
-        return _decode_pyav(data, numbers)
-    del reader
-    return frames
-
-
-def _check_range(numbers: list[int], frames: int) -> None:
-    if numbers[0] < 0 or numbers[-1] >= frames:
-        raise BadSampleError("too_short", f"asked for frames {numbers[0]}..{numbers[-1]} of a clip of {frames}")
+        return _decode_pyav(data, numbers, view)
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def decode_clip(
@@ -305,6 +271,7 @@ def decode_clip(
     stride: int = 1,
     height: int | None = None,
     width: int | None = None,
+    crop: tuple[float, float] = (0.5, 0.5),
     backend: Backend | None = None,
 ) -> np.ndarray:
     """Decode part of a video.
@@ -314,8 +281,9 @@ def decode_clip(
         start: Number of the first frame.
         num_frames: Frames to return.
         stride: Source frames per returned frame.
-        height: Rows to resize to, antialiased; None keeps the source's.
-        width: Columns to resize to; None keeps the source's.
+        height: Rows to cover, antialiased; None, as ``width``, keeps the source's.
+        width: Columns to cover.
+        crop: Position of the cut in (height, width) as a share of the slack; (0.5, 0.5) is the centre.
         backend: Decoder; None takes decord, or PyAV where decord is not installed.
 
     Returns:
@@ -324,9 +292,5 @@ def decode_clip(
     """
     _check_bytes(data)
     numbers = [start + i * stride for i in range(num_frames)]
-    decoders: dict[str, Callable[[bytes, list[int]], np.ndarray]] = {"decord": _decode_decord, "pyav": _decode_pyav}
-    frames = decoders[choose_backend(backend)](data, numbers)
-    _check_size(frames.shape[2], frames.shape[1])
-    if height is None and width is None:
-        return frames
-    return resize(frames, height or frames.shape[1], width or frames.shape[2])
+    decoders = {"decord": _decode_decord, "pyav": _decode_pyav}
+    return decoders[choose_backend(backend)](data, numbers, _View(height, width, crop))

@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 
-from ltd.config import ConfigError
-from ltd.data.batch import BadSampleError, Batch, Sample, collate
-from ltd.data.index import Entry
-from ltd.data.loader import DataConfig
+import numpy as np
+
+from ltd.data.arrange import arrange
+from ltd.data.batch import Batch, collate
+from ltd.data.config import DataConfig
+from ltd.data.fetch import Fetcher
+from ltd.data.mixture import open_sources
 from ltd.data.plan import Placement, ViewConfig
-from ltd.data.sources import Source, match_views, open_source
+from ltd.data.sources import Items, Source
 from ltd.data.windows import window_starts
-from ltd.data.workers import Job, SampleTimeoutError, WorkerPool
+from ltd.data.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
-_Cut = tuple[int, Entry, Placement]
 
 
-def _cuts(source: Source, view: ViewConfig, ids: list[int], windows_per_clip: int) -> list[tuple[Entry, Placement]]:
+def _cuts(source: Source, view: ViewConfig, ids: list[int], windows_per_clip: int) -> list[tuple[int, Placement]]:
     cuts = []
-    for entry in (source.entries[i] for i in ids):
+    for entry in ids:
         if not source.random_cuts:
             cuts.append((entry, Placement(0, 1, (0.5, 0.5), False)))
             continue
-        span = view.span(entry.fps)
-        for start in window_starts(entry.frames, span, count=windows_per_clip):
-            cuts.append((entry, Placement(start, view.frame_step(entry.fps), (0.5, 0.5), False)))
+        fps = float(source.entries.columns["fps"][entry])
+        frames = int(source.entries.columns["frames"][entry])
+        for start in window_starts(frames, view.span(fps), count=windows_per_clip):
+            cuts.append((entry, Placement(start, view.frame_step(fps), (0.5, 0.5), False)))
     return cuts
 
 
-def _spread(items: list[tuple[Entry, Placement]], limit: int | None) -> list[tuple[Entry, Placement]]:
+def _spread(items: list[tuple[int, Placement]], limit: int | None) -> list[tuple[int, Placement]]:
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
-
-
-def _load(source: Source, pool: WorkerPool, entry: Entry, job: Job[Sample]) -> Sample | None:
-    try:
-        return pool.wait(job)
-    except (SampleTimeoutError, BadSampleError, OSError, ValueError, RuntimeError) as error:
-        logger.warning("held-out sample %r of %s is left out: %s", entry.key, source.shard_of(entry), error)
-        return None
 
 
 def evaluation_batches(
@@ -72,35 +66,44 @@ def evaluation_batches(
     Raises:
         ConfigError: If no view fits any sample.
     """
-    source = open_source(config.shards, caption_required=config.caption_required, backend=config.decoder)
+    source = open_sources(config)
+    arrangement = arrange(config, source, fill=False)
     pool = WorkerPool(max(1, config.num_workers), timeout_s=config.timeout_s)
-    first_draw, fitting = 0, 0
+    fetcher = Fetcher(source, pool)
+    first_draw, stride = 0, batch_size * world_size
     try:
-        for view in config.views:
-            ids = [i for i, entry in enumerate(source.entries) if source.misfit(entry, view) is None]
-            cuts = _spread(_cuts(source, view, ids, windows_per_clip), max_samples)
-            fitting += len(cuts)
-            numbered = [(first_draw + i, entry, placement) for i, (entry, placement) in enumerate(cuts)]
+        for view, ids in zip(arrangement.views, arrangement.ids, strict=True):
+            cuts = _spread(_cuts(source, view, ids.tolist(), windows_per_clip), max_samples)
+            entries = np.array([entry for entry, _ in cuts], dtype=np.int64)
+            draws = range(first_draw, first_draw + len(cuts))
+            items = Items(entries, source.entries.keys.pick(entries), draws, None, [place for _, place in cuts])
             first_draw += len(cuts)
-            for begin in range(0, len(numbered), batch_size * world_size):
-                row = numbered[begin : begin + batch_size * world_size]
-                yield _batch(source, pool, view, row, slice(global_rank * batch_size, (global_rank + 1) * batch_size))
+            mine = range(global_rank * batch_size, (global_rank + 1) * batch_size)
+            for begin in range(0, len(items), stride):
+                yield _batch(fetcher, view, items.pick(range(begin, min(begin + stride, len(items)))), mine)
     finally:
         pool.close()
-    if not fitting:
-        match_views(source, config.views, logger.info)  # raises with the counts
-        raise ConfigError("data.views: no held-out sample fits any view")
 
 
-def _batch(source: Source, pool: WorkerPool, view: ViewConfig, row: list[_Cut], mine: slice) -> Batch:
-    own = row[mine]
-    jobs = [(entry, pool.submit(partial(source.load, entry, view, placement))) for _, entry, placement in own]
-    samples = [_load(source, pool, entry, job) for entry, job in jobs]
-    padding = mine.stop - mine.start - len(own)
-    return collate(
-        samples + [None] * padding,
-        blank=source.blank(row[0][1], view),
-        keys=[entry.key for _, entry, _ in own] + [""] * padding,
-        draws=[draw for draw, _, _ in own] + [row[0][0]] * padding,
-        kind=view.kind,
+def _batch(fetcher: Fetcher, view: ViewConfig, row: Items, mine: range) -> Batch:
+    """Load one process's part of a row; what the last row lacks is filled up with weight 0."""
+    own = row.pick([place for place in mine if place < len(row)])
+    padding = len(mine) - len(own)
+    blank = (
+        collate(
+            [None] * padding,
+            blank=fetcher.source.blank(int(row.entries[0]), view),
+            keys=[""] * padding,
+            draws=[row.draws[0]] * padding,
+            kind=view.kind,
+        )
+        if padding
+        else None
     )
+    if not len(own):
+        assert blank is not None
+        return blank
+    batch, bad = fetcher.collect(fetcher.submit(own, view))
+    for record in bad:
+        logger.warning("held-out sample %r of %s is left out: %s", record.key, record.shard, record.message)
+    return Batch.join([batch, blank]) if blank is not None else batch

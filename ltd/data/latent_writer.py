@@ -1,12 +1,14 @@
-"""Write the latent cache that ``ltd.data.latents`` reads: resumable, shared out over any number of processes.
+"""Write the parts of a latent cache that ``ltd.data.latents`` reads: resumable, for any number of processes.
 
-Knows no models: windows, hashes and tensors are handed in.
+Knows no models: windows, hashes and tensors are handed in. ``ltd.data.latent_join`` makes one cache of the parts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +20,21 @@ from torch import Tensor
 
 from ltd.config import ConfigError, digest
 from ltd.data.latents import DTYPES, FORMAT, CacheIdentity, read_lines
-from ltd.data.windows import Window
+from ltd.data.windows import Window, Windows
 from ltd.data.write import write_bytes
 
+#: Seconds between looks at what the other processes have recorded.
+_REFRESH_S = 10.0
 
-def _to_bytes(tensor: Tensor, dtype: str) -> bytes:
-    raw = torch.int32 if dtype == "fp32" else torch.int16
-    return tensor.detach().cpu().to(DTYPES[dtype]).contiguous().view(raw).numpy().tobytes()
+
+def _to_bytes(tensor: Tensor, dtype: str, what: str) -> bytes:
+    stored = tensor.detach().cpu().to(DTYPES[dtype]).contiguous()
+    if not torch.isfinite(stored).all():
+        raise ConfigError(
+            f"dtype: got {dtype}, which ends at {torch.finfo(DTYPES[dtype]).max:.6g}, but {what} reach "
+            f"{float(tensor.abs().max()):.6g}; needed dtype: {'bf16' if dtype == 'fp16' else 'fp32'}"
+        )
+    return stored.view(torch.int32 if dtype == "fp32" else torch.int16).numpy().tobytes()
 
 
 @dataclass
@@ -65,6 +75,7 @@ class LatentCacheWriter:
         windows: All windows of the cache, equal on every process.
         global_rank: This process.
         world_size: Processes that share the work.
+        shards: The tars that the windows were listed from, kept in the manifest.
 
     A directory that holds a cache of another identity, or something else, is refused with a ``ConfigError``.
     """
@@ -73,29 +84,40 @@ class LatentCacheWriter:
         self,
         directory: str | Path,
         identity: CacheIdentity,
-        windows: Sequence[Window],
+        windows: Windows,
         *,
         global_rank: int = 0,
         world_size: int = 1,
+        shards: Sequence[str] = (),
     ) -> None:
-        self.directory, self.identity, self.windows = Path(directory), identity, tuple(windows)
+        self.directory, self.identity, self.windows = Path(directory), identity, windows
         self.global_rank, self.world_size = global_rank, world_size
-        self._begin()
+        self._begin(shards)
         self.part = self.directory / "parts" / f"{global_rank:05d}-of-{world_size:05d}"
-        self.part.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, _Rows] = {}
-        self._done: set[int] = set()
+        self._done = np.zeros(int(windows.positions.max(initial=-1)) + 1, dtype=bool)
+        self.num_done = 0  #: Windows that all processes have done, as of the last look at the others.
         self._texts: set[str] = set()
-        for part in sorted((self.directory / "parts").iterdir()):
-            self._resume(part)
+        self._read: dict[Path, int] = {}  # bytes seen of the records of each part
+        self._refreshed_s = -float("inf")
+        self._log: IO[bytes] | None = None
+        if self.complete:
+            self._done[:] = True
+            return
+        self.part.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self.refresh()
         self._log = (self.part / "records.jsonl").open("ab")
 
-    def _begin(self) -> None:
+    def _begin(self, shards: Sequence[str]) -> None:
         marker = self.directory / "writing.json"
+        keys = hashlib.sha256()
+        for window in self.windows:
+            keys.update(f"{window.key}\n".encode("utf-8", "surrogateescape"))
         plan = {
             "format": FORMAT,
             **asdict(self.identity),
-            "identity": digest({"of": self.identity.digest, "keys": [w.key for w in self.windows]}),
+            "identity": digest({"of": self.identity.digest, "keys": keys.hexdigest()}),
             "windows": len(self.windows),
         }
         # Another process of this job may be writing the marker at this moment.
@@ -111,24 +133,37 @@ class LatentCacheWriter:
                     "delete it or choose another directory"
                 )
         else:
-            write_bytes(marker, json.dumps(plan, indent=1).encode())
+            write_bytes(marker, json.dumps({**plan, "shards": list(shards)}, indent=1).encode())
 
-    def _resume(self, part: Path) -> None:
-        mine = part == self.part
-        path = part / "records.jsonl"
-        records = read_lines(path)
-        if mine and path.is_file():
-            whole = path.read_bytes().rfind(b"\n") + 1
-            os.truncate(path, whole)
+    def _resume(self) -> None:
+        """Go on behind the last whole record of this process's part."""
+        path = self.part / "records.jsonl"
+        records, end = read_lines(path)
+        if path.is_file():
+            os.truncate(path, end)
+        self._read[path] = end
         for record in records:
-            if "text" in record:
-                if mine:
-                    self._texts.add(record["text"])
-                    self._rows(record).count = record["row"] + record["tokens"]
+            self._know(record)
+            if "file" in record:
+                self._rows(record).count = record["row"] + record.get("tokens", 1)
+
+    def _know(self, record: Mapping[str, Any]) -> None:
+        if "text" in record:
+            self._texts.add(record["text"])
+        elif not self._done[record["position"]]:
+            self._done[record["position"]] = True
+            self.num_done += 1
+
+    def refresh(self) -> None:
+        """Read what the other processes, and earlier runs, have recorded since the last look."""
+        mine = self.part / "records.jsonl"
+        for path in sorted((self.directory / "parts").glob("*/records.jsonl")):
+            if path == mine:
                 continue
-            self._done.add(record["position"])
-            if mine and "file" in record:
-                self._rows(record).count = record["row"] + 1
+            records, self._read[path] = read_lines(path, self._read.get(path, 0))
+            for record in records:
+                self._know(record)
+        self._refreshed_s = time.monotonic()
 
     def _rows(self, record: Mapping[str, Any]) -> _Rows:
         if record["file"] not in self._files:
@@ -138,36 +173,46 @@ class LatentCacheWriter:
         return self._files[record["file"]]
 
     def _record(self, record: Mapping[str, Any]) -> None:
+        assert self._log is not None, "the cache is complete or closed"
         self._log.write(json.dumps(record).encode() + b"\n")
         self._log.flush()
+        self._know(record)
 
     @property
     def complete(self) -> bool:
         """Whether the cache is finished."""
         return (self.directory / "manifest.json").is_file()
 
-    def pending(self) -> list[Window]:
+    def pending(self) -> Windows:
         """List the windows of this process's share that no run has done yet."""
         share = self.windows[self.global_rank :: self.world_size]
-        return [window for window in share if window.position not in self._done]
+        return share.take(~self._done[share.positions])
 
-    def add(self, window: Window, *, caption: str, mean: Tensor, logvar: Tensor) -> None:
-        """Append a window.
+    def add(self, window: Window, *, captions: Sequence[tuple[str, float]] = (), mean: Tensor, logvar: Tensor) -> bool:
+        """Append a window; one whose latents are not finite is recorded as skipped.
 
         Args:
             window: The window.
-            caption: Its caption, "" for none.
+            captions: Its captions with their weights; () for none.
             mean: ``(c, t, h, w)``, raw latents.
             logvar: ``(c, t, h, w)``.
 
+        Returns:
+            Whether it was stored.
+
         Raises:
-            ValueError: If the latents have other channels than the identity says, or differ in shape.
+            ValueError: If the latents have other channels than the identity says, or differ in shape. Values beyond the
+                stored precision give a ``ConfigError``.
         """
         if mean.shape != logvar.shape or mean.ndim != 4 or mean.shape[0] != self.identity.latent_channels:
             raise ValueError(
                 f"latents of {window.key}: got mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)}, "
                 f"needed ({self.identity.latent_channels}, t, h, w) twice"
             )
+        values = torch.stack([mean, logvar])
+        if not torch.isfinite(values).all():
+            self.skip(window, cause="not_finite", message="the autoencoder gave NaN or infinity")
+            return False
         shape = list(mean.shape)
         name = f"latents_{'x'.join(map(str, shape))}.bin"
         record: dict[str, Any] = {
@@ -178,13 +223,14 @@ class LatentCacheWriter:
             "height": window.view.height,
             "frames": window.view.num_frames,
             "fps": window.fps,
-            "caption": caption,
+            "captions": [[text, weight] for text, weight in captions],
             "file": str((self.part / name).relative_to(self.directory)),
             "shape": shape,
         }
-        record["row"] = self._rows(record).append(_to_bytes(torch.stack([mean, logvar]), self.identity.dtype))
+        data = _to_bytes(values, self.identity.dtype, f"the latents of {window.key}")
+        record["row"] = self._rows(record).append(data)
         self._record(record)
-        self._done.add(window.position)
+        return True
 
     def skip(self, window: Window, *, cause: str, message: str) -> None:
         """Record a window that cannot be cached.
@@ -195,10 +241,11 @@ class LatentCacheWriter:
             message: What was found.
         """
         self._record({"position": window.position, "key": window.key, "cause": cause, "message": message})
-        self._done.add(window.position)
 
     def missing_texts(self, captions: Sequence[str]) -> list[str]:
-        """List the captions, each once, that this process has no embedding of yet; "" is the null text."""
+        """List the captions, each once, that no process is known to have embedded; "" is the null text."""
+        if self.world_size > 1 and time.monotonic() - self._refreshed_s > _REFRESH_S:
+            self.refresh()
         return [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
 
     def add_text(self, caption: str, embedding: Tensor, mask: Tensor) -> None:
@@ -208,67 +255,28 @@ class LatentCacheWriter:
             caption: The caption; "" is the null text, which every cache with text needs.
             embedding: ``(n, d)``.
             mask: bool ``(n,)``, True = token.
+
+        Raises:
+            ConfigError: If values of the embedding are not finite in the stored precision.
         """
         tokens = embedding[mask.bool()]
+        if not torch.isfinite(tokens).all():
+            raise ConfigError(f"text: the text encoder gave NaN or infinity for {caption!r}; needed finite embeddings")
         record: dict[str, Any] = {
             "text": caption,
             "file": str((self.part / "text.bin").relative_to(self.directory)),
             "shape": [int(embedding.shape[1])],
             "tokens": int(tokens.shape[0]),
         }
-        record["row"] = self._rows(record).append(_to_bytes(tokens, self.identity.dtype))
+        data = _to_bytes(tokens, self.identity.dtype, f"the embedding of {caption!r}")
+        record["row"] = self._rows(record).append(data)
         self._record(record)
-        self._texts.add(caption)
 
     def close(self) -> None:
         """Flush this process's part to the disk."""
         for rows in self._files.values():
             rows.close()
-        os.fsync(self._log.fileno())
-        self._log.close()
-
-
-def finish_cache(directory: str | Path) -> dict[str, Any]:
-    """Join the parts of all processes once each has closed its writer; one process calls this.
-
-    Args:
-        directory: The cache.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ConfigError: If windows or embeddings are missing; says how many.
-    """
-    directory = Path(directory)
-    manifest = json.loads((directory / "writing.json").read_text("utf-8"))
-    found: dict[int, dict[str, Any]] = {}
-    texts: dict[str, dict[str, Any]] = {}
-    for part in sorted((directory / "parts").iterdir()):
-        for record in read_lines(part / "records.jsonl"):
-            if "text" in record:
-                texts.setdefault(record["text"], record)
-            else:
-                found.setdefault(record["position"], record)
-    records = [found[position] for position in sorted(found)]
-    entries = [record for record in records if "file" in record]
-    bad = [record for record in records if "file" not in record]
-    if len(records) < manifest["windows"]:
-        raise ConfigError(
-            f"out: {directory} has {len(records)} of {manifest['windows']} windows; run the command again"
-        )
-    if manifest["text_encoder"] is not None:
-        missing = {"", *(entry["caption"] for entry in entries)} - texts.keys()
-        if missing:
-            raise ConfigError(f"out: {directory} lacks {len(missing)} text embeddings; run the command again")
-    for name, rows in (("entries", entries), ("texts", list(texts.values())), ("bad", bad)):
-        write_bytes(directory / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    manifest["counts"] = {
-        "windows": len(entries),
-        "bad": len(bad),
-        "captions": len(texts),
-        "text_tokens": max((text["tokens"] for text in texts.values()), default=0),
-        "text_dim": next((text["shape"][0] for text in texts.values()), 0),
-    }
-    write_bytes(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
-    return dict(manifest)
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+            self._log.close()
+            self._log = None

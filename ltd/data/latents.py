@@ -2,31 +2,37 @@
 
 A cache is a directory. Each writing process appends to a part of its own: one file of rows per latent shape, one of
 text tokens, and a line of ``records.jsonl`` after each row, so that a killed job goes on where it stopped, with any
-number of processes. Joining the parts writes ``entries.jsonl``, ``texts.jsonl`` and, last, ``manifest.json``, without
-which nothing reads the cache. ``ltd.data.latent_writer`` writes it; here are its format, check and
-reader. Knows no models: hashes and tensors are handed in.
+number of processes. Joining the parts writes what the windows are as columns (``columns/``) and, last,
+``manifest.json``, without which nothing reads the cache. ``ltd.data.latent_writer`` writes the parts,
+``ltd.data.latent_join`` joins them; here are the format, its check and the reader. Knows no models: hashes and tensors
+are handed in.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ltd.config import ConfigError, digest
-from ltd.data.batch import BadSampleError, Sample
-from ltd.data.index import Entry
+from ltd.data.entries import Entries, Strings
+from ltd.data.transforms import FILTER
 
-FORMAT = 1
+FORMAT = 2
 Dtype = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_RAW = {"bf16": np.int16, "fp16": np.int16, "fp32": np.int32}
+#: torch copies whole rows as integers; numpy has no bf16.
+RAW = {"bf16": np.int16, "fp16": np.int16, "fp32": np.int32}
+#: Names of the rules by which the running code turns media into windows. Change a name with the rule.
+RULES = {"filter": FILTER, "crop": "largest part, centre", "windows": "evenly spread, centred"}
+_COMMAND = "python tools/cache_latents.py CONFIG"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +43,28 @@ class CacheIdentity:
     compression: tuple[int, int, int]  #: Pixels per latent cell along (t, h, w).
     latent_channels: int  #: Channels of the latents.
     data_digest: str  #: ``Index.digest`` of the shards.
-    transforms: dict[str, Any]  #: Views, crop, flip, window step, filter: whatever shaped the pixels.
+    transforms: dict[str, Any]  #: Views, flip, window step, precision: whatever was chosen for the pixels.
     text_encoder: str | None = None  #: Name of the text encoder; None for a cache without text.
     text_encoder_hash: str | None = None  #: Hash of its configuration and weights.
     dtype: Dtype = "bf16"  #: Stored precision of latents and embeddings.
+    rules: dict[str, str] = field(default_factory=lambda: dict(RULES))  #: ``RULES`` of the code that wrote it.
 
     @property
     def digest(self) -> str:
         """sha256 of all fields."""
         return digest(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedRows:
+    """Windows of one latent shape, in the stored precision."""
+
+    mean: Tensor  #: (b, c, t, h, w), raw latents.
+    logvar: Tensor  #: (b, c, t, h, w).
+    captions: tuple[str, ...]  #: Caption of each window, "" where it has none.
+    fps: Tensor  #: float32 (b,); frames per second, 0 for images and where unknown.
+    text: Tensor | None = None  #: (b, n, d), zero where masked out; None in a cache without text.
+    text_mask: Tensor | None = None  #: bool (b, n), True = token.
 
 
 def is_cache(path: str | Path) -> bool:
@@ -60,14 +79,14 @@ def read_cache_manifest(directory: str | Path) -> dict[str, Any]:
         directory: The cache.
 
     Returns:
-        The fields of ``CacheIdentity`` with ``format``, ``identity`` and ``counts``.
+        The fields of ``CacheIdentity`` with ``format``, ``identity``, ``shards``, ``files`` and ``counts``.
 
     Raises:
         ConfigError: If the cache is missing, unfinished or of another format.
     """
     path = Path(directory) / "manifest.json"
     if not path.is_file():
-        what = "is not finished: run tools/cache_latents.py again" if is_cache(directory) else "is no latent cache"
+        what = f"is not finished: run {_COMMAND} again" if is_cache(directory) else "is no latent cache"
         raise ConfigError(f"data.shards: {directory} {what}")
     try:
         manifest = json.loads(path.read_text("utf-8"))
@@ -75,12 +94,15 @@ def read_cache_manifest(directory: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"data.shards: {path} is not a cache manifest: {error}") from error
     if found != FORMAT:
-        raise ConfigError(f"data.shards: {directory} is a cache of format {found}, needed {FORMAT}: make it again")
+        raise ConfigError(
+            f"data.shards: {directory} is a latent cache of format {found}, needed {FORMAT}; make it again in "
+            f"another directory: {_COMMAND}"
+        )
     return dict(manifest)
 
 
 def check_cache(manifest: Mapping[str, Any], **expected: Any) -> None:
-    """Refuse a stale cache.
+    """Refuse a stale cache: one made by other window rules than the running code's, or with another field.
 
     Args:
         manifest: Manifest of the cache.
@@ -90,110 +112,219 @@ def check_cache(manifest: Mapping[str, Any], **expected: Any) -> None:
         ConfigError: If a field differs; names it and both values.
         TypeError: If an expected name is no field of ``CacheIdentity``.
     """
-    for name, wanted in expected.items():
+    for name, wanted in {"rules": RULES, **expected}.items():
         if name not in CacheIdentity.__dataclass_fields__:
             raise TypeError(f"check_cache: {name!r} is no field of CacheIdentity")
-        found = manifest.get(name)
-        if json.loads(json.dumps(found)) != json.loads(json.dumps(wanted)):
+        found, wanted = (json.loads(json.dumps(value)) for value in (manifest.get(name), wanted))
+        if isinstance(found, dict) and isinstance(wanted, dict):
+            changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            differences = [(f"{name}.{key}", found.get(key), wanted.get(key)) for key in changed]
+        else:
+            differences = [(name, found, wanted)] if found != wanted else []
+        if differences:
+            pairs = "; ".join(f"made with {name} = {old}, but this run has {new}" for name, old, new in differences)
             raise ConfigError(
-                f"data.shards: the latent cache was made with {name} = {found}, but this run has {wanted}; "
-                "make it again: python tools/cache_latents.py (or point data.shards at the cache that belongs to it)"
+                f"data.shards: the latent cache was {pairs}; make it again in another directory: {_COMMAND} "
+                "(or point data.shards at the cache that belongs to this run)"
             )
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a JSONL file that may end in half a line."""
+def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Read the whole lines of a JSONL file that may end in half a line.
+
+    Args:
+        path: The file; may be missing.
+        offset: Byte to start at, the begin of a line.
+
+    Returns:
+        The lines; the byte after the last whole one.
+    """
     if not path.is_file():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines]
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:end].splitlines()], offset + end
 
 
 class LatentCache:
-    """Read a finished cache by memory map.
+    """Read a finished cache by memory map, from any number of threads.
 
     Args:
         directory: The cache.
 
     Raises:
-        ConfigError: If it is unfinished, empty or a file is shorter than its records say.
+        ConfigError: If it is unfinished, empty, damaged, or a file is shorter than its records say.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.manifest = read_cache_manifest(directory)
+        counts = self.manifest["counts"]
         self.channels = int(self.manifest["latent_channels"])
-        self.text_tokens = int(self.manifest["counts"]["text_tokens"])
-        self.text_dim = int(self.manifest["counts"]["text_dim"])
-        self._dtype = str(self.manifest["dtype"])
-        self._records = read_lines(self.directory / "entries.jsonl")
-        self._texts = {record["text"]: record for record in read_lines(self.directory / "texts.jsonl")}
-        self._maps: dict[str, np.ndarray] = {}
-        if not self._records:
+        self.text_tokens, self.text_dim = int(counts["text_tokens"]), int(counts["text_dim"])
+        self.dtype = DTYPES[self.manifest["dtype"]]  #: Stored precision.
+        self._raw = np.dtype(RAW[self.manifest["dtype"]])
+        if not counts["windows"]:
             raise ConfigError(f"data.shards: the latent cache {directory} holds no windows")
-        self.entries = [
-            Entry(
-                r["key"], r["kind"], r["width"], r["height"], r["frames"], r["fps"], len(r["caption"]), {}, shard=number
-            )
-            for number, r in enumerate(self._records)
-        ]  #: One entry per window; ``shard`` is its row in ``entries.jsonl``.
-        for record in (*self._records, *self._texts.values()):
-            self._check(record)
-
-    def _check(self, record: Mapping[str, Any]) -> None:
-        rows = self._map(record)
-        last = record["row"] + record.get("tokens", 1)
-        if last > len(rows):
+        try:
+            self._open_columns(counts["windows"])
+            # Mean and log-variance are rows of their own: both come out whole, by one gather.
+            shapes = [file["shape"] for file in self.manifest["files"]]
+            self._latents = [self._map(f, (2, *f["shape"])).reshape(-1, *f["shape"]) for f in self.manifest["files"]]
+            self._texts = [self._map(file, (self.text_dim,)) for file in self.manifest["text_files"]]
+        except ConfigError:
+            raise
+        except (KeyError, ValueError, TypeError, OSError) as error:
             raise ConfigError(
-                f"data.shards: {self.directory / record['file']} is truncated: {len(rows)} rows, needed {last}; "
-                "make the cache again"
+                f"data.shards: the latent cache {directory} is damaged ({error}); make it again"
+            ) from None
+        self._shapes = np.array(shapes, dtype=np.int32)
+        self._rows = np.array([file["rows"] for file in self.manifest["files"]], dtype=np.int64)
+        #: int32 ``(n, 3)``, size (t, h, w) of each window's latents.
+        self.latent_shapes = self._shapes[:, 1:][self._file]
+
+    def _open_columns(self, count: int) -> None:
+        column = self._column
+        self._file, self._row, self._fps = column("file"), column("row"), column("fps")
+        self._captions, chars = column("captions"), column("caption_chars")
+        self._caption_text, self._caption_weight = column("caption_text"), column("caption_weight")
+        self._caption_ends = np.cumsum(self._captions, dtype=np.int64)
+        names = ("kind", "frames", "height", "width")
+        columns = {name: column(name) for name in names} | {"fps": self._fps, "captions": self._captions}
+        columns |= {"caption_chars": chars, "shard": np.arange(count, dtype=np.int32)}
+        keys, self._strings = self._open_strings("keys"), self._open_strings("texts")
+        if self.manifest["text_files"]:
+            self._text_place = tuple(column(f"text_{name}") for name in ("file", "row", "tokens"))
+        lengths = {len(values) for name, values in columns.items() if name != "caption_chars"} | {len(keys)}
+        if lengths | {len(self._file), len(self._row)} != {count}:
+            raise ValueError(f"the columns have {sorted(lengths)} rows, needed {count}")
+        #: What the windows are, one entry each; ``shard`` is the number ``load`` takes.
+        self.entries = Entries(keys, columns)
+
+    def _column(self, name: str) -> np.ndarray:
+        # As a plain array: indexing a memmap object costs several times as much.
+        path = self.directory / "columns" / f"{name}.npy"
+        return cast("np.ndarray", np.load(path, mmap_mode="r")).view(np.ndarray)
+
+    def _open_strings(self, name: str) -> Strings:
+        ends, path = self._column(f"{name}_ends"), self.directory / "columns" / f"{name}.bin"
+        size = path.stat().st_size
+        if size != int(ends[-1]):
+            raise ValueError(f"{path} has {size} bytes, needed {ends[-1]}")
+        if not size:
+            return Strings(b"", ends)
+        with path.open("rb") as file:  # slices of a map are bytes
+            return Strings(cast("bytes", mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), ends)
+
+    def _map(self, file: Mapping[str, Any], row: Sequence[int]) -> np.ndarray:
+        path = self.directory / file["path"]
+        count = path.stat().st_size // (int(np.prod(row)) * self._raw.itemsize) if path.is_file() else 0
+        if count < file["rows"]:
+            raise ConfigError(
+                f"data.shards: {path} is truncated: {count} rows, needed {file['rows']}; make the cache again"
             )
+        shape = (int(file["rows"]), *row)
+        if not file["rows"]:
+            return np.zeros(shape, self._raw)
+        return np.memmap(path, self._raw, "r", shape=shape).view(np.ndarray)
 
-    def _map(self, record: Mapping[str, Any]) -> np.ndarray:
-        if record["file"] not in self._maps:
-            path, raw = self.directory / record["file"], np.dtype(_RAW[self._dtype])
-            row = (record["shape"]) if "text" in record else [2, *record["shape"]]
-            count = path.stat().st_size // (int(np.prod(row)) * raw.itemsize) if path.is_file() else 0
-            shape = (count, *row)
-            self._maps[record["file"]] = np.memmap(path, raw, "r", shape=shape) if count else np.zeros(shape, raw)
-        return self._maps[record["file"]]
+    @property
+    def num_windows(self) -> int:
+        """How many windows the cache holds."""
+        return len(self.entries)
 
-    def _tensor(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(rows)).view(DTYPES[self._dtype]).float()
-
-    def latent_shape(self, entry: Entry) -> tuple[int, int, int]:
-        """Return the size (t, h, w) of a window's latents."""
-        _, t, h, w = self._records[entry.shard]["shape"]
-        return (t, h, w)
-
-    def read(self, entry: Entry) -> Sample:
-        """Read one window.
+    def load(self, rows: np.ndarray, caption_uniform: np.ndarray | None = None) -> CachedRows:
+        """Read windows of one latent shape in one go.
 
         Args:
-            entry: One of ``entries``.
+            rows: int ``(b,)``, numbers of windows, each in [0, num_windows).
+            caption_uniform: ``(b,)``, each in [0, 1); chooses among the weighted captions of a window. None takes the
+                first.
 
         Returns:
-            The sample with ``mean`` and ``logvar`` in float32 and, in a cache with text, ``text`` and ``text_mask``
-            padded to the longest caption of the cache.
+            The windows, in the order given.
 
         Raises:
-            BadSampleError: If its values are not finite.
+            IndexError: If there is no such window.
+            ValueError: If the windows differ in latent shape.
         """
-        record = self._records[entry.shard]
-        mean, logvar = self._tensor(self._map(record)[record["row"]])
-        if not (torch.isfinite(mean).all() and torch.isfinite(logvar).all()):
-            raise BadSampleError("not_finite", "cached latents hold NaN or infinity")
-        text, mask = self.text(record["caption"])
-        return Sample(caption=record["caption"], fps=record["fps"], mean=mean, logvar=logvar, text=text, text_mask=mask)
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and rows.min() < 0:
+            raise IndexError(f"rows: got {rows.min()}, needed 0 <= row < {self.num_windows}")
+        latents = self._gather(self._file[rows], self._row[rows])
+        ids = self._choose(rows, caption_uniform)
+        text, mask = self._gather_text(ids)
+        return CachedRows(
+            mean=latents[0],
+            logvar=latents[1],
+            captions=self._captions_of(ids),
+            fps=torch.from_numpy(self._fps[rows].astype(np.float32)),
+            text=text,
+            text_mask=mask,
+        )
+
+    def _gather(self, files: np.ndarray, rows: np.ndarray) -> Tensor:
+        """Read rows of latents, ``(2, b, c, t, h, w)``: all means, then all log-variances."""
+        first = int(files[0]) if len(files) else 0
+        one_file = bool((files == first).all())
+        shape = self._shapes[first]
+        if not one_file and (self._shapes[files] != shape).any():
+            raise ValueError("rows: got windows of more than one latent shape, needed one shape a call")
+        if (rows >= (self._rows[first] if one_file else self._rows[files])).any():
+            raise ConfigError(f"data.shards: the latent cache {self.directory} is damaged: a row is not in its file")
+        out = np.empty((2, len(rows), *shape.tolist()), self._raw)
+        if one_file:
+            places = np.concatenate([2 * rows, 2 * rows + 1])
+            # "clip" writes into ``out`` at once, "raise" would buffer it; the rows are checked above.
+            np.take(self._latents[first], places, axis=0, out=out.reshape(-1, *out.shape[2:]), mode="clip")
+        else:
+            for place, (file, row) in enumerate(zip(files.tolist(), rows.tolist(), strict=True)):
+                out[:, place] = self._latents[file][2 * row : 2 * row + 2]
+        return torch.from_numpy(out).view(self.dtype)
+
+    def _choose(self, rows: np.ndarray, uniform: np.ndarray | None) -> np.ndarray:
+        """Choose a caption of each window; its number among the texts, 0 (the null text) where it has none."""
+        counts = self._captions[rows]
+        firsts = self._caption_ends[rows] - counts
+        if uniform is not None and (counts > 1).any():
+            for place in np.flatnonzero(counts > 1).tolist():
+                begin = int(firsts[place])
+                edges = np.cumsum(self._caption_weight[begin : begin + int(counts[place])])
+                chosen = int(np.searchsorted(edges, uniform[place] * edges[-1], side="right"))
+                firsts[place] += min(chosen, len(edges) - 1)
+        if counts.all():
+            return self._caption_text[firsts].astype(np.int64)
+        ids = np.zeros(len(rows), dtype=np.int64)
+        ids[counts > 0] = self._caption_text[firsts[counts > 0]]
+        return ids
+
+    def _captions_of(self, ids: np.ndarray) -> tuple[str, ...]:
+        buffer, ends = self._strings.buffer, self._strings.ends
+        begins = np.where(ids > 0, ends[ids - 1], 0).tolist()
+        pairs = zip(begins, ends[ids].tolist(), strict=True)
+        return tuple([buffer[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairs])
+
+    def _gather_text(self, ids: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
+        if not self._texts:
+            return None, None
+        out = np.zeros((len(ids), self.text_tokens, self.text_dim), self._raw)
+        file, row, tokens = (column[ids] for column in self._text_place)
+        for place, (number, begin, count) in enumerate(zip(file.tolist(), row.tolist(), tokens.tolist(), strict=True)):
+            out[place, :count] = self._texts[number][begin : begin + count]
+        mask = np.arange(self.text_tokens) < tokens[:, None]
+        return torch.from_numpy(out).view(self.dtype), torch.from_numpy(mask)
 
     def blank_text(self) -> tuple[Tensor | None, Tensor | None]:
         """Make zeros of the size of an embedding and its mask; None in a cache without text."""
         if not self._texts:
             return None, None
-        return torch.zeros(self.text_tokens, self.text_dim), torch.zeros(self.text_tokens, dtype=torch.bool)
+        text = torch.zeros(self.text_tokens, self.text_dim, dtype=self.dtype)
+        return text, torch.zeros(self.text_tokens, dtype=torch.bool)
 
     def text(self, caption: str) -> tuple[Tensor | None, Tensor | None]:
-        """Read the embedding of a caption; "" is the null text.
+        """Read the embedding of a caption; "" is the null text, and found at once.
 
         Args:
             caption: A caption of the cache.
@@ -201,11 +332,8 @@ class LatentCache:
         Returns:
             ``(n, d)`` float32 padded with zeros, and bool ``(n,)``; None twice in a cache without text.
         """
-        text, mask = self.blank_text()
-        if text is None or mask is None:
+        if not self._texts:
             return None, None
-        record = self._texts[caption]
-        tokens, row = record["tokens"], record["row"]
-        text[:tokens] = self._tensor(self._map(record)[row : row + tokens])
-        mask[:tokens] = True
-        return text, mask
+        text, mask = self._gather_text(np.array([self._strings.index(caption)]))
+        assert text is not None and mask is not None
+        return text[0].float(), mask[0]

@@ -8,17 +8,23 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from ltd.config import ConfigError, digest
-from ltd.data.batch import BadSample, BadSampleError, Batch, Sample, StepInfo, collate
-from ltd.data.plan import Placement, Plan, PlannedBatch, ViewConfig, chain_keys, random_placement
-from ltd.data.sources import Source, match_views, open_source
-from ltd.data.workers import Job, SampleTimeoutError, WorkerPool
+import numpy as np
+
+from ltd.config import digest, to_dict
+from ltd.data.arrange import arrange, build_plan, describe
+from ltd.data.batch import BadSample, Batch, MicroBatch, PackedBatch, StepInfo
+from ltd.data.config import DataConfig, micro_batch
+from ltd.data.fetch import Fetcher, Group
+from ltd.data.mixture import MixedSource, open_sources
+from ltd.data.order import unit
+from ltd.data.plan import PlannedBatch, ViewConfig, chain_keys, random_placement
+from ltd.data.sources import Items
+from ltd.data.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -26,83 +32,55 @@ logger = logging.getLogger(__name__)
 _ALL_BAD = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the samples are and how they become batches."""
-
-    shards: str | tuple[str, ...] | None = None  #: Tars: path, directory, glob or brace pattern; or a latent cache.
-    global_batch: int = 8  #: Samples per optimizer step over all processes and accumulation, >= 1.
-    views: tuple[ViewConfig, ...] = (ViewConfig(num_frames=1, height=256, width=256),)  #: What samples are cut to.
-    caption_required: bool = True  #: Whether samples without a caption are left out.
-    flip: bool = False  #: Whether half of the samples are mirrored (media only; a cache holds its own copies).
-    decoder: Literal["decord", "pyav"] | None = None  #: Video decoder; null takes decord, or PyAV without decord.
-    num_workers: int = 0  #: Threads that load ahead, >= 0; 0 loads each step when it is asked for.
-    prefetch: int = 2  #: Steps that the threads load ahead, >= 1.
-    prefetch_mb: int = 512  #: Pixels or latents loaded ahead take at most this many MiB, >= 1.
-    timeout_s: float = 60.0  #: Seconds one sample may take to load, > 0; then it counts as bad.
-    max_bad_fraction: float = 0.05  #: Share of bad samples among the last ``bad_window`` that stops training, [0, 1].
-    bad_window: int = 1000  #: Samples of this process that ``max_bad_fraction`` looks back over, >= 1.
-
-    def __post_init__(self) -> None:
-        for name, low in (
-            ("global_batch", 1),
-            ("num_workers", 0),
-            ("prefetch", 1),
-            ("prefetch_mb", 1),
-            ("bad_window", 1),
-        ):
-            if getattr(self, name) < low:
-                raise ConfigError(f"data.{name}: got {getattr(self, name)}, needed an integer of {low} or more")
-        if not self.timeout_s > 0:
-            raise ConfigError(f"data.timeout_s: got {self.timeout_s}, needed more than 0 seconds")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"data.max_bad_fraction: got {self.max_bad_fraction}, needed a share in [0, 1]")
-        if not self.views:
-            raise ConfigError("data.views: got none, needed at least one view")
-
-
-def micro_batch(global_batch: int, *, world_size: int, accumulation: int) -> int:
-    """Divide the global batch.
-
-    Args:
-        global_batch: Samples per step.
-        world_size: Processes.
-        accumulation: Micro-batches per step and process.
-
-    Returns:
-        Samples per micro-batch.
-
-    Raises:
-        ConfigError: If it does not divide; gives the numbers and the nearest global batches.
-    """
-    parts = world_size * accumulation
-    if global_batch % parts:
-        lower = global_batch // parts * parts
-        nearest = f"{lower} or {lower + parts}" if lower else f"{parts}"
-        raise ConfigError(
-            f"data.global_batch: got {global_batch}, needed a multiple of {parts} = {world_size} processes "
-            f"(world size) x {accumulation} (parallel.accumulation); the nearest: {nearest}"
-        )
-    return global_batch // parts
-
-
-def describe_bad(source: Source) -> None:
-    """Log how many samples the index left out, by cause."""
-    if source.bad:
-        causes = ", ".join(f"{count} {cause}" for cause, count in Counter(b.cause for b in source.bad).most_common())
-        logger.warning("data: %d samples are left out by the index: %s", len(source.bad), causes)
-
-
 @dataclass
 class _Pending:
     """One step on its way."""
 
     plan: PlannedBatch
-    micro: list[list[tuple[int, Job[Sample]]]]  # per micro-batch: (position in the global batch, job)
+    keys: list[str]  # of the global batch
+    micro: list[list[Group]]  # per micro-batch one group per sample size
+    num_bytes: int
+
+
+class BadWindow:
+    """Share of bad samples among the last ones of one process.
+
+    Args:
+        config: Limit and length of the window.
+        global_rank: This process, for the message.
+    """
+
+    def __init__(self, config: DataConfig, global_rank: int) -> None:
+        self.config, self.global_rank = config, global_rank
+        self.recent: deque[bool] = deque(maxlen=config.bad_window)
+
+    def add(self, good: int, bad: list[BadSample]) -> str | None:
+        """Count the samples of one step.
+
+        Args:
+            good: Samples that were loaded.
+            bad: Samples that failed.
+
+        Returns:
+            Why training must stop, None where it need not.
+        """
+        self.recent.extend([False] * good + [True] * len(bad))
+        count, config = sum(self.recent), self.config
+        limit = config.max_bad_fraction * config.bad_window
+        hopeless = len(self.recent) >= _ALL_BAD and count == len(self.recent) and config.max_bad_fraction < 1
+        if not bad or (count <= limit and not hopeless):
+            return None
+        causes = dict(Counter(record.cause for record in bad))
+        return (
+            f"data.max_bad_fraction: got {count} bad samples among the last {len(self.recent)} of process "
+            f"{self.global_rank}, needed at most {limit:g} = data.max_bad_fraction {config.max_bad_fraction:g} x "
+            f"data.bad_window {config.bad_window}, and not all of {_ALL_BAD} (this step: {causes}); "
+            f"the last: {bad[-1].shard}, key {bad[-1].key!r}: {bad[-1].message}"
+        )
 
 
 class Loader:
-    """Endless, resumable batches of one process; iterate for ``(list[Batch], StepInfo)`` per optimizer step.
+    """Endless, resumable batches of one process; iterate for ``(list of micro-batches, StepInfo)`` per optimizer step.
 
     Args:
         config: The data section.
@@ -121,7 +99,7 @@ class Loader:
     def __init__(
         self,
         config: DataConfig,
-        source: Source,
+        source: MixedSource,
         *,
         seed: int,
         global_rank: int,
@@ -133,29 +111,39 @@ class Loader:
             raise ValueError(f"global_rank: got {global_rank}, needed 0 <= global_rank < world_size = {world_size}")
         self.config, self.source, self.seed = config, source, seed
         self._rank, self._world, self._accumulation = global_rank, world_size, accumulation
-        self._micro = micro_batch(config.global_batch, world_size=world_size, accumulation=accumulation)
-        report = logger.info if global_rank == 0 else logger.debug
-        eligible = match_views(source, config.views, report)
-        weights = [view.weight for view in config.views]
-        self.plan = Plan(eligible, weights, global_batch=config.global_batch, seed=seed)
+        self.arrangement = arrange(config, source)
         if global_rank == 0:
-            describe_bad(source)
-        shapes = [[str(view), view.weight, len(ids)] for view, ids in zip(config.views, eligible, strict=True)]
-        self._plan_id = digest(
-            {"seed": seed, "data": source.digest, "views": shapes, "global_batch": config.global_batch}
-        )
+            describe(config, source, self.arrangement, logger.info)
+        self.plan = build_plan(config, source, self.arrangement, seed=seed)
+        self._check_units()
+        shapes = [[str(v), v.weight, len(ids)] for v, ids in zip(self.views, self.arrangement.ids, strict=True)]
+        mixture = [dataset.weight for dataset in config.sets]
+        order = [config.mode, config.open_shards, mixture, self.arrangement.units, to_dict(config.batching)]
+        self._plan_id = digest({"seed": seed, "data": source.digest, "views": shapes, "order": order})
         self._step, self._keys_hash = 0, ""
         if state is not None:
             self._resume(state)
-        self._recent: deque[bool] = deque(maxlen=config.bad_window)
+        self._bad = BadWindow(config, global_rank)
         self._pool = WorkerPool(max(1, config.num_workers), timeout_s=config.timeout_s)
+        self._fetcher = Fetcher(source, self._pool)
         self._queue: deque[_Pending] = deque()
+
+    @property
+    def views(self) -> tuple[ViewConfig, ...]:
+        """What samples are cut to."""
+        return self.arrangement.views
+
+    def _check_units(self) -> None:
+        fields = {"fixed": "data.global_batch", "buckets": "data.batching.multiple", "packed": "data.batching.packs"}
+        name = fields[self.config.batching.kind]
+        for units in sorted({kind.units for kind in self.plan.kinds}):
+            micro_batch(units, world_size=self._world, accumulation=self._accumulation, name=name)
 
     def _resume(self, state: dict[str, Any]) -> None:
         self._step, self._keys_hash = int(state["step"]), str(state["keys_hash"])
         if state.get("plan", self._plan_id) != self._plan_id:
             logger.warning(
-                "data: samples, data.views, data.global_batch or seed differ from the checkpoint's; "
+                "data: samples, data.views, data.batching, data.global_batch or seed differ from the checkpoint's; "
                 "going on at step %d of the new order",
                 self._step,
             )
@@ -165,117 +153,109 @@ class Loader:
         """Plain dict that continues after the last step handed out; equal on every process."""
         return {"step": self._step, "keys_hash": self._keys_hash, "plan": self._plan_id}
 
-    def _placement(self, view: ViewConfig, entry_id: int, draw: int) -> Placement:
-        entry = self.source.entries[entry_id]
+    def _items(self, planned: PlannedBatch, places: Sequence[int], keys: Sequence[str]) -> Items:
+        """Say how the samples at some places of the global batch are cut and captioned."""
+        columns, seed = self.source.entries.columns, self.seed
+        entries = np.array([planned.entries[place] for place in places], dtype=np.int64)
+        draws = [planned.draws[place] for place in places]
+        several = columns["captions"][entries] > 1
+        captions = None
+        if several.any():
+            pairs = zip(draws, several, strict=True)
+            captions = np.array([unit(seed, draw, "caption") if many else 0.0 for draw, many in pairs])
+        own = [keys[place] for place in places]
         if not self.source.random_cuts:
-            return Placement(0, 1, (0.5, 0.5), False)
-        return random_placement(
-            view, frames=entry.frames, fps=entry.fps, seed=self.seed, draw=draw, flip=self.config.flip
-        )
+            return Items(entries, own, draws, captions)
+        rows = zip(places, draws, columns["frames"][entries].tolist(), columns["fps"][entries].tolist(), strict=True)
+        placements = [
+            random_placement(
+                self.views[planned.views[place]], frames=frames, fps=fps, seed=seed, draw=draw, flip=self.config.flip
+            )
+            for place, draw, frames, fps in rows
+        ]
+        return Items(entries, own, draws, captions, placements)
 
     def _submit(self, step: int) -> _Pending:
         planned = self.plan.step(step)
-        view = self.config.views[planned.view]
-        micro = []
+        keys = self.source.entries.keys.pick(np.array(planned.entries, dtype=np.int64))
+        each = len(planned.ends) // (self._world * self._accumulation)
+        micro, num_bytes = [], 0
         for number in range(self._accumulation):
-            first = (number * self._world + self._rank) * self._micro
-            jobs = []
-            for position in range(first, first + self._micro):
-                entry_id = planned.entries[position]
-                placement = self._placement(view, entry_id, planned.draws[position])
-                work = partial(self.source.load, self.source.entries[entry_id], view, placement)
-                jobs.append((position, self._pool.submit(work)))
-            micro.append(jobs)
-        return _Pending(planned, micro)
+            first = (number * self._world + self._rank) * each
+            by_view: dict[int, list[int]] = {}
+            for place in planned.unit_range(first, first + each):
+                by_view.setdefault(planned.views[place], []).append(place)
+            groups = [
+                self._fetcher.submit(self._items(planned, places, keys), self.views[view])
+                for view, places in by_view.items()
+            ]
+            num_bytes += sum(self._fetcher.num_bytes(group) for group in groups)
+            micro.append(groups)
+        return _Pending(planned, keys, micro, num_bytes)
 
-    def _depth(self) -> int:
-        """Count the steps to keep in flight: bounded in steps and in bytes."""
-        if self.config.num_workers == 0:
-            return 1
-        largest = max(view.shape.num_cells for view in self.config.views) * 3
-        per_step = largest * self._micro * self._accumulation
-        return 1 + max(1, min(self.config.prefetch, self.config.prefetch_mb * 2**20 // per_step))
+    def _fill_queue(self) -> None:
+        """Keep steps in flight, bounded in steps and in bytes; without worker threads, only the one asked for."""
+        depth = 1 + self.config.prefetch if self.config.num_workers else 1
+        limit = self.config.prefetch_mb * 2**20
+        while not self._queue or (
+            len(self._queue) < depth and sum(pending.num_bytes for pending in self._queue) < limit
+        ):
+            self._queue.append(self._submit(self._step + len(self._queue)))
 
-    def _take(self, planned: PlannedBatch, position: int, job: Job[Sample], bad: list[BadSample]) -> Sample | None:
-        entry = self.source.entries[planned.entries[position]]
-        try:
-            sample = self._pool.wait(job)
-        except SampleTimeoutError as error:
-            cause, message = "timeout", str(error)
-        except BadSampleError as error:
-            cause, message = error.cause, str(error)
-        except OSError as error:
-            cause, message = "unreadable", str(error)
-        except Exception as error:  # no sample, whatever a decoder makes of it, may stop training
-            cause, message = "undecodable", f"{type(error).__name__}: {error}"
-        else:
-            self._recent.append(False)
-            return sample
-        self._recent.append(True)
-        bad.append(
-            BadSample(
-                key=entry.key,
-                shard=self.source.shard_of(entry),
-                cause=cause,
-                message=message,
-                draw=planned.draws[position],
-            )
+    def _collect(self, groups: list[Group], bad: list[BadSample]) -> MicroBatch:
+        batches: list[Batch] = []
+        for group in groups:
+            batch, failed = self._fetcher.collect(group)
+            batches.append(batch)
+            bad += failed
+        return PackedBatch(tuple(batches)) if self.config.batching.kind == "packed" else batches[0]
+
+    def _metrics(self, planned: PlannedBatch) -> dict[str, float]:
+        """Compute what the plan alone tells of a step: the same on every process."""
+        tokens = np.array([self.arrangement.tokens[view] for view in planned.views], dtype=np.float64)
+        costs = np.add.reduceat(tokens, np.concatenate([[0], planned.ends[:-1]]).astype(np.int64))
+        ranks = costs.reshape(self._accumulation, self._world, -1).sum(axis=(0, 2))
+        batching, total = self.config.batching, float(tokens.sum())
+        budget = {"fixed": total, "packed": len(costs) * getattr(batching, "tokens", 0)}.get(
+            batching.kind, getattr(batching, "tokens", 0)
         )
-        return None
+        metrics = {
+            "data/samples": float(len(planned.entries)),
+            "data/padding_share": 1 - total / budget,
+            "data/rank_imbalance": float(ranks.max() / ranks.mean() - 1),
+        }
+        counters = self.plan.progress(planned.step + 1)
+        what = "epochs" if self.config.mode == "epochs" else "epochs_drawn"
+        metrics[f"data/{what}"] = min(epochs for _, epochs in counters)
+        metrics["data/units_seen"] = sum(units for units, _ in counters)
+        if len(counters) > 1:
+            for number, (dataset, (_, epochs)) in enumerate(zip(self.config.sets, counters, strict=True)):
+                metrics[f"data/{what}_{dataset.name or number}"] = epochs
+        return metrics
 
-    def _collect(self, pending: _Pending, bad: list[BadSample]) -> list[Batch]:
-        planned, batches = pending.plan, []
-        view = self.config.views[planned.view]
-        for jobs in pending.micro:
-            entries = [self.source.entries[planned.entries[position]] for position, _ in jobs]
-            samples = [self._take(planned, position, job, bad) for position, job in jobs]
-            batches.append(
-                collate(
-                    samples,
-                    blank=self.source.blank(entries[0], view),
-                    keys=[entry.key for entry in entries],
-                    draws=[planned.draws[position] for position, _ in jobs],
-                    kind=view.kind,
-                )
-            )
-        return batches
-
-    def _too_many_bad(self, bad: list[BadSample]) -> str | None:
-        count, limit = sum(self._recent), self.config.max_bad_fraction * self.config.bad_window
-        hopeless = len(self._recent) >= _ALL_BAD and count == len(self._recent) and self.config.max_bad_fraction < 1
-        if not bad or (count <= limit and not hopeless):
-            return None
-        causes = dict(Counter(record.cause for record in bad))
-        return (
-            f"data.max_bad_fraction: got {count} bad samples among the last {len(self._recent)} of process "
-            f"{self._rank}, needed at most {limit:g} = data.max_bad_fraction {self.config.max_bad_fraction:g} x "
-            f"data.bad_window {self.config.bad_window}, and not all of {_ALL_BAD} (this step: {causes}); "
-            f"the last: {bad[-1].shard}, key {bad[-1].key!r}: {bad[-1].message}"
-        )
-
-    def __iter__(self) -> Iterator[tuple[list[Batch], StepInfo]]:
+    def __iter__(self) -> Iterator[tuple[list[MicroBatch], StepInfo]]:
         while True:
             yield self._next()
 
-    def _next(self) -> tuple[list[Batch], StepInfo]:
+    def _next(self) -> tuple[list[MicroBatch], StepInfo]:
         begin = time.monotonic()
-        while len(self._queue) < self._depth():
-            self._queue.append(self._submit(self._step + len(self._queue)))
+        self._fill_queue()
         pending = self._queue.popleft()
+        failed: list[BadSample] = []
+        batches = [self._collect(groups, failed) for groups in pending.micro]
+        good = sum(len(batch) for batch in batches) - len(failed)
         # Samples that the index left out are reported once, by one process, with the first step of the run.
-        first = self._step == 0 and self._rank == 0
-        bad: list[BadSample] = list(self.source.bad) if first else []
-        batches = self._collect(pending, bad)
-        keys = [self.source.entries[entry_id].key for entry_id in pending.plan.entries]
-        self._keys_hash = chain_keys(self._keys_hash, keys)
+        left_out = self.source.bad if self._step == 0 and self._rank == 0 else []
+        self._keys_hash = chain_keys(self._keys_hash, pending.keys)
         self._step += 1
         info = StepInfo(
             step=pending.plan.step,
             state=self.state,
             keys_hash=self._keys_hash,
-            bad=tuple(bad),
+            bad=(*left_out, *failed),
             data_s=time.monotonic() - begin,
-            too_many_bad=self._too_many_bad(bad),
+            metrics=self._metrics(pending.plan),
+            too_many_bad=self._bad.add(good, failed),
         )
         return batches, info
 
@@ -312,15 +292,13 @@ def build_loader(
         state: State of a ``StepInfo`` to go on after; None starts at step 0.
 
     Returns:
-        The loader. ``data.shards`` that hold nothing usable and numbers that do not divide give a ``ConfigError``.
+        The loader. Data that hold nothing usable and numbers that do not divide give a ``ConfigError``.
     """
-    micro_batch(config.global_batch, world_size=world_size, accumulation=accumulation)
-    source = open_source(config.shards, caption_required=config.caption_required, backend=config.decoder)
-    if config.flip and not source.random_cuts:
-        raise ConfigError("data.flip: true, but a latent cache holds its own mirrored copies; set flip when caching")
+    if config.batching.kind == "fixed":  # before anything is opened
+        micro_batch(config.global_batch, world_size=world_size, accumulation=accumulation)
     return Loader(
         config,
-        source,
+        open_sources(config),
         seed=seed,
         global_rank=global_rank,
         world_size=world_size,

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from ltd.config import ConfigError
-from ltd.rng import derive_seed
+from ltd.data.order import Drawn, Order, uniform, unit
 from ltd.shapes import VideoShape
 
 _BLOCK = 4096
@@ -74,70 +74,100 @@ class PlannedBatch:
     """Global batch of one step, in global order."""
 
     step: int  #: Step, from 0.
-    view: int  #: Number of the view in ``data.views``.
-    entries: tuple[int, ...]  #: Sample ids, ``global_batch`` of them.
-    draws: tuple[int, ...]  #: ``step * global_batch + position``.
-    epochs: tuple[int, ...] = field(repr=False)  #: Epoch of the view that each entry belongs to.
+    entries: tuple[int, ...]  #: Sample ids.
+    views: tuple[int, ...] = field(repr=False)  #: Number of the view each sample is cut to.
+    draws: tuple[int, ...] = field(repr=False)  #: Slot of each sample in the run, ``step * stride + position``.
+    epochs: tuple[int, ...] = field(repr=False)  #: Epoch of its strand that each sample belongs to.
+    ends: tuple[int, ...] = field(repr=False)  #: Place after the last sample of each unit (a sample, or a pack).
+
+    def unit_range(self, first: int, last: int) -> range:
+        """List the places of the samples of the units ``first`` to ``last``, the last excluded."""
+        return range(self.ends[first - 1] if first else 0, self.ends[last - 1] if last else 0)
 
 
-def _raw(count: int, seed: int, *parts: int | str) -> np.ndarray:
-    # The raw stream of a bit generator is fixed for all numpy versions, which the Generator methods are not.
-    return np.random.Philox(key=derive_seed(seed, *parts)).random_raw(count)
+@dataclass(frozen=True)
+class StepKind:
+    """What the global batch of one kind of step is drawn from."""
 
-
-def unit(seed: int, *parts: int | str) -> float:
-    """Hash a seed and labels into a number uniform in [0, 1)."""
-    return (derive_seed(seed, *parts) >> 10) * 2.0**-53
+    orders: tuple[Order | None, ...]  #: One per data set; None where a data set has nothing of this kind.
+    shares: tuple[float, ...]  #: Share of the units drawn from each data set, any positive scale.
+    units: int  #: Units (samples, or packs) of the global batch.
+    weight: float  #: Share of the steps of this kind, any positive scale; 0 is never.
+    size: int  #: Tokens or cells of the largest sample: the kind with the most runs first.
+    views: int | np.ndarray  #: View of every sample, or of each by id.
 
 
 class Plan:
-    """The sequence of global batches: each view runs through exact epochs of the samples that fit it.
+    """The sequence of global batches.
 
     Args:
-        eligible: For each view the ids of the samples that fit it, in index order; a view without any is never drawn.
-        weights: Share of the steps of each view, any positive scale.
-        global_batch: Samples per step.
+        kinds: The kinds of steps. A run begins with the one of the largest samples, and then the one of the most tokens
+            a step if that is another, so that a run that does not fit into memory ends at once.
         seed: Seed of the run.
-
-    Raises:
-        ConfigError: If a view has fewer samples than one global batch.
     """
 
-    def __init__(
-        self, eligible: Sequence[Sequence[int]], weights: Sequence[float], *, global_batch: int, seed: int
-    ) -> None:
-        for number, ids in enumerate(eligible):
-            if 0 < len(ids) < global_batch:
-                raise ConfigError(
-                    f"data.global_batch: got {global_batch}, but data.views[{number}] has only {len(ids)} samples; "
-                    f"needed at least one global batch: lower data.global_batch, drop the view or add data"
-                )
-        self.eligible = tuple(np.asarray(ids, dtype=np.int64) for ids in eligible)
-        self.global_batch = global_batch
-        self.seed = seed
-        drawn = [weight if len(ids) else 0.0 for weight, ids in zip(weights, self.eligible, strict=True)]
-        self._edges = np.cumsum(drawn) / np.sum(drawn)
-        self._counts: list[np.ndarray] = [np.zeros(len(self.eligible), dtype=np.int64)]
-        self._views = lru_cache(maxsize=4)(self._block_views)
-        self._order = lru_cache(maxsize=2 * len(self.eligible) + 2)(self._epoch_order)
+    def __init__(self, kinds: Sequence[StepKind], *, seed: int) -> None:
+        self.kinds, self.seed = tuple(kinds), seed
+        orders = [order for kind in kinds for order in kind.orders if order is not None]
+        #: Numbers of draws that a step may use, so that no two samples of a run share one.
+        self.stride = max(kind.units for kind in kinds) * max(order.max_unit for order in orders)
+        weights = np.array([kind.weight for kind in kinds], dtype=np.float64)
+        self._edges = np.cumsum(weights) / weights.sum()
+        drawn = [number for number, kind in enumerate(kinds) if kind.weight > 0]
+        largest = max(drawn, key=lambda n: (kinds[n].size, kinds[n].units))
+        heaviest = max(drawn, key=lambda n: (kinds[n].size * kinds[n].units, n == largest))
+        self._first = [largest] if heaviest == largest else [largest, heaviest]
+        self._counts: list[np.ndarray] = [np.zeros(len(kinds), dtype=np.int64)]
+        self._drawn: list[list[np.ndarray]] = [[np.zeros(len(kind.orders), dtype=np.int64)] for kind in kinds]
+        self._steps = lru_cache(maxsize=4)(self._block_steps)
+        self._sets = lru_cache(maxsize=4 * len(kinds))(self._block_sets)
 
-    def _block_views(self, block: int) -> np.ndarray:
-        uniform = (_raw(_BLOCK, self.seed, "view", block) >> np.uint64(11)) * 2.0**-53
-        return np.minimum(np.searchsorted(self._edges, uniform, side="right"), len(self.eligible) - 1)
+    def _block_steps(self, block: int) -> np.ndarray:
+        drawn = uniform(_BLOCK, self.seed, "view", block)
+        kinds = np.minimum(np.searchsorted(self._edges, drawn, side="right"), len(self.kinds) - 1)
+        if block == 0:
+            kinds[: len(self._first)] = self._first
+        return kinds
 
-    def _epoch_order(self, view: int, epoch: int) -> np.ndarray:
-        ids = self.eligible[view]
-        return ids[np.argsort(_raw(len(ids), self.seed, "epoch", view, epoch), kind="stable")]
-
-    def _steps_before(self, step: int) -> tuple[int, int]:
-        """Return the view of a step and how many earlier steps drew the same view."""
+    def _steps_before(self, step: int) -> tuple[int, np.ndarray]:
+        """Return the kind of a step and how many earlier steps were of each kind."""
         block, offset = divmod(step, _BLOCK)
         while len(self._counts) <= block:
-            drawn = np.bincount(self._views(len(self._counts) - 1), minlength=len(self.eligible))
+            drawn = np.bincount(self._steps(len(self._counts) - 1), minlength=len(self.kinds))
             self._counts.append(self._counts[-1] + drawn)
-        views = self._views(block)
-        view = int(views[offset])
-        return view, int(self._counts[block][view] + np.count_nonzero(views[:offset] == view))
+        kinds = self._steps(block)
+        return int(kinds[offset]), self._counts[block] + np.bincount(kinds[:offset], minlength=len(self.kinds))
+
+    def _block_sets(self, number: int, block: int) -> np.ndarray:
+        """Choose the data set of each of ``_BLOCK`` units of a kind."""
+        kind = self.kinds[number]
+        shares = np.array([s if o is not None else 0.0 for s, o in zip(kind.shares, kind.orders, strict=True)])
+        edges = np.cumsum(shares) / shares.sum()
+        return np.searchsorted(edges, uniform(_BLOCK, self.seed, "dataset", number, block), side="right")
+
+    def _drawn_before(self, number: int, unit: int) -> np.ndarray:
+        """Count the units of a kind that each data set gave before the ``unit``-th."""
+        kind = self.kinds[number]
+        present = [order is not None for order in kind.orders]
+        if sum(present) <= 1:
+            return np.array(present, dtype=np.int64) * unit
+        block, offset = divmod(unit, _BLOCK)
+        counts = self._drawn[number]
+        while len(counts) <= block:
+            counts.append(counts[-1] + np.bincount(self._sets(number, len(counts) - 1), minlength=len(present)))
+        return counts[block] + np.bincount(self._sets(number, block)[:offset], minlength=len(present))
+
+    def _draw(self, number: int, first: int) -> Drawn:
+        """Draw the units of a step, by epoch and then by lane, so that few processes share a shard."""
+        kind = self.kinds[number]
+        begin, end = self._drawn_before(number, first), self._drawn_before(number, first + kind.units)
+        parts = [
+            order.take(int(low), int(high - low))
+            for order, low, high in zip(kind.orders, begin, end, strict=True)
+            if order is not None and high > low
+        ]
+        drawn = Drawn.join(parts) if len(parts) > 1 else parts[0]
+        return drawn.pick(np.lexsort([drawn.lanes, drawn.epochs[drawn.ends - 1]]))
 
     def step(self, step: int) -> PlannedBatch:
         """Plan the global batch of a step.
@@ -148,16 +178,38 @@ class Plan:
         Returns:
             The batch, equal for every caller with the same seed and data.
         """
-        view, before = self._steps_before(step)
-        first = before * self.global_batch
-        places = [divmod(first + i, len(self.eligible[view])) for i in range(self.global_batch)]
+        number, before = self._steps_before(step)
+        kind = self.kinds[number]
+        drawn = self._draw(number, int(before[number]) * kind.units)
+        first = step * self.stride
+        views = kind.views[drawn.ids] if isinstance(kind.views, np.ndarray) else np.full(len(drawn.ids), kind.views)
         return PlannedBatch(
             step=step,
-            view=view,
-            entries=tuple(int(self._order(view, epoch)[place]) for epoch, place in places),
-            draws=tuple(step * self.global_batch + i for i in range(self.global_batch)),
-            epochs=tuple(epoch for epoch, _ in places),
+            entries=tuple(drawn.ids.tolist()),
+            views=tuple(views.tolist()),
+            draws=tuple(range(first, first + len(drawn.ids))),
+            epochs=tuple(drawn.epochs.tolist()),
+            ends=tuple(drawn.ends.tolist()),
         )
+
+    def progress(self, step: int) -> list[tuple[float, float]]:
+        """Count what was drawn before a step.
+
+        Args:
+            step: Step, from 0.
+
+        Returns:
+            Per data set: units drawn, and epochs (units drawn over units of an epoch, mean over the kinds by size).
+        """
+        _, steps = self._steps_before(step)
+        found = []
+        drawn = [self._drawn_before(n, int(steps[n]) * kind.units) for n, kind in enumerate(self.kinds)]
+        for number in range(len(self.kinds[0].orders)):
+            units = sum(float(counts[number]) for counts in drawn)
+            orders = [kind.orders[number] for kind in self.kinds if kind.weight > 0]
+            total = sum(order.num_units for order in orders if order is not None)
+            found.append((units, units / total if total else 0.0))
+        return found
 
 
 @dataclass(frozen=True)

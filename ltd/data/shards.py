@@ -1,7 +1,7 @@
 """Make WebDataset tars from rows of media: resumable, deterministic, all or nothing.
 
-Finished samples are kept in a work folder beside the shards until all are made, so that a killed run goes on where it
-stopped; then the tars are packed in manifest order and take the place of the old ones. The only importer of webdataset.
+Shots, finished samples and finished tars are kept in a work folder beside the shards until all are made, so that a
+killed job goes on where it stopped; then the tars take the place of the old ones. The only importer of webdataset.
 """
 
 from __future__ import annotations
@@ -9,107 +9,285 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ltd.config import ConfigError, digest
-from ltd.data.cut import CutOptions, Piece, cut_image, cut_video
-from ltd.data.index import find_shards, index_tar
+from ltd.data.curate.duplicates import NearDuplicates
+from ltd.data.curate.shots import ShotDetector
+from ltd.data.index import find_shards, index_path, index_tar, read_index
 from ltd.data.manifest import SPLITS, Row, read_rows
+from ltd.data.pieces import Expansion, Record, ShardOptions, expand_shots, make_pieces, media_path, read_record
+from ltd.data.records import Columns
+from ltd.data.threads import run_in_threads
 from ltd.data.write import write_bytes
 from ltd.progress import Progress
 
+__all__ = ["ShardOptions", "index_existing", "make_shards", "summary"]
+
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 REPORT = "make_shards.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardOptions:
-    """How shards are made."""
-
-    cut: CutOptions = field(default_factory=CutOptions)  #: How samples are stored.
-    shard_size_mb: float = 512.0  #: Size after which a tar is closed, MiB, > 0.
-    workers: int = 2  #: Source files worked on at once, >= 1.
-
-    def __post_init__(self) -> None:
-        if not self.shard_size_mb > 0:
-            raise ConfigError(f"shard_size_mb: got {self.shard_size_mb}, needed more than 0")
-        if self.workers < 1:
-            raise ConfigError(f"workers: got {self.workers}, needed 1 or more")
-
-
-def manifest_digest(rows: Sequence[Row], root: Path, options: ShardOptions) -> str:
-    """Hash everything the shards depend on: rows, the state of each source file, how samples are stored.
+def job_digest(rows: Sequence[Row], options: ShardOptions, detector: str | None = None) -> str:
+    """Hash everything the shards depend on: rows, the state of each source file, how samples are chosen and stored.
 
     Args:
         rows: The rows.
-        root: Folder of the media.
         options: How shards are made; ``workers`` does not count.
+        detector: What finds shots; None where they are not looked for.
 
     Returns:
         sha256 in hex.
     """
-    sources = {path: (root / path).stat() for path in sorted({row.path for row in rows})}
+    names = [item.name for item in fields(Row) if item.name != "root"]  # moving everything changes nothing
+    states = {row.file: row.file.stat() for row in rows}
     return digest(
         {
             "format": FORMAT,
-            "rows": [asdict(row) for row in rows],
-            "sources": {path: [state.st_size, state.st_mtime_ns] for path, state in sources.items()},
-            "cut": asdict(options.cut),
-            "shard_size_mb": options.shard_size_mb,
+            "rows": [[getattr(row, name) for name in names] for row in rows],
+            "sources": [[state.st_size, state.st_mtime_ns] for state in states.values()],
+            "options": _options(options, detector),
         }
     )
 
 
+def _options(options: ShardOptions, detector: str | None) -> dict[str, Any]:
+    plain = asdict(options)
+    del plain["workers"]
+    plain["shots"] = None if detector is None else {"detector": detector, **plain["shots"]}
+    return plain
+
+
 def make_shards(
-    source: str | Path, out: str | Path, *, options: ShardOptions, media_root: str | Path | None = None
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    options: ShardOptions,
+    media_root: str | Path | None = None,
+    columns: Columns | None = None,
+    detector: ShotDetector | None = None,
 ) -> dict[str, Any]:
-    """Make the shards of a manifest or folder in ``out/train`` and ``out/heldout``, each tar with its index.
+    """Make the shards of manifests, folders and globs in ``out/train`` and ``out/heldout``, each tar with its index.
 
     Args:
-        source: JSONL manifest or folder of media.
+        sources: As in ``read_rows``.
         out: Folder of the shards; shards made there before from other inputs are replaced.
         options: How to make them.
-        media_root: Folder that the manifest's paths are relative to; None is the manifest's own.
+        media_root: Folder that the manifests' paths are relative to; None is each manifest's own.
+        columns: What the manifests call their fields; None for our own names.
+        detector: Finds the shots of whole videos; None keeps each video as one sample.
 
     Returns:
-        The report: counts per split, samples left out with the cause.
+        The report: counts per split, filter and cause, and what was left out.
 
     Raises:
-        ConfigError: If the inputs are wrong, ``out`` holds shards of another origin, or no sample can be made.
+        ConfigError: If the inputs are wrong, ``out`` cannot be written or holds shards of another origin, or no sample
+            can be made.
     """
-    rows, root = read_rows(source, media_root)
+    rows = read_rows(sources, media_root, columns)
     out = Path(out)
-    identity = manifest_digest(rows, root, options)
-    old = _read_report(out)
-    if old is not None and old["digest"] == identity and _whole(out, old):
-        logger.info("%s is up to date: %s", out, summary(old))
-        return old
-    if old is None and any((out / split).exists() for split in SPLITS):
+    _refuse_own_output(rows, sources, out)
+    identity = job_digest(rows, options, None if detector is None else detector.name)
+    try:
+        old = _read_report(out)
+        if old is not None and old["digest"] == identity and _whole(out, old):
+            _clear_work(out, keep=None)
+            logger.info("%s is up to date: %s", out, summary(old))
+            return old
+        if old is None and any((out / split).exists() for split in SPLITS):
+            raise ConfigError(
+                f"--out: {out} holds a {' or '.join(SPLITS)} folder that this tool did not make; choose another"
+            )
+        work = out / f".work-{identity[:16]}"
+        (work / "pieces").mkdir(parents=True, exist_ok=True)
+        _clear_work(out, keep=work)
+        report = _read_report(work) or _work(rows, work, identity, options, detector)
+        _publish(out, work, report)
+    except OSError as error:
         raise ConfigError(
-            f"--out: {out} holds a {' or '.join(SPLITS)} folder that this tool did not make; choose another"
-        )
-    work = out / f".work-{identity[:16]}"
-    (work / "pieces").mkdir(parents=True, exist_ok=True)
-    for stale in out.glob(".work-*"):
-        if stale != work:
-            shutil.rmtree(stale)
-    _make_pieces(rows, root, work / "pieces", options)
-    report = _pack(rows, work, options)
-    report.update(format=FORMAT, digest=identity, options=asdict(options.cut))
-    if not any(counts["samples"] for counts in report["splits"].values()):
-        raise ConfigError(f"{source}: none of the {len(rows)} samples can be made: {report['skipped'][:3]}")
-    _publish(out, work, report)
+            f"--out: {out} cannot be written: {error.strerror or error}; once that is mended, the same command goes on "
+            "where it stopped"
+        ) from error
     logger.info("%s: %s", out, summary(report))
     return report
+
+
+def _refuse_own_output(rows: Sequence[Row], sources: str | Path | Sequence[str | Path], out: Path) -> None:
+    """Keep the shards of one run from becoming media of the next."""
+    place = os.path.abspath(out)
+    inside = next((row.file for row in rows if os.path.abspath(row.file).startswith(place + os.sep)), None)
+    given = [sources] if isinstance(sources, str | Path) else sources
+    folders = [os.path.abspath(source) for source in given if Path(source).is_dir()]
+    if inside is not None or any(place == folder or place.startswith(folder + os.sep) for folder in folders):
+        raise ConfigError(f"--out: got {out}, which is a source's own folder or below it; choose one outside")
+
+
+def _clear_work(out: Path, *, keep: Path | None) -> None:
+    """Remove what killed jobs left behind."""
+    for stale in out.glob(".work-*"):
+        if stale != keep:
+            shutil.rmtree(stale)
+    for part in out.glob(f"{REPORT}.*.incomplete"):
+        part.unlink()
+
+
+def _work(
+    rows: Sequence[Row], work: Path, identity: str, options: ShardOptions, detector: ShotDetector | None
+) -> dict[str, Any]:
+    """Make everything in the work folder; its report vouches for it."""
+    expansion = Expansion(list(rows))
+    if detector is not None:
+        expansion = expand_shots(rows, work / "shots", detector, options)
+    make_pieces(expansion.rows, work / "pieces", options)
+    report, tars = _assemble(expansion, work, options)
+    report = {"format": FORMAT, "digest": identity, **report}
+    report["options"] = _options(options, None if detector is None else detector.name)
+    if detector is not None:
+        found = sum(row.shot is not None for row in expansion.rows)
+        report["shots"] = {"videos": expansion.videos, "videos_cut": len({r.number for r in expansion.rows if r.span})}
+        report["shots"]["shots"] = found
+    if not tars:
+        left_out = [*report["skipped"], *report["filtered"]][:3]
+        raise ConfigError(f"none of the {len(rows)} samples can be made: {left_out}")
+    _write_tars(tars, work, options.workers)
+    for tar in tars:
+        path = work / tar.split / tar.name
+        report["splits"][tar.split]["shards"].append([tar.name, path.stat().st_size])
+        for bad in read_index(path)[1]:
+            logger.warning("%s: %s cannot be read: %s: %s", path.name, bad.key, bad.cause, bad.message)
+    write_bytes(work / REPORT, json.dumps(report, indent=1).encode())
+    return report
+
+
+@dataclass(frozen=True)
+class _Tar:
+    """What goes into one tar."""
+
+    split: str
+    name: str
+    rows: list[Row]
+
+
+def _assemble(expansion: Expansion, work: Path, options: ShardOptions) -> tuple[dict[str, Any], list[_Tar]]:
+    """Choose the samples and assign them to tars, in manifest order; only sizes decide where a tar ends."""
+    counts = {
+        split: Counter(samples=0, images=0, videos=0, frames=0, uncaptioned=0, captions=0, bytes=0) for split in SPLITS
+    }
+    skipped = [_left_out(row, error=error) for row, error in expansion.failures]
+    filtered = [{**_left_out(row, filter="min_shot_s"), "shots": count} for row, count in expansion.too_short]
+    bits = options.filters.dedupe_bits
+    duplicates = None if bits is None else NearDuplicates(bits)
+    limit = options.shard_size_mb * 2**20
+    tars: dict[str, list[_Tar]] = {split: [] for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    for row in expansion.rows:
+        record = read_record(row, work / "pieces")
+        twin = None
+        if record.error is not None:
+            skipped.append(_left_out(row, error=record.error))
+        elif record.filtered is not None:
+            filtered.append(_left_out(row, filter=record.filtered[0], message=record.filtered[1]))
+        elif duplicates is not None and (twin := duplicates.find_or_add(row.key, record.hashes)) is not None:
+            filtered.append(_left_out(row, filter="dedupe_bits", message=f"looks like {twin}"))
+        else:
+            size = record.num_bytes + sum(map(len, _text_members(row, record).values()))
+            split = tars[row.split]
+            if not split or sizes[row.split] >= limit:
+                split.append(_Tar(row.split, f"{len(split):06d}.tar", []))
+                sizes[row.split] = 0
+            sizes[row.split] += size
+            split[-1].rows.append(row)
+            kinds = {"images" if row.kind == "image" else "videos": 1}
+            counts[row.split].update(samples=1, frames=record.provenance["frames"], bytes=size, **kinds)
+            counts[row.split].update(uncaptioned=int(row.uncaptioned), captions=len(row.captions))
+    skipped.sort(key=lambda item: int(item["number"]))
+    filtered.sort(key=lambda item: int(item["number"]))
+    report: dict[str, Any] = {
+        "splits": {split: {**counts[split], "shards": []} for split in SPLITS},
+        "causes": dict(Counter(item["error"].split(":")[0] for item in skipped).most_common()),
+        "filters": _filter_counts(filtered),
+        "skipped": skipped,
+        "filtered": filtered,
+    }
+    return report, [tar for split in SPLITS for tar in tars[split]]
+
+
+def _left_out(row: Row, **why: str) -> dict[str, Any]:
+    shot = {} if row.shot is None else {"shot": row.shot}
+    return {"path": row.path, "number": row.number, **shot, **why}
+
+
+def _filter_counts(filtered: Sequence[dict[str, Any]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for item in filtered:
+        counts[item["filter"]] += item.get("shots", 1)
+    return dict(counts.most_common())
+
+
+def _text_members(row: Row, record: Record) -> dict[str, bytes]:
+    """Make the members of a sample beside its medium."""
+    members = {"json": json.dumps(record.provenance, sort_keys=True).encode()}
+    if row.captions:
+        members["txt"] = row.captions[0][0].encode()
+    if len(row.captions) > 1 or any(weight != 1 for _, weight in row.captions):
+        members["captions.json"] = json.dumps(row.captions, ensure_ascii=False).encode()
+    return members
+
+
+def _write_tars(tars: Sequence[_Tar], work: Path, workers: int) -> None:
+    """Write and index the tars that the work folder lacks; the index comes last, then the pieces go."""
+    todo = [tar for tar in tars if not index_path(work / tar.split / tar.name).is_file()]
+
+    def write(tar: _Tar) -> Iterator[None]:
+        path = work / tar.split / tar.name
+        _write_tar(tar, path, work / "pieces")
+        index_tar(path)
+        for row in tar.rows:
+            media_path(row, read_record(row, work / "pieces"), work / "pieces").unlink(missing_ok=True)
+        yield None
+
+    with Progress(len(tars), "writing tars", unit="tar", done=len(tars) - len(todo)) as progress:
+        for _ in run_in_threads(todo, write, num_threads=workers):
+            progress.update()
+
+
+def _write_tar(tar: _Tar, path: Path, pieces: Path) -> None:
+    from webdataset import TarWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.incomplete")
+    with part.open("wb") as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
+        for row in tar.rows:
+            record = read_record(row, pieces)
+            medium = media_path(row, record, pieces).read_bytes()
+            writer.write({"__key__": row.key, **_text_members(row, record), record.extension: medium})
+    os.replace(part, path)
+
+
+def _publish(out: Path, work: Path, report: dict[str, Any]) -> None:
+    """Put the new tars in the place of the old ones; the report comes last and vouches for them.
+
+    Safe to repeat: a split whose folder has left the work folder is in its place already.
+    """
+    # Until the report is written a marker says that train and heldout are ours to replace.
+    write_bytes(out / REPORT, json.dumps({"digest": "", "splits": {}}).encode())
+    for split in SPLITS:
+        if (work / split).is_dir():
+            for part in (work / split).glob("*.incomplete"):
+                part.unlink()
+            shutil.rmtree(out / split, ignore_errors=True)
+            os.replace(work / split, out / split)
+        elif not report["splits"][split]["shards"]:
+            shutil.rmtree(out / split, ignore_errors=True)
+    write_bytes(out / REPORT, json.dumps(report, indent=1).encode())
+    shutil.rmtree(work)
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -119,170 +297,56 @@ def summary(report: dict[str, Any]) -> str:
         f"{n['uncaptioned']} without caption) in {len(n['shards'])} tars"
         for split, n in report["splits"].items()
     ]
-    causes = Counter(record["error"].split(":")[0] for record in report["skipped"])
-    skipped = ", ".join(f"{count} {cause}" for cause, count in causes.most_common()) or "none"
-    return f"{'; '.join(parts)}; left out: {skipped}"
+    for title, counts in (("left out", report["causes"]), ("filtered", report["filters"])):
+        if counts or title == "left out":
+            listed = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+            parts.append(f"{title}: {listed}")
+    if "shots" in report:
+        parts.append(f"{report['shots']['shots']} shots of {report['shots']['videos_cut']} videos")
+    return "; ".join(parts)
 
 
-def _read_report(out: Path) -> dict[str, Any] | None:
-    path = out / REPORT
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+def _read_report(folder: Path) -> dict[str, Any] | None:
+    path = folder / REPORT
+    try:
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"--out: {path} is damaged: {error}; remove it or choose another folder") from error
 
 
 def _whole(out: Path, report: dict[str, Any]) -> bool:
     tars = [(out / split / name, size) for split, n in report["splits"].items() for name, size in n["shards"]]
-    return all(
-        tar.is_file() and tar.stat().st_size == size and Path(f"{tar}.index.jsonl").is_file() for tar, size in tars
-    )
+    return all(tar.is_file() and tar.stat().st_size == size and index_path(tar).is_file() for tar, size in tars)
 
 
-def _make_pieces(rows: Sequence[Row], root: Path, pieces: Path, options: ShardOptions) -> None:
-    todo = [row for row in rows if not (pieces / f"{row.key}.json").is_file()]
-    with Progress(len(rows), "cutting samples", unit="sample", done=len(rows) - len(todo)) as progress:
-        for piece in _cut_all(todo, root, options):
-            record = {"extension": piece.extension, "provenance": piece.provenance, "error": piece.error}
-            if piece.error is None:
-                write_bytes(pieces / f"{piece.row.key}.{piece.extension}", piece.data)
-            else:
-                logger.warning("%s: left out: %s", piece.row.path, piece.error)
-            write_bytes(pieces / f"{piece.row.key}.json", json.dumps(record).encode())
-            progress.update()
-
-
-def _cut_all(rows: Sequence[Row], root: Path, options: ShardOptions) -> Iterator[Piece]:
-    """Cut the rows of each source file in a thread, ``workers`` files at once; finished pieces in any order."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.path, []).append(row)
-    # The sources with the most samples first, so that no long film starts last.
-    jobs: queue.SimpleQueue[list[Row]] = queue.SimpleQueue()
-    for group in sorted(groups.values(), key=lambda group: -len(group)):
-        jobs.put(group)
-    # At least two decoder threads: beside many small files one film must not decide how long it all takes.
-    threads = max(2, (os.cpu_count() or 1) // min(options.workers, len(groups) or 1))
-    done: queue.Queue[Piece | BaseException | None] = queue.Queue(maxsize=64)
-
-    def work() -> None:
-        try:
-            while True:
-                group = jobs.get_nowait()
-                if group[0].kind == "image":
-                    for row in group:
-                        done.put(cut_image(row, root, options.cut))
-                else:
-                    for piece in cut_video(group, root, options.cut, threads=threads):
-                        done.put(piece)
-        except queue.Empty:
-            done.put(None)
-        except BaseException as error:
-            done.put(error)
-
-    for _ in range(options.workers):
-        threading.Thread(target=work, name="ltd-cut", daemon=True).start()
-    running = options.workers
-    while running:
-        item = done.get()
-        if item is None:
-            running -= 1
-        elif isinstance(item, BaseException):
-            raise item
-        else:
-            yield item
-
-
-class _Packer:
-    """Tars of one split while they are written."""
-
-    def __init__(self, folder: Path, limit: float) -> None:
-        self.folder, self.limit = folder, limit
-        self.writer: Any = None
-        self.paths: list[Path] = []
-        self.size = 0
-
-    def add(self, sample: dict[str, Any]) -> None:
-        if self.writer is None or self.size >= self.limit:
-            self._open()
-        self.size += self.writer.write(sample)
-
-    def _open(self) -> None:
-        from webdataset import TarWriter
-
-        self.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.paths.append(self.folder / f"{len(self.paths):06d}.tar")
-        self.writer, self.size = TarWriter(str(self.paths[-1]), encoder=False, mtime=0.0), 0
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
-
-
-def _pack(rows: Sequence[Row], work: Path, options: ShardOptions) -> dict[str, Any]:
-    """Write the tars of each split in manifest order and index them."""
-    packers = {split: _Packer(work / split, options.shard_size_mb * 2**20) for split in SPLITS}
-    report: dict[str, Any] = {"splits": {}, "skipped": []}
-    counts = {split: Counter(samples=0, images=0, videos=0, frames=0, uncaptioned=0) for split in SPLITS}
-    for split in SPLITS:
-        shutil.rmtree(work / split, ignore_errors=True)
-    for row in rows:
-        record = json.loads((work / "pieces" / f"{row.key}.json").read_text("utf-8"))
-        if record["error"] is not None:
-            report["skipped"].append({"path": row.path, "number": row.number, "error": record["error"]})
-            continue
-        extension, provenance = record["extension"], record["provenance"]
-        sample: dict[str, Any] = {"__key__": row.key, "json": json.dumps(provenance, sort_keys=True).encode()}
-        sample[extension] = (work / "pieces" / f"{row.key}.{extension}").read_bytes()
-        if row.caption is not None:
-            sample["txt"] = row.caption.encode()
-        packers[row.split].add(sample)
-        kinds = {"images" if row.kind == "image" else "videos": 1}
-        counts[row.split].update(samples=1, frames=provenance["frames"], uncaptioned=int(not row.caption), **kinds)
-    for split, packer in packers.items():
-        packer.close()
-        for tar in packer.paths:
-            index_tar(tar)
-        shards = [[tar.name, tar.stat().st_size] for tar in packer.paths]
-        report["splits"][split] = {**counts[split], "shards": shards}
-    return report
-
-
-def _publish(out: Path, work: Path, report: dict[str, Any]) -> None:
-    """Put the new tars in the place of the old ones; the report comes last and vouches for them."""
-    (out / REPORT).unlink(missing_ok=True)
-    # Until the report is written a marker says that train and heldout are ours to replace.
-    write_bytes(out / REPORT, json.dumps({"digest": "", "splits": {}, "skipped": []}).encode())
-    for split in SPLITS:
-        shutil.rmtree(out / split, ignore_errors=True)
-        if (work / split).is_dir():
-            os.replace(work / split, out / split)
-    write_bytes(out / REPORT, json.dumps(report, indent=1).encode())
-    shutil.rmtree(work)
-
-
-def index_existing(shards: str | Path | Sequence[str]) -> dict[str, Any]:
+def index_existing(shards: str | Path | Sequence[str | Path], *, workers: int = 2) -> dict[str, Any]:
     """Index tars that exist already.
 
     Args:
-        shards: A tar, a folder of tars (with ``train`` and ``heldout`` below it or not), a glob or brace pattern.
+        shards: Tars, folders of tars (with ``train`` and ``heldout`` below it or not), globs or brace patterns.
+        workers: Tars read at once, >= 1.
 
     Returns:
         Counts: ``tars``, ``samples`` and ``bad`` by cause.
     """
     given = [shards] if isinstance(shards, str | Path) else list(shards)
-    tars: list[Path] = []
-    for path in map(Path, given):
-        below = [path / split for split in SPLITS if any((path / split).glob("*.tar"))]
-        nested = below if below and not any(path.glob("*.tar")) else [path]
+    tars: dict[str, None] = {}
+    for path in given:
+        below = [Path(path) / split for split in SPLITS if any((Path(path) / split).glob("*.tar"))]
+        nested = below if below and not any(Path(path).glob("*.tar")) else [path]
         for folder in nested:
-            tars += find_shards(str(folder))
+            tars |= dict.fromkeys(str(tar) for tar in find_shards(str(folder)))
     samples, causes = 0, Counter[str]()
+
+    def index(tar: str) -> Iterator[tuple[str, int, list[Any]]]:
+        entries, bad = index_tar(tar)
+        yield tar, len(entries), bad
+
     with Progress(len(tars), "indexing", unit="tar") as progress:
-        for tar in tars:
-            entries, bad = index_tar(tar)
-            samples += len(entries)
+        for tar, count, bad in run_in_threads(tars, index, num_threads=workers):
+            samples += count
             causes.update(record.cause for record in bad)
             for record in bad[:20]:
                 logger.warning("%s: %r left out: %s: %s", tar, record.key, record.cause, record.message)
             progress.update()
-    return {"tars": len(tars), "samples": samples, "bad": dict(causes)}
+    return {"tars": len(tars), "samples": samples, "bad": dict(sorted(causes.items()))}

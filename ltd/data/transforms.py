@@ -1,59 +1,99 @@
-"""Geometry on uint8 frames ``(t, h, w, c)``: antialiased resize, crop, flip. Knows no randomness and no files."""
+"""Geometry on uint8 frames ``(t, h, w, c)``: antialiased resize, crop. Knows no randomness and no files.
+
+To *cover* a size, the picture is scaled by one factor until it just covers it, to whole pixels, and then cut.
+"""
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
-from PIL import Image
+import torch
+from torch.nn import functional
 
-#: How frames are resized, recorded in the manifests of latent caches.
-FILTER = "bicubic-antialiased"
+#: How frames are scaled and cut, recorded in the manifests of latent caches.
+FILTER = "bicubic-antialiased-cover2"
 
 
-def resize(
-    frames: np.ndarray, height: int, width: int, *, box: tuple[float, float, float, float] | None = None
-) -> np.ndarray:
-    """Resize frames, or a part of them, with an antialiased bicubic filter.
+def cover_size(source_height: int, source_width: int, height: int, width: int) -> tuple[int, int]:
+    """Find the size to scale to.
+
+    Args:
+        source_height: Rows of the source.
+        source_width: Columns of the source.
+        height: Rows to cover.
+        width: Columns to cover.
+
+    Returns:
+        (rows, columns): one of them as asked, the other at least as large, rounded.
+    """
+    factor = max(height / source_height, width / source_width)
+    return max(height, round(source_height * factor)), max(width, round(source_width * factor))
+
+
+def cut_offset(scaled: tuple[int, int], height: int, width: int, crop: tuple[float, float]) -> tuple[int, int]:
+    """Find the first pixel of the cut.
+
+    Args:
+        scaled: (rows, columns) of the scaled picture.
+        height: Rows of the cut.
+        width: Columns of the cut.
+        crop: Position in (height, width) as a share of the slack; (0.5, 0.5) is the centre.
+
+    Returns:
+        (top, left).
+    """
+    return round(crop[0] * (scaled[0] - height)), round(crop[1] * (scaled[1] - width))
+
+
+def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize frames with an antialiased bicubic filter.
 
     Args:
         frames: uint8 ``(t, h, w, 3)``.
         height: Rows of the result.
         width: Columns of the result.
-        box: Part of the source as (left, top, right, bottom) in source pixels; None takes all of it.
 
     Returns:
         uint8 ``(t, height, width, 3)``; the input itself where nothing changes.
     """
-    source_height, source_width = frames.shape[1:3]
-    whole = (0.0, 0.0, float(source_width), float(source_height))
-    box = box or whole
-    if (source_height, source_width) == (height, width) and box == whole:
+    if frames.shape[1:3] == (height, width):
         return frames
-    images = (Image.fromarray(frame) for frame in frames)
-    return np.stack([np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box)) for image in images])
+    with warnings.catch_warnings():  # about arrays that must not be written to, which nobody does
+        warnings.simplefilter("ignore", UserWarning)
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    # torch's uint8 kernel is the filter of Pillow, at a fifth of the time, where it gets interleaved rows.
+    scaled = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    return scaled.permute(0, 2, 3, 1).numpy()
 
 
-def cover(
-    frames: np.ndarray, height: int, width: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
-) -> np.ndarray:
-    """Cut frames to a size: the largest part of the wanted aspect, resized in one step.
+def cover(frames: np.ndarray, height: int, width: int, *, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Scale frames until they cover a size, and cut.
 
     Args:
         frames: uint8 ``(t, h, w, 3)``.
         height: Rows of the result.
         width: Columns of the result.
-        crop: Position of the part in (height, width) as a share of the slack; (0.5, 0.5) is the centre.
-        flip: Whether to mirror left and right.
+        crop: Position of the cut in (height, width) as a share of the slack; (0.5, 0.5) is the centre.
+
+    Returns:
+        uint8 ``(t, height, width, 3)``, contiguous; the source's own pixels where nothing is scaled.
+    """
+    return cut(frames, cover_size(frames.shape[1], frames.shape[2], height, width), height, width, crop)
+
+
+def cut(frames: np.ndarray, scaled: tuple[int, int], height: int, width: int, crop: tuple[float, float]) -> np.ndarray:
+    """Scale frames to a size and cut.
+
+    Args:
+        frames: uint8 ``(t, h, w, 3)``.
+        scaled: (rows, columns) to scale to.
+        height: Rows of the cut.
+        width: Columns of the cut.
+        crop: Position of the cut as a share of the slack.
 
     Returns:
         uint8 ``(t, height, width, 3)``, contiguous.
     """
-    source_height, source_width = frames.shape[1:3]
-    scale = min(source_height / height, source_width / width)
-    part_height, part_width = min(height * scale, source_height), min(width * scale, source_width)
-    top = crop[0] * (source_height - part_height)
-    left = crop[1] * (source_width - part_width)
-    if scale == 1.0:  # no resampling: whole pixels, so that the cut equals the source
-        top, left = float(round(top)), float(round(left))
-    box = (left, top, min(left + part_width, source_width), min(top + part_height, source_height))
-    cut = resize(frames, height, width, box=box)
-    return np.ascontiguousarray(cut[:, :, ::-1] if flip else cut)
+    top, left = cut_offset(scaled, height, width, crop)
+    return np.ascontiguousarray(resize(frames, *scaled)[:, top : top + height, left : left + width])

@@ -1,23 +1,29 @@
-"""A fixed list of cuts of a data set: what a latent cache holds and what evaluation sees. Knows no randomness."""
+"""A fixed list of cuts of a data set: what a latent cache holds and what evaluation sees. Knows no randomness.
+
+The rules by which cuts are placed are named in ``ltd.data.latents.RULES``; caches made by other rules are refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
+from ltd.data.batching import frame_steps
 from ltd.data.decode import Backend
-from ltd.data.index import Entry, Index
+from ltd.data.entries import KINDS, Entries, Entry
+from ltd.data.index import Index
 from ltd.data.plan import Placement, ViewConfig
-from ltd.data.sources import read_frames
+from ltd.data.media import decode_cut
 
 
 @dataclass(frozen=True)
 class Window:
     """One cut of one sample, at the centre of the picture."""
 
-    position: int  #: Place in the list.
+    position: int  #: Place in the whole list.
     key: str  #: Unique in the list: the sample's key with start, size and flip.
     entry: Entry  #: The sample.
     view: ViewConfig  #: What it is cut to.
@@ -27,6 +33,54 @@ class Window:
     def fps(self) -> float:
         """Frames per second of the cut; 0 for images and where unknown."""
         return self.entry.fps / self.placement.step
+
+
+class Windows(Sequence[Window]):
+    """A list of cuts as columns: millions of them in memory without one Python object each.
+
+    Args:
+        entries: The samples.
+        views: What they are cut to.
+        places: int64 ``(n, 4)``: sample, view, first frame, and 1 where mirrored.
+        positions: int64 ``(n,)``, place of each in the whole list; None numbers them.
+    """
+
+    def __init__(
+        self,
+        entries: Entries,
+        views: Sequence[ViewConfig],
+        places: np.ndarray,
+        positions: np.ndarray | None = None,
+    ) -> None:
+        self.entries, self.views, self.places = entries, tuple(views), places
+        self.positions = np.arange(len(places), dtype=np.int64) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Window: ...
+    @overload
+    def __getitem__(self, place: slice) -> Windows: ...
+    def __getitem__(self, place: int | slice) -> Window | Windows:
+        if isinstance(place, slice):
+            return Windows(self.entries, self.views, self.places[place], self.positions[place])
+        number, view_number, start, mirrored = self.places[place].tolist()
+        entry, view = self.entries[number], self.views[view_number]
+        placement = Placement(start, view.frame_step(entry.fps), (0.5, 0.5), bool(mirrored))
+        key = f"{entry.key}@{start}:{view}" + (":flip" if mirrored else "")
+        return Window(int(self.positions[place]), key, entry, view, placement)
+
+    def take(self, places: np.ndarray) -> Windows:
+        """Pick windows by place, or by a mask; they keep their positions."""
+        return Windows(self.entries, self.views, self.places[places], self.positions[places])
+
+    def by_view(self) -> Iterator[Windows]:
+        """Yield the windows of each view that has some."""
+        for number in range(len(self.views)):
+            mask = self.places[:, 1] == number
+            if mask.any():
+                yield self.take(mask)
 
 
 def window_starts(frames: int, span: int, *, count: int | None = None, step: int | None = None) -> list[int]:
@@ -59,7 +113,7 @@ def enumerate_windows(
     windows_per_clip: int | None = None,
     window_step: int | None = None,
     flip: bool = False,
-) -> tuple[Window, ...]:
+) -> Windows:
     """List the cuts of every sample for every view that it fits.
 
     Args:
@@ -72,18 +126,51 @@ def enumerate_windows(
     Returns:
         The windows: view by view, in index order, by start.
     """
-    windows: list[Window] = []
-    for view in views:
-        for entry in index.entries:
-            if entry.kind != view.kind:
-                continue
-            span = view.span(entry.fps)
-            for start in window_starts(entry.frames, span, count=windows_per_clip, step=window_step):
-                for mirrored in (False, True) if flip else (False,):
-                    placement = Placement(start, view.frame_step(entry.fps), (0.5, 0.5), mirrored)
-                    key = f"{entry.key}@{start}:{view}" + (":flip" if mirrored else "")
-                    windows.append(Window(len(windows), key, entry, view, placement))
-    return tuple(windows)
+    parts = []
+    for number, view in enumerate(views):
+        samples, starts = _starts(index.entries, view, count=windows_per_clip, step=window_step)
+        part = np.stack([samples, np.full_like(samples, number), starts, np.zeros_like(samples)], axis=1)
+        if flip:
+            part = np.repeat(part, 2, axis=0)
+            part[1::2, 3] = 1
+        parts.append(part)
+    return Windows(index.entries, views, np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64))
+
+
+def _starts(
+    entries: Entries, view: ViewConfig, *, count: int | None, step: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """List samples and first frames of the windows of a view, both int64 ``(n,)``."""
+    columns = entries.columns
+    samples = np.flatnonzero(columns["kind"] == KINDS.index(view.kind))  # type: ignore[arg-type]
+    spans = (view.num_frames - 1) * frame_steps(columns["fps"][samples], view.fps) + 1
+    lengths = np.stack([columns["frames"][samples].astype(np.int64), spans], axis=1)
+    distinct, inverse = np.unique(lengths, axis=0, return_inverse=True)
+    lists = [window_starts(frames, span, count=count, step=step) for frames, span in distinct.tolist()]
+    inverse = inverse.reshape(-1)
+    counts = np.array([len(starts) for starts in lists], dtype=np.int64)
+    begins = (np.cumsum(counts) - counts)[inverse]
+    counts = counts[inverse]
+    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    flat = np.array([start for starts in lists for start in starts], dtype=np.int64)
+    return np.repeat(samples, counts).astype(np.int64), flat[np.repeat(begins, counts) + inside]
+
+
+def load_window(
+    index: Index, window: Window, *, backend: Backend | None = None
+) -> tuple[np.ndarray, tuple[tuple[str, float], ...]]:
+    """Read the frames and the captions of a window.
+
+    Args:
+        index: The tars that the window was listed from.
+        window: The window.
+        backend: Video decoder; None takes the preferred one.
+
+    Returns:
+        uint8 ``(t, h, w, 3)``, RGB; the weighted captions, () for none.
+    """
+    data, captions = index.load(window.entry)
+    return decode_cut(data, window.entry, window.view, window.placement, backend=backend), captions
 
 
 def read_window(index: Index, window: Window, *, backend: Backend | None = None) -> np.ndarray:
@@ -97,4 +184,4 @@ def read_window(index: Index, window: Window, *, backend: Backend | None = None)
     Returns:
         uint8 ``(t, h, w, 3)``, RGB.
     """
-    return read_frames(index, window.entry, window.view, window.placement, backend=backend)
+    return load_window(index, window, backend=backend)[0]

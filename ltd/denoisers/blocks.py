@@ -1,10 +1,12 @@
 """The transformer block of the DiT family and its output layer: single-device modules on tokens and a condition vector.
 
-Blocks take and return tensors only, so that activation checkpointing can wrap them from outside, and nothing in them
-depends on the number of tokens, so that they run unchanged on a part of the sequence.
+Blocks take tensors (and the plain numbers of a pack) and return tensors, so that activation checkpointing can wrap them
+from outside, and nothing in them depends on the number of tokens, so that they run unchanged on a part of the sequence.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from ltd.nn.attention import CrossAttention, SelfAttention
 from ltd.nn.norm import RMSNorm
+from ltd.nn.packing import Packing, by_sample
 
 
 def normalise_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -29,6 +32,11 @@ def normalise_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-
     wide = torch.promote_types(x.dtype, torch.float32)
     normal = F.rms_norm(x.to(wide), (x.shape[-1],), eps=eps)
     return torch.addcmul(shift.to(wide), normal, 1 + scale.to(wide)).to(x.dtype)
+
+
+def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """Add ``gate * branch`` to ``x``: tokens ``(b, n, d)`` both, gate ``(b, 1, d)``."""
+    return torch.addcmul(x, gate, branch)
 
 
 class SwiGLU(nn.Module):
@@ -127,25 +135,32 @@ class DitBlock(nn.Module):
         sin: Tensor,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Update tokens.
 
         Args:
             x: ``(b, n, d)``.
-            condition: ``(b, 1, d)`` after its SiLU, or the shared projection ``(b, 1, 6 d)``.
+            condition: ``(b, 1, d)`` after its SiLU, or the shared projection ``(b, 1, 6 d)``; a pack's has a row per
+                sample.
             cos: Rotation table ``(b or 1, n, 1, head_dim / 2)``.
             sin: Like ``cos``.
             text: ``(b, m, d)``; needed by a block with cross-attention.
-            text_mask: Bool ``(b, m)``.
+            text_mask: Bool ``(b, m)``; of a pack, which samples have text, or None (``CrossAttention``).
+            packing: Where the samples of a pack lie, b = 1; None when a row is a sample.
 
         Returns:
             ``(b, n, d)``.
         """
+        lengths, segments = (packing.lengths, packing.attention) if packing else (None, None)
+        modulated = functools.partial(by_sample, normalise_modulate, lengths)
+        gated = functools.partial(by_sample, add_gated, lengths)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
-        x = torch.addcmul(x, gate_a, self.attention(normalise_modulate(x, shift_a, scale_a), cos, sin))
+        x = gated([x, self.attention(modulated([x], [shift_a, scale_a]), cos, sin, segments)], [gate_a])
         if self.cross_attention is not None and self.cross_norm is not None:
-            x = x + self.cross_attention(self.cross_norm(x), text, text_mask)
-        return torch.addcmul(x, gate_m, self.mlp(normalise_modulate(x, shift_m, scale_m)))
+            text_segments = packing.text if packing else None
+            x = x + self.cross_attention(self.cross_norm(x), text, text_mask, text_segments)
+        return gated([x, self.mlp(modulated([x], [shift_m, scale_m]))], [gate_m])
 
 
 class FinalLayer(nn.Module):
@@ -161,7 +176,15 @@ class FinalLayer(nn.Module):
         self.modulation = BlockModulation(dim, 2)
         self.linear = nn.Linear(dim, patch_dim)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Project tokens ``(b, n, d)`` under the condition ``(b, 1, d)`` to ``(b, n, patch_dim)``."""
-        shift, scale = self.modulation(condition)
-        return self.linear(normalise_modulate(x, shift, scale))
+    def forward(self, x: Tensor, condition: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
+        """Project tokens to patches.
+
+        Args:
+            x: ``(b, n, d)``.
+            condition: ``(b, 1, d)``; a row per sample of a pack.
+            lengths: Tokens of each sample of a pack, b = 1; None when a row is a sample.
+
+        Returns:
+            ``(b, n, patch_dim)``.
+        """
+        return self.linear(by_sample(normalise_modulate, lengths, [x], self.modulation(condition)))

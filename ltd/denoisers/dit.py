@@ -1,11 +1,12 @@
 """Diffusion transformer over (t, h, w) tokens of image and video latents of any size.
 
 A plain single-device model: it knows nothing of processes, precision policies or training. Parallelism enters through
-three attributes (``SelfAttention.attend``, ``Dit.shard_tokens``, ``Dit.gather_tokens``).
+four attributes (``SelfAttention.attend``, ``Dit.shard_tokens``, ``Dit.gather_tokens``, ``Dit.shard_lengths``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from ltd.denoisers.blocks import BlockModulation, DitBlock, FinalLayer, TableMod
 from ltd.denoisers.conditioning import Conditioning
 from ltd.nn import seams
 from ltd.nn.embed import LabelEmbedding, TextEmbedding, TimeEmbedding, masked_mean, position_sinusoid
+from ltd.nn.packing import Packing, Segments, mean_by_sample, pack_latents, pack_text, unpack_latents
 from ltd.nn.patch import grid_positions, patchify, token_grid, unpatchify
 from ltd.nn.rope import check_rope_split, default_rope_split, rope_tables
 from ltd.shapes import VideoShape
@@ -147,6 +149,7 @@ class Dit(nn.Module):
         self.config = config
         self.shard_tokens = seams.shard_tokens
         self.gather_tokens = seams.gather_tokens
+        self.shard_lengths = seams.shard_lengths
         d = config.width
         self.patch_embedding = nn.Linear(config.patch_dim, d)
         self.time_embedding = TimeEmbedding(d, scale=config.time_scale)
@@ -200,37 +203,63 @@ class Dit(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         return {"decay": [n for n in names if n in decay], "no_decay": [n for n in names if n not in decay]}
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning | None = None
+    ) -> Tensor | list[Tensor]:
         """Predict the velocity ``eps - x0``.
 
         Args:
-            x_t: Noisy latents ``(b, c, t, h, w)``, any float dtype.
+            x_t: Noisy latents ``(b, c, t, h, w)``, any float dtype; or b samples ``(c, t, h, w)`` of any sizes, which
+                run as one sequence without padding and do not see each other.
             t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise.
             cond: Text and labels; None, or a missing field, is the null condition.
 
         Returns:
-            ``(b, c, t, h, w)`` in the dtype of ``x_t``.
+            The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
 
         Raises:
             ValueError: If the latents do not fit the patch or the channels, or the conditions do not fit the model.
         """
         cond = cond or Conditioning()
         self._check(x_t, cond)
-        dtype = self.patch_embedding.weight.dtype
-        grid = token_grid(VideoShape(*x_t.shape[2:]), self.config.patch)
-        patches = self.shard_tokens(patchify(x_t.to(dtype), self.config.patch))  # b n patch_dim
-        positions = self.shard_tokens(grid_positions(grid, x_t.device))  # 1 n 3
-        wide = torch.promote_types(dtype, torch.float32)
+        dtype, patch = self.patch_embedding.weight.dtype, self.config.patch
+        if isinstance(x_t, Tensor):
+            grid = token_grid(VideoShape(*x_t.shape[2:]), patch)
+            out = self._tokens(patchify(x_t.to(dtype), patch), grid_positions(grid, x_t.device), t, cond)
+            return self._velocity(unpatchify(out, grid, patch), x_t, t)
+        patches, positions, lengths = pack_latents([x.to(dtype) for x in x_t], patch)
+        out = self._tokens(patches, positions, t, cond, lengths)
+        predictions = unpack_latents(out, [(x.shape[1], x.shape[2], x.shape[3]) for x in x_t], patch)
+        samples = zip(predictions, x_t, t.split(1), strict=True)
+        return [self._velocity(p.unsqueeze(0), x.unsqueeze(0), time).squeeze(0) for p, x, time in samples]
+
+    def _tokens(
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Map patches ``(b, n, patch_dim)`` to what the last layer predicts of them; ``lengths``: of one pack."""
+        patches = self.shard_tokens(patches)  # b n patch_dim
+        positions = self.shard_tokens(positions)  # 1 n 3
+        wide = torch.promote_types(patches.dtype, torch.float32)
         tables = rope_tables(positions, self.config.head_split, theta=self.config.rope_theta, dtype=wide)
-        condition, text = self._embed(t, cond)
+        condition, text, text_lengths = self._embed(t, cond, packed=lengths is not None)
         shared = condition if self.modulation is None else self.modulation(condition)
+        packing = None if lengths is None else self._packing(lengths, text_lengths)
         x = self.patch_embedding(patches)  # b n d
         if self.config.position_embedding == "sincos":
-            x = x + position_sinusoid(positions, self.config.width).to(dtype)
+            x = x + position_sinusoid(positions, self.config.width).to(patches.dtype)
         for block in self.blocks:
-            x = block(x, shared, *tables, *text)
-        out = self.gather_tokens(self.final(x, condition))  # b n patch_dim
-        return self._velocity(unpatchify(out, grid, self.config.patch), x_t, t)
+            x = block(x, shared, *tables, *text, packing)
+        return self.gather_tokens(self.final(x, condition, packing.lengths if packing else None))  # b n patch_dim
+
+    def _packing(self, lengths: tuple[int, ...], text_lengths: tuple[int, ...] | None) -> Packing:
+        local = self.shard_lengths(lengths)
+        text = None if text_lengths is None else Segments(local, text_lengths)
+        return Packing(Segments(lengths, lengths), local, text)
 
     def _velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Turn what the last layer predicts into the velocity, in at least fp32 and then the dtype of ``x_t``.
@@ -243,30 +272,41 @@ class Dit(nn.Module):
         time = t.to(wide).clamp(min=self.config.min_time).reshape(-1, 1, 1, 1, 1)
         return ((x_t.to(wide) - prediction.to(wide)) / time).to(x_t.dtype)
 
-    def _embed(self, t: Tensor, cond: Conditioning) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Make the condition vector ``(b, 1, d)`` after its SiLU, and the text ``(b, m, d)`` with its mask, if any."""
+    def _embed(
+        self, t: Tensor, cond: Conditioning, *, packed: bool
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], tuple[int, ...] | None]:
+        """Make the condition vector ``(b, 1, d)`` after its SiLU, and the text ``(b, m, d)`` with its mask, if any.
+
+        Text of a pack is what ``pack_text`` makes of it, with its lengths.
+        """
         condition = self.time_embedding(t)  # b d
         if self.label_embedding is not None:
             label = cond.label if cond.label is not None else t.new_full((len(t),), -1, dtype=torch.long)
             condition = condition + self.label_embedding(label)
-        text: tuple[Tensor, ...] = ()
-        if self.text_embedding is not None:
-            if cond.text is None or cond.text_mask is None:
-                tokens = condition.new_zeros(len(t), 1, self.config.text_dim)
-                mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=t.device)
-            else:
-                tokens, mask = cond.text, cond.text_mask
-            text = (self.text_embedding(tokens), mask)
-            if self.text_pooling is not None:
-                condition = condition + self.text_pooling(masked_mean(*text))
-        return F.silu(condition).unsqueeze(1), text
+        if self.text_embedding is None:
+            return F.silu(condition).unsqueeze(1), (None, None), None
+        tokens, mask = cond.text, cond.text_mask
+        if tokens is None or mask is None:
+            tokens = condition.new_zeros(len(t), 1, self.config.text_dim)
+            mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=t.device)
+        kept: Tensor | None = mask
+        lengths = None
+        if packed:
+            tokens, lengths, kept = pack_text(tokens, mask)
+        text = self.text_embedding(tokens)
+        if self.text_pooling is not None:
+            pooled = masked_mean(text, mask) if lengths is None else mean_by_sample(text, lengths, kept)
+            condition = condition + self.text_pooling(pooled)
+        return F.silu(condition).unsqueeze(1), (text, kept), lengths
 
-    def _check(self, x_t: Tensor, cond: Conditioning) -> None:
+    def _check(self, x_t: Tensor | Sequence[Tensor], cond: Conditioning) -> None:
         config, channels = self.config, self.config.latent_channels
-        if x_t.ndim != 5 or x_t.shape[1] != channels:
-            raise ValueError(
-                f"latents: got {tuple(x_t.shape)}, needed (b, model.latent_channels = {channels}, t, h, w)"
-            )
+        whole = isinstance(x_t, Tensor)
+        shapes = [tuple(x.shape) for x in ((x_t,) if isinstance(x_t, Tensor) else x_t)]
+        for shape in shapes or [()]:  # a pack needs a sample
+            if len(shape) != 4 + whole or shape[int(whole)] != channels:
+                needed = f"({'b, ' if whole else ''}model.latent_channels = {channels}, t, h, w)"
+                raise ValueError(f"latents: got {shape}, needed {needed}")
         if cond.text is not None and cond.text.shape[2] != config.text_dim:
             raise ValueError(
                 f"text: got embeddings of size {cond.text.shape[2]}, the model has model.text_dim = {config.text_dim}"

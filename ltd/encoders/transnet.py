@@ -1,4 +1,4 @@
-"""The trunk of TransNetV2 in plain layers: the video feature network of the Frechet distances.
+"""TransNetV2 in plain layers: a shot detector, whose trunk is the video feature network of the Frechet distances.
 
 The network was trained to find cuts. Its features describe a clip's layout and how alike its frames are.
 """
@@ -57,6 +57,30 @@ class TransNetV2Trunk(nn.Module):
         columns = steps + torch.arange(_WINDOW, device=unit.device)  # (t, 101)
         out: Tensor = F.relu(layer(similarity.gather(2, columns.expand(len(unit), -1, -1))))
         return out
+
+
+class TransNetV2(TransNetV2Trunk):
+    """The trunk with its classifiers of frames before a cut.
+
+    Reference: Soucek and Lokoc (2020), 2008.04838, Fig. 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_layer1 = nn.Linear(self.dim, 1)  # the last frame before a cut, or the middle of a transition
+        self.cls_layer2 = nn.Linear(self.dim, 1)  # all frames of a transition; only trained beside the other
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Compute how probable a cut is after each frame.
+
+        Args:
+            frames: ``(b, t, 27, 48, 3)`` uint8.
+
+        Returns:
+            ``(b, t)`` in 0 to 1.
+        """
+        logits: Tensor = self.cls_layer1(super().forward(frames))  # (b, t, 1)
+        return logits.squeeze(2).sigmoid()
 
 
 class _Stage(nn.Module):

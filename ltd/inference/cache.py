@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,10 @@ from ltd import autoencoders
 from ltd.config import ConfigError, to_dict
 from ltd.data import ViewConfig
 from ltd.data.index import Index, open_index
-from ltd.data.latent_writer import LatentCacheWriter, finish_cache
+from ltd.data.latent_join import finish_cache
+from ltd.data.latent_writer import LatentCacheWriter
 from ltd.data.latents import CacheIdentity
-from ltd.data.transforms import FILTER
-from ltd.data.windows import Window, enumerate_windows, read_window
+from ltd.data.windows import Window, Windows, enumerate_windows, load_window
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, TransformersTextConfig, build_text_encoder
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.config import ParallelConfig
@@ -29,6 +30,8 @@ from ltd.parallel.layout import Layout
 from ltd.progress import Progress
 
 logger = logging.getLogger(__name__)
+#: uint8 frames ``(t, h, w, 3)``, and captions with their weights.
+_Decoded = tuple[np.ndarray, tuple[tuple[str, float], ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,7 @@ class _Job:
             windows,
             global_rank=layout.global_rank,
             world_size=layout.world_size,
+            shards=index.shards,
         )
         if not writer.complete:
             self._write(index, writer, f"cache {out.name}")
@@ -160,8 +164,6 @@ class _Job:
             "windows_per_clip": config.windows_per_clip,
             "window_step": config.window_step,
             "flip": config.flip,
-            "crop": "center",
-            "filter": FILTER,
             "precision": config.precision,
         }
         return CacheIdentity(
@@ -177,36 +179,41 @@ class _Job:
 
     @torch.no_grad()
     def _write(self, index: Index, writer: LatentCacheWriter, description: str) -> None:
-        pending = writer.pending()
+        pending, world = writer.pending(), self.layout.world_size
         self._write_texts(writer, [""])
-        total = len(writer.windows) // self.layout.world_size
-        done = max(0, total - len(pending))
+        share = len(writer.windows[self.layout.global_rank :: world])
+        everyone = Progress(len(writer.windows), "all processes", unit="windows", done=writer.num_done, enabled=False)
+        start_s = time.monotonic()
         with Progress(
-            done + len(pending), description, unit="windows", done=done, enabled=self.layout.is_main
+            share,
+            description if world == 1 else f"{description}, process 1 of {world}",
+            unit="windows",
+            done=share - len(pending),
+            enabled=self.layout.is_main,
         ) as progress:
-            for _, same_shape in groupby(pending, key=lambda window: window.view.shape):
-                for batch in self._frames(index, writer, list(same_shape)):
-                    self._write_batch(index, writer, batch)
-                    progress.update(len(batch))
+            for windows in pending.by_view():
+                for batch in self._decoded(index, windows):
+                    self._write_batch(writer, batch)
+                    everyone.done = writer.num_done
+                    note = "" if world == 1 else everyone.line(time.monotonic() - start_s)
+                    progress.update(len(batch), note)
 
-    def _write_batch(
-        self, index: Index, writer: LatentCacheWriter, batch: list[tuple[Window, np.ndarray | Exception]]
-    ) -> None:
-        good: list[tuple[Window, np.ndarray]] = []
-        for window, frames in batch:
-            if isinstance(frames, Exception):
-                cause = getattr(frames, "cause", "undecodable")
-                writer.skip(window, cause=cause, message=str(frames))
+    def _write_batch(self, writer: LatentCacheWriter, batch: list[tuple[Window, _Decoded | Exception]]) -> None:
+        good: list[tuple[Window, _Decoded]] = []
+        for window, decoded in batch:
+            if isinstance(decoded, Exception):
+                cause = getattr(decoded, "cause", "unreadable" if isinstance(decoded, OSError) else "undecodable")
+                writer.skip(window, cause=cause, message=f"{type(decoded).__name__}: {decoded}")
             else:
-                good.append((window, frames))
+                good.append((window, decoded))
         if not good:
             return
-        captions = [index.caption(window.entry) for window, _ in good]
-        self._write_texts(writer, captions)
-        pixels = torch.from_numpy(np.stack([frames for _, frames in good])).to(self.layout.device)
+        self._write_texts(writer, [text for _, (_, captions) in good for text, _ in captions])
+        pixels = torch.from_numpy(np.stack([frames for _, (frames, _) in good])).to(self.layout.device)
         posterior = self.autoencoder.encode(pixels_to_video(pixels))
-        for (window, _), caption, mean, logvar in zip(good, captions, posterior.mean, posterior.logvar, strict=True):
-            writer.add(window, caption=caption, mean=mean, logvar=logvar)
+        means, logvars = posterior.mean.cpu(), posterior.logvar.cpu()  # one copy a batch
+        for (window, (_, captions)), mean, logvar in zip(good, means, logvars, strict=True):
+            writer.add(window, captions=captions, mean=mean, logvar=logvar)
 
     def _write_texts(self, writer: LatentCacheWriter, captions: Sequence[str]) -> None:
         if self.encoder is None:
@@ -217,22 +224,21 @@ class _Job:
             for caption, embedding, mask in zip(missing, embeddings, masks, strict=True):
                 writer.add_text(caption, embedding, mask)
 
-    def _frames(
-        self, index: Index, writer: LatentCacheWriter, windows: list[Window]
-    ) -> Iterator[list[tuple[Window, np.ndarray | Exception]]]:
+    def _decoded(self, index: Index, windows: Windows) -> Iterator[list[tuple[Window, _Decoded | Exception]]]:
         """Decode ahead in threads, at most two batches; a window that fails arrives as its exception."""
         size = self.config.batch_size
-        chunks = [windows[start : start + size] for start in range(0, len(windows), size)]
+        ahead: deque[list[tuple[Window, Future[_Decoded]]]] = deque()
         with ThreadPoolExecutor(self.config.num_workers) as pool:
-            ahead: list[list[Future[np.ndarray]]] = []
-            for number, chunk in enumerate(chunks):
-                while len(ahead) < min(number + 2, len(chunks)):
-                    ahead.append([pool.submit(read_window, index, window) for window in chunks[len(ahead)]])
-                yield [(window, _result(future)) for window, future in zip(chunk, ahead[number], strict=True)]
-                ahead[number] = []
+            for start in range(0, len(windows), size):
+                chunk = list(windows[start : start + size])
+                ahead.append([(window, pool.submit(load_window, index, window)) for window in chunk])
+                if len(ahead) > 1:
+                    yield [(window, _result(future)) for window, future in ahead.popleft()]
+            while ahead:
+                yield [(window, _result(future)) for window, future in ahead.popleft()]
 
 
-def _result(future: Future[np.ndarray]) -> np.ndarray | Exception:
+def _result(future: Future[_Decoded]) -> _Decoded | Exception:
     try:
         return future.result()
     except Exception as error:  # whatever a decoder makes of a bad file, the others go on

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +21,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ltd.nn.norm import RMSNorm
+from ltd.nn.packing import Segments, by_sample
 from ltd.nn.rope import apply_rope
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+Kernel = Callable[..., Tensor]
 
 _MAX_HEAD_DIM = {"flash_attn_4": 128, "flash_attn_2": 256}
 _MIN_CAPABILITY = {"flash_attn_4": (9, 0), "flash_attn_2": (8, 0)}
@@ -47,18 +50,19 @@ def available_backends() -> dict[str, bool]:
 
 
 @functools.cache
-def _flash_kernel(name: str) -> Kernel | None:
+def _flash_kernel(name: str, packed: bool) -> Kernel | None:
     """Import one flash-attn kernel; None, with a warning, if it is installed but does not load."""
     if not available_backends()[name]:
         return None
     try:
-        function = importlib.import_module(_MODULES[name]).flash_attn_func
+        module = importlib.import_module(_MODULES[name])
+        function = module.flash_attn_varlen_func if packed else module.flash_attn_func
     except (ImportError, OSError, AttributeError) as error:
         logger.warning("%s is installed but does not load (%s)", _MODULES[name], error)
         return None
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result = function(q, k, v)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        result = function(q, k, v, **options)
         return result[0] if isinstance(result, tuple) else result  # flash-attn 4 adds the log-sum-exp
 
     return kernel
@@ -69,12 +73,13 @@ def _warn_slow(reason: str) -> None:
     logger.warning("attention runs through torch's scaled_dot_product_attention: %s", reason)
 
 
-def select_backend(q: Tensor, *, masked: bool, capability: tuple[int, int] | None = None) -> str:
+def select_backend(q: Tensor, *, masked: bool, packed: bool = False, capability: tuple[int, int] | None = None) -> str:
     """Choose the kernel for queries of this device, dtype and size.
 
     Args:
         q: Queries ``(b, n, heads, head_dim)``.
         masked: Whether keys are masked; flash-attn takes no mask.
+        packed: Whether attention is block-diagonal over a pack; flash-attn has kernels of their own for it.
         capability: Compute capability of the device; looked up when None.
 
     Returns:
@@ -85,13 +90,13 @@ def select_backend(q: Tensor, *, masked: bool, capability: tuple[int, int] | Non
     capability = capability or torch.cuda.get_device_capability(q.device)
     for name in ("flash_attn_4", "flash_attn_2"):
         fits = q.shape[-1] <= _MAX_HEAD_DIM[name] and q.shape[-1] % 8 == 0 and capability >= _MIN_CAPABILITY[name]
-        if fits and _flash_kernel(name) is not None:
+        if fits and _flash_kernel(name, packed) is not None:
             return name
     _warn_slow(f"no flash-attn kernel is installed for head_dim {q.shape[-1]} on compute capability {capability}")
     return "sdpa"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, segments: Segments | None = None) -> Tensor:
     """Compute softmax(q k^T / sqrt(head_dim)) v.
 
     Args:
@@ -99,13 +104,67 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
         k: ``(b, m, heads, head_dim)``.
         v: Like ``k``.
         key_mask: Bool ``(b, m)``, True = keep; a row that keeps no key gives zeros.
+        segments: Blocks of n queries and m keys for b = 1; a query reads its block's keys only. Not with a mask.
 
     Returns:
         ``(b, n, heads, head_dim)``.
+
+    Raises:
+        ValueError: If both a mask and segments are given, or segments and several rows.
     """
-    backend = select_backend(q, masked=key_mask is not None)
-    kernel = _flash_kernel(backend) if backend != "sdpa" else None
+    if segments is not None and (key_mask is not None or len(q) != 1):
+        raise ValueError(
+            f"segments: needed one row and no key_mask, got {len(q)} rows, key_mask {key_mask is not None}"
+        )
+    backend = select_backend(q, masked=key_mask is not None, packed=segments is not None)
+    kernel = _flash_kernel(backend, segments is not None) if backend != "sdpa" else None
+    if segments is not None:
+        return _varlen(kernel, q, k, v, segments) if kernel else _sdpa_segments(q, k, v, segments)
     return kernel(q, k, v) if kernel else _sdpa(q, k, v, key_mask)
+
+
+def _varlen(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    if 0 in segments.q_lengths:  # keys that nobody here reads: kernels differ in what gradient they leave there
+        read = [num_queries > 0 for num_queries in segments.q_lengths]
+        k, v = (
+            torch.cat([part for part, kept in zip(x.split(segments.k_lengths, 1), read, strict=True) if kept], 1)
+            for x in (k, v)
+        )
+        k_lengths = tuple(length for length, kept in zip(segments.k_lengths, read, strict=True) if kept)
+        segments = Segments(tuple(length for length in segments.q_lengths if length), k_lengths)
+    return kernel(
+        q[0],
+        k[0],
+        v[0],
+        cu_seqlens_q=_offsets(segments.q_lengths, q.device),
+        cu_seqlens_k=_offsets(segments.k_lengths, q.device),
+        max_seqlen_q=max(segments.q_lengths),
+        max_seqlen_k=max(segments.k_lengths),
+    ).unsqueeze(0)
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    # Every block of a pass asks for the same; an inference tensor in the cache would fail in a later backward pass.
+    with torch.inference_mode(False):
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Attend block by block; blocks of equal sizes, neighbours or not, share a call, and no (n, m) mask is made."""
+    sides = ((q, segments.q_lengths), (k, segments.k_lengths), (v, segments.k_lengths))
+    blocks = list(zip(*(x.split(lengths, 1) for x, lengths in sides), strict=True))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, sizes in enumerate(zip(segments.q_lengths, segments.k_lengths, strict=True)):
+        if sizes[0]:
+            groups.setdefault(sizes, []).append(index)
+    outs: dict[int, Tensor] = {}
+    for members in groups.values():
+        q, k, v = (
+            torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*(blocks[i] for i in members), strict=True)
+        )
+        outs.update(zip(members, _sdpa(q, k, v, None).split(1), strict=True))
+    return torch.cat([outs[index] for index in sorted(outs)], 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -142,13 +201,14 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | None = None) -> Tensor:
         """Mix tokens.
 
         Args:
             x: ``(b, n, dim)``.
             cos: Rotation table of ``ltd.nn.rope``, ``(b or 1, n, 1, head_dim / 2)``.
             sin: Like ``cos``.
+            segments: The samples of a pack, b = 1; None when a row is a sample.
 
         Returns:
             ``(b, n, dim)``.
@@ -156,7 +216,8 @@ class SelfAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads)
         q = apply_rope(self.q_norm(q), cos, sin)  # b n h d
         k = apply_rope(self.k_norm(k), cos, sin)  # b n h d
-        return self.out(self.attend(q, k, v).flatten(2))
+        mixed = self.attend(q, k, v) if segments is None else self.attend(q, k, v, segments=segments)
+        return self.out(mixed.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -177,17 +238,30 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, context_mask: Tensor | None, segments: Segments | None = None
+    ) -> Tensor:
         """Read the context.
 
         Args:
             x: ``(b, n, dim)``.
             context: ``(b, m, dim)``.
-            context_mask: Bool ``(b, m)``, True = keep; a row that keeps nothing reads zeros.
+            context_mask: Bool ``(b, m)``, True = keep; a row that keeps nothing reads zeros. Of a pack: bool
+                ``(samples, 1)``, False = the sample reads zeros; None = all read.
+            segments: A pack's tokens and context per sample, b = 1; None when a row is a sample.
 
         Returns:
             ``(b, n, dim)``.
         """
         q = rearrange(self.q(x), "b n (h d) -> b n h d", h=self.num_heads)
         k, v = rearrange(self.kv(context), "b m (two h d) -> two b m h d", two=2, h=self.num_heads)
-        return self.out(attend(self.q_norm(q), self.k_norm(k), v, context_mask).flatten(2))
+        if segments is None:
+            return self.out(attend(self.q_norm(q), self.k_norm(k), v, context_mask).flatten(2))
+        mixed = attend(self.q_norm(q), self.k_norm(k), v, segments=segments).flatten(2)
+        if context_mask is not None:
+            mixed = by_sample(_zero_unless, segments.q_lengths, [mixed], [context_mask.unsqueeze(-1)])
+        return self.out(mixed)
+
+
+def _zero_unless(x: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep, x, 0)

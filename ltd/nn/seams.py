@@ -4,9 +4,10 @@ A model never asks how many processes there are. Where an operation needs all to
 uses it holds the operation as an *attribute* (never a global), whose default is the single-device one below;
 ``ltd.parallel`` replaces the attribute on that instance.
 
-- ``attend(q, k, v, key_mask=None)``: self-attention of one token sequence, on ``SelfAttention`` modules.
+- ``attend(q, k, v, key_mask=None, segments=None)``: self-attention of one token sequence, on ``SelfAttention`` modules.
 - ``shard_tokens(x)``: tokens ``(b, n, ...)`` -> this process's part of axis 1, on the denoiser.
 - ``gather_tokens(x)``: the inverse, on the denoiser.
+- ``shard_lengths(lengths)``: tokens of each sample of a pack -> those of them in this process's part, on the denoiser.
 - ``reduce_mean(x)``: mean over processes, for statistics of a batch.
 """
 
@@ -23,6 +24,11 @@ def shard_tokens(x: Tensor) -> Tensor:
 def gather_tokens(x: Tensor) -> Tensor:
     """Keep all tokens ``(b, n, ...)``: the single-device identity."""
     return x
+
+
+def shard_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Keep all tokens of each sample of a pack: the single-device identity."""
+    return lengths
 
 
 def reduce_mean(x: Tensor) -> Tensor:

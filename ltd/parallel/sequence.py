@@ -2,7 +2,9 @@
 
 Everything outside attention works on a slice of the tokens; inside, an all-to-all trades the slice of all heads for
 all tokens of a slice of the heads. Two collectives per attention: one for the stacked q, k and v, one for the output.
-A token count that does not divide is padded behind; the padding is cut off before attention. The group's members read
+A token count that does not divide is padded behind; the padding is cut off before attention. A pack of samples is one
+sequence like any other: attention has all its tokens and so its segments, the rest asks for this process's part of
+each sample (``TokenSeam.lengths``). The group's members read
 different samples, ``exchange`` them, and train on each in turn, so the plain SUM of gradients over all processes is
 the single process's: each member's gradient holds its own tokens' part.
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ltd.config import ConfigError
+from ltd.nn.packing import Segments
 from ltd.parallel.layout import Layout
 
 _MAX_NDIM = 8
@@ -54,6 +58,8 @@ def shard(model: nn.Module, layout: Layout) -> int:
     seam = TokenSeam(layout)
     seams: Any = model
     seams.shard_tokens, seams.gather_tokens = seam, seam.gather
+    if "shard_lengths" in vars(model):
+        seams.shard_lengths = seam.lengths
     for module in attentions.values():
         attention: Any = module
         attention.attend = functools.partial(seam.attend, attention.attend)
@@ -96,7 +102,32 @@ class TokenSeam:
         joined: Tensor = _Join.apply(x, self.layout)
         return joined.narrow(1, 0, self.num_tokens)
 
-    def attend(self, local: Attend, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def lengths(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """Count the tokens of each sample of a pack that lie in this process's part.
+
+        Args:
+            lengths: Tokens of each sample of the whole sequence, in order.
+
+        Returns:
+            As many numbers, some of them 0; the padding behind counts to the last sample.
+        """
+        total = sum(lengths)
+        size = -(-total // self.layout.sequence)
+        first = self.layout.sequence_rank * size
+        ends = list(accumulate(lengths))
+        ends[-1] = size * self.layout.sequence  # padding is never attended to and is cut off: any sample may own it
+        starts = [0, *ends[:-1]]
+        return tuple(max(0, min(e, first + size) - max(s, first)) for s, e in zip(starts, ends, strict=True))
+
+    def attend(
+        self,
+        local: Attend,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """Attend over all tokens with this process's share of the heads.
 
         Args:
@@ -105,6 +136,7 @@ class TokenSeam:
             k: Keys.
             v: Values.
             key_mask: bool ``(b, n_local)``, True = keep.
+            segments: Samples of the whole sequence of a pack.
 
         Returns:
             ``(b, n_local, heads, head_dim)``.
@@ -113,7 +145,8 @@ class TokenSeam:
         qkv = self._to_heads(torch.stack((q, k, v)))  # (3, b, n, heads / s, head_dim)
         if key_mask is not None:
             key_mask = torch.cat(self.layout.gather_sequence(key_mask.contiguous()), 1)[:, : self.num_tokens]
-        out = local(qkv[0], qkv[1], qkv[2], key_mask=key_mask)
+        packed = {} if segments is None else {"segments": segments}
+        out = local(qkv[0], qkv[1], qkv[2], key_mask=key_mask, **packed)
         return self._to_tokens(out)
 
     def pin(self, forward: Callable[..., Any]) -> Callable[..., Any]:

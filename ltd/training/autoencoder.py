@@ -22,7 +22,7 @@ from ltd.autoencoders import (
 )
 from ltd.autoencoders.sensitivity import pixel_scaled_std, pixel_sensitivity
 from ltd.config import ConfigError
-from ltd.data import Batch, evaluation_batches
+from ltd.data import Batch, MicroBatch, PackedBatch, evaluation_batches
 from ltd.encoders.perceptual import build_perceptual
 from ltd.evaluation.fidelity import Psnr
 from ltd.inference.media import pixels_to_video, video_to_pixels
@@ -65,6 +65,8 @@ class AutoencoderRun(RunConfig):
             )
         if self.parallel.sequence != 1:
             raise ConfigError(f"parallel.sequence: autoencoders train with 1, got {self.parallel.sequence}")
+        if self.data.batching.kind == "packed":
+            raise ConfigError("data.batching.kind: packed is for denoisers, autoencoders train with fixed or buckets")
 
 
 class AutoencoderStage:
@@ -81,7 +83,7 @@ class AutoencoderStage:
         self.latent_channels = run.model.latent_channels
         self.compression = run.model.compression
 
-    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+    def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Take pixels and weights as they are."""
         draws = torch.tensor(batch.draws, device=batch.weight.device)
         return {"pixels": _pixels(batch), "weight": batch.weight, "draws": draws}
@@ -158,7 +160,7 @@ def run(config: AutoencoderRun) -> None:
 
 def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:
     model = autoencoders.build_autoencoder(config.model)
-    check_views(config.data.views, model.compression)
+    check_views(config.data, model.compression)
     if fresh and config.initialize_from:
         # Every process computes the same start from the same samples.
         samples = _training_pass(config, config.initialize_from)
@@ -181,8 +183,8 @@ def _training_pass(config: AutoencoderRun, max_samples: int, layout: Layout | No
     )
 
 
-def _pixels(batch: Batch) -> Tensor:
-    if batch.pixels is None:
+def _pixels(batch: MicroBatch) -> Tensor:
+    if isinstance(batch, PackedBatch) or batch.pixels is None:
         raise ConfigError("data.shards: holds latents; an autoencoder trains on media shards")
     return batch.pixels
 

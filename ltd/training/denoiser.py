@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from ltd import autoencoders
 from ltd.autoencoders import CausalVaeConfig, LatentNorm
 from ltd.config import ConfigError
-from ltd.data import Batch
+from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, is_cache
 from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser
 from ltd.diffusion import FlowMatching, FlowMatchingConfig
@@ -29,7 +31,6 @@ from ltd.parallel.activation import checkpoint_blocks
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
-from ltd.shapes import num_tokens
 from ltd.training.loop import fit
 from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
@@ -75,8 +76,11 @@ class DenoiserStage:
         self.objective = FlowMatching(run.objective)
         self.inputs = LatentInputs(run, layout)
 
-    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+    def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Make unit-scale latents and text embeddings of this process's samples."""
+        if isinstance(batch, PackedBatch):
+            groups = [self.inputs.prepare(group, DrawRandom(self.run.seed, group.draws)) for group in batch.groups]
+            return pack(groups)
         return self.inputs.prepare(batch, DrawRandom(self.run.seed, batch.draws))
 
     def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,14 +94,16 @@ class DenoiserStage:
         """
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
-        losses, weight = self.objective.loss(self.engine, tensors["latents"], cond, random)
+        losses, weight = self.objective.loss(self.engine, unpack(tensors), cond, random)
         return {"loss": losses * weight}
 
     def num_tokens(self, tensors: dict[str, Tensor]) -> int:
         """Count the denoiser's tokens in the micro-batch."""
-        b, _, t, h, w = tensors["latents"].shape
-        patch = self.run.model.patch
-        return int(b * (t // patch[0]) * (h // patch[1]) * (w // patch[2]))
+        patch = torch.tensor(self.run.model.patch)
+        if "shapes" in tensors:
+            return int((tensors["shapes"][:, 1:].cpu() // patch).prod(dim=1).sum())
+        latents = tensors["latents"]
+        return len(latents) * int((torch.tensor(latents.shape[2:]) // patch).prod())
 
     @torch.no_grad()
     def heldout(self) -> dict[str, float]:
@@ -138,11 +144,12 @@ class LatentInputs:
     def __init__(self, run: DenoiserRun, layout: Layout) -> None:
         self.device = layout.device
         autoencoder = _autoencoder(run).to(layout.device)
-        check_views(run.data.views, autoencoder.compression)
+        check_views(run.data, autoencoder.compression, run.model.patch)
         self.norm: LatentNorm = autoencoder.latent_norm
         self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
-        caches = [self._checked_cache(run, shards) for shards in (run.data.shards, run.evaluation.shards) if shards]
+        heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
+        caches = [self._checked_cache(run, shards) for shards in (*(s.shards for s in run.data.sets), *heldout)]
         all_cached = None not in caches
         self.autoencoder: autoencoders.CausalVae | None = None if all_cached else autoencoder
         if not all_cached:
@@ -202,10 +209,41 @@ class LatentInputs:
 
     def _text(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.text is not None and batch.text_mask is not None:
-            return batch.text, batch.text_mask
+            return batch.text.float(), batch.text_mask
         assert self.encoder is not None
         text, mask = self.encoder.encode(list(batch.captions))
         return text.to(self.device), mask.to(self.device)
+
+
+def pack(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put samples of several sizes into plain tensors, which a sequence group can exchange.
+
+    Args:
+        groups: What ``LatentInputs.prepare`` made, per size.
+
+    Returns:
+        The same names; ``latents`` is flat and ``shapes`` (b, 4) holds the (c, t, h, w) of each sample.
+    """
+    longest = max(group["text"].shape[1] for group in groups)
+    packed = {name: torch.cat([group[name] for group in groups]) for name in ("weight", "draws")}
+    for name in ("text", "text_mask"):
+        parts = [group[name] for group in groups]
+        packed[name] = torch.cat(
+            [torch.cat([p, p.new_zeros(len(p), longest - p.shape[1], *p.shape[2:])], dim=1) for p in parts]
+        )
+    packed["latents"] = torch.cat([group["latents"].flatten() for group in groups])
+    shapes = [shape for group in groups for shape in [list(group["latents"].shape[1:])] * len(group["latents"])]
+    packed["shapes"] = torch.tensor(shapes, device=packed["latents"].device)
+    return packed
+
+
+def unpack(tensors: dict[str, Tensor]) -> Tensor | list[Tensor]:
+    """Take the latents back out: the inverse of ``pack``; latents of one size stay one tensor."""
+    if "shapes" not in tensors:
+        return tensors["latents"]
+    shapes = tensors["shapes"].tolist()
+    pieces = tensors["latents"].split([math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def run(config: DenoiserRun) -> None:
@@ -264,8 +302,3 @@ def _check_model(run: DenoiserRun, autoencoder: autoencoders.CausalVae, text_dim
         raise ConfigError(f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {channels}")
     if model.text_dim != text_dim:
         raise ConfigError(f"model.text_dim: got {model.text_dim}, the text encoder makes {text_dim}")
-    for number, view in enumerate(run.data.views):
-        try:
-            num_tokens(autoencoder.compression.latent(view.shape), model.patch)
-        except ValueError as error:
-            raise ConfigError(f"data.views[{number}]: {error}") from None

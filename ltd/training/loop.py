@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ltd.config import ConfigError
-from ltd.data import Batch, StepInfo
+from ltd.data import MicroBatch, StepInfo
 from ltd.parallel import sequence
 from ltd.parallel.interface import NonFiniteError
 from ltd.progress import Progress
+from ltd.training.data_wait import DataWait
 from ltd.training.optim import learning_rate
 from ltd.training.run import Session, save_session
 
@@ -33,7 +34,7 @@ class Stage(Protocol):
     #: Name of the main loss: ``loss/<name>`` in the metrics.
     name: str
 
-    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+    def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Turn this process's samples into what the model trains on.
 
         Args:
@@ -101,7 +102,7 @@ def fit(session: Session, stage: Stage) -> bool:
         Whether the run has all its steps; False if SIGTERM ended it early, after a checkpoint was written.
     """
     run, layout = session.run, session.layout
-    batches = iter(session.loader)
+    batches, data_wait = iter(session.loader), DataWait(run.data)
     with (
         StopSignal() as stop,
         Progress(run.steps, stage.name, unit="steps", done=session.start_step, enabled=layout.is_main) as progress,
@@ -110,7 +111,7 @@ def fit(session: Session, stage: Stage) -> bool:
             began = time.perf_counter()
             micro_batches, info = next(batches)
             data_s = time.perf_counter() - began
-            means, tokens, stopping = _accumulate(session, stage, micro_batches, info, stop)
+            means, tokens, waits_s, stopping = _accumulate(session, stage, micro_batches, info, stop)
             # A step whose samples all failed changes nothing.
             rate = learning_rate(run.optim, step, run.steps) if tokens else 0.0
             grad_norm = _step(session, rate, micro_batches, info)
@@ -119,7 +120,7 @@ def fit(session: Session, stage: Stage) -> bool:
             step_s = time.perf_counter() - began
             row = {f"loss/{stage.name if name == 'loss' else name}": value for name, value in means.items()}
             row |= {"optim/grad_norm": grad_norm, "optim/lr": rate, "time/step_s": step_s, "time/data_s": data_s}
-            row |= {"perf/tokens_per_s": tokens / step_s}
+            row |= {"perf/tokens_per_s": tokens / step_s, **data_wait.add(waits_s, step_s), **info.metrics}
             evaluated = _evaluation_due(session, done)
             if evaluated:
                 row |= stage.heldout()
@@ -146,8 +147,8 @@ def _evaluation_due(session: Session, done: int) -> bool:
 
 
 def _accumulate(
-    session: Session, stage: Stage, micro_batches: list[Batch], info: StepInfo, stop: StopSignal
-) -> tuple[dict[str, float], int, bool]:
+    session: Session, stage: Stage, micro_batches: list[MicroBatch], info: StepInfo, stop: StopSignal
+) -> tuple[dict[str, float], int, list[float], bool]:
     """Run forward and backward over the step's micro-batches.
 
     Args:
@@ -158,14 +159,16 @@ def _accumulate(
         stop: Whether this process was asked to stop.
 
     Returns:
-        Means over the global batch by term, tokens of the global batch, whether any process was asked to stop.
+        Means over the global batch by term, tokens of the global batch, seconds each process waited for its data,
+        whether any process was asked to stop.
 
     Raises:
         NonFiniteError: If a mean is not finite.
     """
     layout = session.layout
-    mine = torch.tensor([sum(float(batch.weight.sum()) for batch in micro_batches), float(len(info.bad))])
-    total_weight, num_bad = layout.sum_(mine.to(layout.device)).tolist()
+    waits_s = [info.data_s if rank == layout.global_rank else 0.0 for rank in range(layout.world_size)]
+    mine = torch.tensor([sum(float(batch.weight.sum()) for batch in micro_batches), float(len(info.bad)), *waits_s])
+    total_weight, num_bad, *waits_s = layout.sum_(mine.to(layout.device)).tolist()
     if num_bad:
         _record_bad(session, info)  # raises on all processes if one of them has too many
     scale = 1.0 / max(total_weight, 1.0)
@@ -190,17 +193,17 @@ def _accumulate(
     for name, value in means.items():
         if not math.isfinite(value):
             raise _non_finite(session, f"loss term {name!r} is {value}", micro_batches, info)
-    return means, int(values[-2]), values[-1] > 0
+    return means, int(values[-2]), waits_s, values[-1] > 0
 
 
-def _step(session: Session, rate: float, micro_batches: list[Batch], info: StepInfo) -> float:
+def _step(session: Session, rate: float, micro_batches: list[MicroBatch], info: StepInfo) -> float:
     try:
         return session.engine.step(rate)
     except NonFiniteError as error:
         raise _non_finite(session, f"step {info.step + 1}: {error}", micro_batches, info) from None
 
 
-def _non_finite(session: Session, what: str, micro_batches: list[Batch], info: StepInfo) -> NonFiniteError:
+def _non_finite(session: Session, what: str, micro_batches: list[MicroBatch], info: StepInfo) -> NonFiniteError:
     """Name the samples of the batch; all ranks see the same number, so all get here."""
     mine = [key for batch in micro_batches for key in batch.keys]
     keys = [key for part in session.layout.gather_objects(mine) for key in part]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from torch import nn
 
 from ltd import config as config_io
 from ltd.config import ConfigError
-from ltd.data import Batch, DataConfig, Loader, ViewConfig, build_loader, evaluation_batches
+from ltd.data import Batch, DataConfig, Loader, build_loader, evaluation_batches
 from ltd.parallel import checkpoint as checkpoints
 from ltd.parallel.config import ParallelConfig
 from ltd.parallel.ema import Ema, EmaConfig
@@ -27,7 +27,7 @@ from ltd.parallel.engine import build_engine
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import derive_seed
-from ltd.shapes import Compression
+from ltd.shapes import Compression, num_tokens
 from ltd.storage import StorageError, read_manifest, verify, write_json
 from ltd.tracking.tracker import Tracker, TrackingConfig
 from ltd.training.optim import OptimConfig, learning_rate
@@ -188,7 +188,7 @@ def start_session(run: RunConfig, layout: Layout, build_module: Callable[[bool],
     )
     torch.manual_seed(derive_seed(run.seed, "initialization"))
     module = build_module(start.checkpoint is None)
-    _announce(run, layout, module)
+    _announce(run, layout, module, loader)
     engine = build_engine(
         module,
         config=run.parallel,
@@ -265,21 +265,31 @@ def _verify(checkpoint: Path, layout: Layout) -> None:
         raise StorageError(f"{problem}; give resume=PATH of an older checkpoint, or delete this one")
 
 
-def check_views(views: Sequence[ViewConfig], compression: Compression) -> None:
-    """Refuse views that an autoencoder cannot compress.
+def check_views(data: DataConfig, compression: Compression, patch: tuple[int, int, int] = (1, 1, 1)) -> None:
+    """Refuse sizes that an autoencoder cannot compress or a denoiser cannot cut into tokens.
 
     Args:
-        views: Views of the data section.
+        data: The data section.
         compression: The autoencoder's.
+        patch: Latent cells per token of the denoiser.
 
     Raises:
         ConfigError: If a size does not divide; names the view and the nearest sizes.
     """
-    for number, view in enumerate(views):
-        try:
-            compression.latent(view.shape)
-        except ValueError as error:
-            raise ConfigError(f"data.views[{number}]: {error}") from None
+    if data.batching.kind == "fixed":
+        for number, view in enumerate(data.views):
+            try:
+                num_tokens(compression.latent(view.shape), patch)
+            except ValueError as error:
+                raise ConfigError(f"data.views[{number}]: {error}") from None
+        return
+    token = data.batching.token
+    needed = (compression.t * patch[0], compression.h * patch[1], compression.w * patch[2])
+    if patch[0] != 1 or any(size % unit for size, unit in zip(token, needed, strict=True)):
+        raise ConfigError(
+            f"data.batching.token: got {list(token)}, needed multiples of {list(needed)} = pixels per latent cell "
+            f"{[compression.t, compression.h, compression.w]} x model.patch {list(patch)}, with patch[0] = 1"
+        )
 
 
 def heldout_batches(run: RunConfig, layout: Layout) -> Iterator[Batch]:
@@ -293,7 +303,7 @@ def heldout_batches(run: RunConfig, layout: Layout) -> Iterator[Batch]:
         Batches on the CPU.
     """
     return evaluation_batches(
-        dataclasses.replace(run.data, shards=run.evaluation.shards),
+        dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=()),
         batch_size=run.evaluation.batch_size,
         global_rank=layout.global_rank,
         world_size=layout.world_size,
@@ -343,30 +353,32 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     return {path.removeprefix("."): tree}
 
 
-def _announce(run: RunConfig, layout: Layout, module: nn.Module) -> None:
+def _announce(run: RunConfig, layout: Layout, module: nn.Module, loader: Loader) -> None:
     """Say in words what the numbers of the configuration amount to."""
     if not layout.is_main:
         return
-    data, parallel, optim = run.data, run.parallel, run.optim
-    per_rank = data.global_batch // (layout.world_size * parallel.accumulation)
+    parallel, optim = run.parallel, run.optim
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     logger.info("%s: %.2fM trained parameters", type(module).__name__, trained / 1e6)
     engine = f"deepspeed, ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "torch"
-    logger.info(
-        "global batch %d = %d per process x %d processes x %d accumulation; sequence groups of %d; %s, %s",
-        data.global_batch,
-        per_rank,
-        layout.world_size,
-        parallel.accumulation,
-        parallel.sequence,
-        engine,
-        parallel.precision,
-    )
+    for units in sorted({kind.units for kind in loader.plan.kinds}):
+        logger.info(
+            "global batch %d %s = %d per process x %d processes x %d accumulation; sequence groups of %d; %s, %s",
+            units,
+            "packs" if run.data.batching.kind == "packed" else "samples",
+            units // (layout.world_size * parallel.accumulation),
+            layout.world_size,
+            parallel.accumulation,
+            parallel.sequence,
+            engine,
+            parallel.precision,
+        )
+    for dataset, (units_seen, epochs) in zip(run.data.sets, loader.plan.progress(run.steps), strict=True):
+        what = "epochs" if run.data.mode == "epochs" else "times its size, with replacement,"
+        logger.info("%d steps see %.4g %s of %s (%d units)", run.steps, epochs, what, dataset.shards, units_seen)
     last = learning_rate(optim, run.steps - 1, run.steps)
     logger.info(
-        "%d steps see %d samples; learning rate: %d warm-up steps to %.3g (never scaled by batch or world), %s to %.3g",
-        run.steps,
-        run.steps * data.global_batch,
+        "learning rate: %d warm-up steps to %.3g (never scaled by batch or world), %s to %.3g",
         optim.warmup_steps,
         optim.lr,
         optim.schedule,

@@ -51,7 +51,7 @@ def with_data(run: R, toy: ToyDataConfig | None, layout: Layout) -> R:
     Raises:
         ConfigError: If there are neither shards nor toy data to make.
     """
-    if run.data.shards is not None:
+    if run.data.sets:
         return run
     if toy is None:
         raise ConfigError("data.shards: is null, needed a folder, glob or list of tars (see tools/make_shards.py)")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ltd.config import ConfigError
+from ltd.data.entries import Entries
 from ltd.data.index import Index, find_shards, index_path, index_tar, open_index, read_index
 from ltd.data.write import encode_image, encode_video
 
@@ -30,14 +31,14 @@ def test_every_member_is_read_back_by_offset(tmp_path: Path, write_tar: WriteTar
     entries, bad = index_tar(tar)
     assert not bad
     assert [(e.key, e.kind, e.width, e.height, e.frames, e.fps, e.caption_chars) for e in entries] == [
-        ("a", "image", 8, 6, 1, 0.0, 5),
-        ("sub/b", "video", 40, 32, 9, 12.0, 3),
+        ("a", "image", 8, 6, 1, 0.0, (5,)),
+        ("sub/b", "video", 40, 32, 9, 12.0, (3,)),
     ]
     index = open_index(str(tar))
     assert index.read(index.entries[1], "mp4") == CLIP
     assert index.read(index.entries[0], "png") == STILL
     assert [index.caption(entry) for entry in index.entries] == ["ä dog", "cat"]
-    assert read_index(tar) == (entries, bad)
+    assert list(read_index(tar)[0]) == list(entries) and read_index(tar)[1] == bad
 
 
 def test_bad_samples_are_left_out_by_cause(tmp_path: Path, write_tar: WriteTar) -> None:
@@ -122,9 +123,17 @@ def test_unusable_shards_say_what_to_do(tmp_path: Path, write_tar: WriteTar) -> 
 def test_a_damaged_index_names_the_command(tmp_path: Path, write_tar: WriteTar) -> None:
     tar = write_tar(tmp_path / "x.tar", {"a.png": STILL, "b.png": STILL})
     index_tar(tar)
-    lines = index_path(tar).read_text().splitlines()
-    header = {**json.loads(lines[0]), "format": 99}
-    damaged = ["\n".join(lines[:2]), "nonsense", json.dumps(header), "", "\n".join([lines[0], "{}", lines[2]])]
+    whole = index_path(tar).read_text()
+    record = json.loads(whole)
+    short = {**record, "width": record["width"][:1]}
+    other = {**record, "extension": ["png", "exe"]}
+    damaged = [
+        whole[:60],
+        "nonsense",
+        "",
+        "[]",
+        *map(json.dumps, ({**record, "format": 99}, short, other, {"format": 2})),
+    ]
     for text in damaged:
         index_path(tar).write_text(text)
         with pytest.raises(ConfigError, match=r"run: python tools/make_shards\.py --index-only"):
@@ -133,9 +142,67 @@ def test_a_damaged_index_names_the_command(tmp_path: Path, write_tar: WriteTar) 
 
 def test_patterns(tmp_path: Path, write_tar: WriteTar) -> None:
     tars = [write_tar(tmp_path / f"d{n // 2}" / f"{n:03d}.tar", {f"k{n}.png": STILL}) for n in range(4)]
-    assert find_shards(str(tmp_path / "d{0,1}" / "*.tar")) == tuple(tars)
-    assert find_shards(str(tmp_path / "d0" / "{000..001}.tar")) == tuple(tars[:2])
-    assert find_shards((str(tars[2]), str(tmp_path / "d1"))) == tuple(tars[2:])
+    assert find_shards(str(tmp_path / "d{0,1}" / "*.tar")) == tuple(map(str, tars))
+    assert find_shards(str(tmp_path / "d0" / "{000..001}.tar")) == tuple(map(str, tars[:2]))
+    assert find_shards((str(tars[2]), str(tmp_path / "d1"))) == tuple(map(str, tars[2:]))
     for tar in tars:
         index_tar(tar)
     assert [entry.key for entry in Index(tars).entries] == ["k0", "k1", "k2", "k3"]
+
+
+def test_weighted_captions_are_indexed_and_read(tmp_path: Path, write_tar: WriteTar) -> None:
+    members = {
+        "a.png": STILL,
+        "a.txt": b"first",
+        "a.captions.json": json.dumps([["first", 1.0], ["a longer one", 3.0]]).encode(),
+        "b.png": STILL,
+        "b.txt": b"",
+        "c.png": STILL,
+        "d.png": STILL,
+        "d.captions.json": b'[["x", -1]]',
+        "e.png": STILL,
+        "e.captions.json": b'{"x": 1}',
+    }
+    tar = write_tar(tmp_path / "x.tar", members)
+    entries, bad = index_tar(tar)
+    assert [(e.key, e.caption_chars, e.captioned) for e in entries] == [
+        ("a", (5, 12), True),
+        ("b", (0,), False),
+        ("c", (), False),
+    ]
+    assert {(b.key, b.cause) for b in bad} == {("d", "caption_invalid"), ("e", "caption_invalid")}
+    index = open_index(str(tar))
+    assert [index.captions(e) for e in index.entries] == [(("first", 1.0), ("a longer one", 3.0)), (("", 1.0),), ()]
+    assert index.load(index.entries[0]) == (STILL, (("first", 1.0), ("a longer one", 3.0)))
+    assert index.entries.captioned.tolist() == [True, False, False]
+
+
+def test_a_damaged_header_in_the_middle_is_told(tmp_path: Path, write_tar: WriteTar) -> None:
+    tar = write_tar(tmp_path / "x.tar", {"a.png": STILL, "b.png": STILL, "c.png": STILL})
+    data = bytearray(tar.read_bytes())
+    place = data.index(b"b.png")
+    data[place + 100 : place + 160] = b"\xff" * 60
+    tar.write_bytes(bytes(data))
+    entries, bad = index_tar(tar)
+    assert [entry.key for entry in entries] == ["a"]
+    assert [record.cause for record in bad] == ["truncated"]
+
+
+def test_columns_take_join_and_slice_like_rows(tmp_path: Path, write_tar: WriteTar) -> None:
+    tars = [
+        write_tar(tmp_path / f"{n}.tar", {f"ä{n}.png": STILL, f"ä{n}.txt": b"cap" * n, f"b{n}.mp4": CLIP})
+        for n in range(3)
+    ]
+    for tar in tars:
+        index_tar(tar)
+    entries = Index(tars).entries
+    rows = list(entries)
+    assert [row.key for row in rows] == ["ä0", "b0", "ä1", "b1", "ä2", "b2"]
+    assert [row.shard for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert entries[1:4] == rows[1:4] and entries[-1] == rows[-1]
+    places = np.array([4, 0, 3, 4])
+    assert list(entries.take(places)) == [rows[place] for place in places]
+    assert list(Entries.of(rows)) == rows and Entries.of(rows).digest == entries.digest
+    assert Entries.of(rows[::-1]).digest != entries.digest
+    with pytest.raises(IndexError):
+        entries[6]

@@ -19,7 +19,7 @@ import torch
 
 from ltd.config import ConfigError
 from ltd.data import Batch, DataConfig, StepInfo, ViewConfig, build_loader
-from ltd.data import sources as sources_module
+from ltd.data import media as media_module
 from ltd.data.index import index_tar
 from ltd.data.write import encode_image, encode_video
 
@@ -158,7 +158,7 @@ def test_a_bad_sample_keeps_its_slot_at_weight_zero(
     config = make_config(damaged, views=(CLIPS,), global_batch=6, num_workers=workers)
     with caplog.at_level(logging.INFO):
         run = take(config, steps=2)
-    assert "6 of 7 samples (left out: 1 shorter than 5 frames)" in caplog.text
+    assert "6 of 7 samples, 6 a step (left out: 1 shorter than 5 frames)" in caplog.text
     for (batch,), info in run:
         assert sorted(batch.keys) == [f"s{n}" for n in range(6)]
         weights = dict(zip(batch.keys, batch.weight.tolist(), strict=True))
@@ -187,20 +187,20 @@ def test_a_view_without_samples_is_named_and_never_drawn(toy: Path, caplog: pyte
     absent = ViewConfig(num_frames=99, height=24, width=32, weight=50.0)
     alone = take(make_config(toy, views=(CLIPS,)), steps=4)
     both = take(make_config(toy, views=(CLIPS, absent)), steps=4)
-    assert "data.views[1]: got 99x24x32, but none of the" in caplog.text
+    assert "data.views[1] 99x24x32 is empty: none of the 24 samples fits" in caplog.text
     assert [batches[0].keys for batches, _ in both] == [batches[0].keys for batches, _ in alone]
 
 
 def test_a_sample_that_hangs_times_out(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, hung = sources_module.read_frames, []
+    real, hung = media_module.decode_cut, []
 
-    def read(index: Any, entry: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+    def read(data: bytes, entry: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         if entry.key == "toy000003" and not hung:
             hung.append(entry.key)
             time.sleep(1.5)
-        return real(index, entry, *args, **kwargs)
+        return real(data, entry, *args, **kwargs)
 
-    monkeypatch.setattr(sources_module, "read_frames", read)
+    monkeypatch.setattr(media_module, "decode_cut", read)
     config = make_config(toy, views=(CLIPS,), global_batch=13, timeout_s=0.7)
     first, second = take(config, steps=2)
     assert [(record.key, record.cause) for record in first[1].bad] == [("toy000003", "timeout")]
@@ -211,10 +211,13 @@ def test_a_sample_that_hangs_times_out(toy: Path, monkeypatch: pytest.MonkeyPatc
 def test_prefetch_is_bounded_in_bytes(toy: Path) -> None:
     big = make_config(toy, views=(ViewConfig(num_frames=5, height=512, width=512),), num_workers=2, prefetch=8)
     with build_loader(big, seed=0, global_rank=0, world_size=1) as loader:
-        assert loader._depth() == 9  # 8 x 30 MiB fit into 512 MiB
+        next(iter(loader))
+        loader._fill_queue()
+        assert len(loader._queue) == 9  # 9 x 30 MiB fit into 512 MiB
     small = dataclasses.replace(big, prefetch_mb=70)
     with build_loader(small, seed=0, global_rank=0, world_size=1) as loader:
-        assert loader._depth() == 3
+        loader._fill_queue()
+        assert len(loader._queue) == 3  # the third one reaches the limit
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,11 @@ def test_prefetch_is_bounded_in_bytes(toy: Path) -> None:
             {},
             r"data.views\[0\]: got 13x24x32, but none of the 24",
         ),
-        ({"views": (CLIPS,), "global_batch": 14}, {}, r"data.views\[0\] has only 13 samples"),
+        (
+            {"views": (CLIPS,), "global_batch": 14},
+            {},
+            r"is 14 samples, but data.views\[0\] \(5x24x32\) has only 13 samples",
+        ),
     ],
 )
 def test_impossible_requests(toy: Path, fields: dict[str, Any], world: dict[str, int], message: str) -> None:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +15,13 @@ import numpy as np
 import pytest
 
 from ltd.config import ConfigError
-from ltd.data import cut, shards
+from ltd.data import cut, pieces, shards
 from ltd.data.cut import CutOptions, scaled
 from ltd.data.decode import decode_clip, decode_image
 from ltd.data.index import open_index
-from ltd.data.manifest import Row, read_rows
+from ltd.data.manifest import Row
 from ltd.data.shards import ShardOptions, index_existing, make_shards
-from ltd.data.write import encode_image
+from ltd.data.write import encode_image, encode_video
 
 Numbers = Callable[[np.ndarray], list[int]]
 
@@ -122,7 +127,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(
     film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_rows(film.parent, tmp_path / "whole", ROWS)
-    real, cuts = shards.cut_video, []
+    real, cuts = pieces.cut_video, []
 
     def counted(rows: Sequence[Row], *args: Any, limit: int = 99, **kwargs: Any) -> Any:
         for piece in real(rows, *args, **kwargs):
@@ -131,11 +136,11 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(
             cuts.append(piece.row.number)
             yield piece
 
-    monkeypatch.setattr(shards, "cut_video", lambda *a, **k: counted(*a, limit=2, **k))
+    monkeypatch.setattr(pieces, "cut_video", lambda *a, **k: counted(*a, limit=2, **k))
     with pytest.raises(KeyboardInterrupt):
         cut_rows(film.parent, tmp_path / "out", ROWS)
     assert cuts == [0, 1] and not (tmp_path / "out" / "train").exists()
-    monkeypatch.setattr(shards, "cut_video", counted)
+    monkeypatch.setattr(pieces, "cut_video", counted)
     cut_rows(film.parent, tmp_path / "out", ROWS)
     assert cuts == [0, 1, 2, 3, 4, 5]  # nothing is cut twice
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -182,51 +187,196 @@ def test_a_folder_of_media(film: Path, tmp_path: Path) -> None:
     report = make_shards(folder, tmp_path / "out", options=ShardOptions())
     train, heldout = (open_index(str(tmp_path / "out" / split)) for split in ("train", "heldout"))
     assert [(e.key, train.caption(e)) for e in train.entries] == [("00000000_film", "numbers")]
-    assert [(e.key, e.caption_chars) for e in heldout.entries] == [("00000001_b_v2", None)]
+    assert [(e.key, e.caption_chars) for e in heldout.entries] == [("00000001_b_v2", ())]
     assert report["splits"]["heldout"]["uncaptioned"] == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: got list, needed an object"),
-        ('{"path": "film.mp4"}', "line 2: caption: got None, needed text"),
-        ('{"path": "film.mp4", "caption": "x", "stop": 3}', "line 2: stop: unknown field; needed some of path"),
-        ('{"path": "film.gif", "caption": "x"}', "line 2: path: got 'film.gif', needed one of .jpg"),
-        ('{"path": "film.mp4", "caption": "x", "split": "test"}', "line 2: split: got 'test', needed train or heldout"),
-        ('{"path": "film.mp4", "caption": "x", "start": -1}', "line 2: start: got -1, needed seconds"),
-        (
-            '{"path": "film.mp4", "caption": "x", "start": 2, "end": 1}',
-            "line 2: end: got 1, needed more than start = 2",
-        ),
-        ('{"path": "gone.mp4", "caption": "x"}', "1 media files do not exist .*gone.mp4; set --media-root"),
-    ],
-)
-def test_wrong_manifests_name_the_line(film: Path, line: str, message: str) -> None:
-    path = film.parent / "m.jsonl"
-    path.write_text('{"path": "film.mp4", "caption": "x"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=message):
-        read_rows(path)
-
-
-def test_empty_and_missing_sources(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file or folder"):
-        read_rows(tmp_path / "nothing.jsonl")
-    with pytest.raises(ConfigError, match="got no samples"):
-        read_rows(tmp_path)
-
-
 def test_existing_tars_are_indexed(film: Path, tmp_path: Path) -> None:
-    cut_rows(film.parent, tmp_path / "out", ROWS)
+    cut_rows(film.parent, tmp_path / "out", ROWS, shard_size_mb=0.005)
     before = tree(tmp_path / "out")
-    for path in (tmp_path / "out").rglob("*.jsonl"):
-        path.unlink()
-    assert index_existing(tmp_path / "out") == {"tars": 2, "samples": 6, "bad": {}}
+    tars = len([name for name in before if name.endswith(".tar")])
+    for workers in (1, 3):
+        for path in (tmp_path / "out").rglob("*.index.json"):
+            path.unlink()
+        assert index_existing(tmp_path / "out", workers=workers) == {"tars": tars, "samples": 6, "bad": {}}
+        assert tars > 2 and tree(tmp_path / "out") == before
+    (tmp_path / "out" / "train" / "000000.tar.index.json").unlink()
+    several = [str(tmp_path / "out" / "train" / "00000[01].tar"), tmp_path / "out" / "train" / "000000.tar"]
+    assert index_existing(several)["tars"] == 2  # a tar named twice is read once
     assert tree(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ConfigError, match="no such path"):
         index_existing(tmp_path / "out")
+
+
+def test_weighted_captions_are_stored_beside_the_first(film: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"captions": ["film", {"text": "\u30d5\u30a3\u30eb\u30e0", "weight": 2.5}]},
+        {"captions": [{"text": "half", "weight": 0.5}]},
+        {"captions": ["one"]},
+        {"captions": []},
+    ]
+    spans = [{"path": "film.mp4", "start": n / 2, "end": n / 2 + 0.5} for n in range(4)]
+    manifest = write_manifest(film.parent / "m.jsonl", [a | b for a, b in zip(rows, spans, strict=True)])
+    report = make_shards(manifest, tmp_path / "out", options=ShardOptions())
+    with tarfile.open(tmp_path / "out" / "train" / "000000.tar") as archive:
+        members = {m.name.partition("_film.")[2] + m.name[7]: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
+    text = "\u30d5\u30a3\u30eb\u30e0"
+    assert json.loads(members["captions.json0"]) == [["film", 1.0], [text, 2.5]]
+    assert json.loads(members["captions.json1"]) == [["half", 0.5]]
+    assert [members[f"txt{n}"] for n in range(4)] == [b"film", b"half", b"one", b""]
+    assert "captions.json2" not in members and "captions.json3" not in members
+    index = open_index(str(tmp_path / "out" / "train"))
+    assert index.captions(index.entries[0]) == (("film", 1.0), (text, 2.5))
+    assert [e.caption_chars for e in index.entries] == [(4, 4), (4,), (3,), (0,)]
+    assert (report["splits"]["train"]["captions"], report["splits"]["train"]["uncaptioned"]) == (5, 1)
+
+
+JOB = """
+import os, signal, sys
+import numpy as np
+from ltd.data import pieces, shards
+from ltd.data.curate.filters import FilterOptions
+from ltd.data.curate.shots import ShotOptions
+from ltd.data.shards import ShardOptions, make_shards
+
+source, out, phase, count, workers = sys.argv[1:4] + [int(a) for a in sys.argv[4:]]
+class Halves:
+    name, size = "halves", (18, 24)
+    def __call__(self, frames):
+        n = sum(1 for _ in frames)
+        return [(0, n // 2), (n // 2, n)]
+def kill_after(module, name, fits):
+    real, seen = getattr(module, name), []
+    def counted(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if fits(*args):
+            seen.append(args)
+            if len(seen) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(module, name, counted)
+if phase == "pieces":
+    kill_after(pieces, "write_bytes", lambda path, data: path.suffix == ".mp4")
+elif phase == "shots":
+    kill_after(pieces, "write_bytes", lambda path, data: path.parent.name == "shots")
+elif phase == "tars":
+    kill_after(shards, "index_tar", lambda path: True)
+elif phase == "publish":
+    kill_after(shards.os, "replace", lambda a, b: os.path.isdir(b))
+options = ShardOptions(
+    shard_size_mb=0.004, workers=workers, filters=FilterOptions(dedupe_bits=2), shots=ShotOptions(min_shot_s=0)
+)
+make_shards(source, out, options=options, detector=Halves())
+"""
+
+
+def run_job(source: Path, out: Path, phase: str = "none", count: int = 0, workers: int = 2) -> int:
+    root = Path(shards.__file__).parents[2]
+    arguments = [str(source), str(out), phase, str(count), str(workers)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", JOB, *arguments], env=environment, check=False).returncode
+
+
+@pytest.fixture
+def library(film: Path) -> Path:
+    """A folder of a film, a shorter one, some stills, an image twice and a file that is none."""
+    folder = film.parent
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        picture = np.kron(rng.integers(0, 255, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+        (folder / f"p{number}.png").write_bytes(encode_image(picture))
+    shutil.copy(folder / "p1.png", folder / "p9.png")
+    (folder / "heldout").mkdir()
+    frames = np.stack(
+        [np.roll(np.kron(rng.integers(0, 255, (6, 8, 3)), np.ones((8, 8, 1))), 4 * n, 1) for n in "1" * 9]
+    )
+    (folder / "heldout" / "s.mp4").write_bytes(encode_video(frames.astype(np.uint8), 12.0))
+    (folder / "bad.mp4").write_bytes(b"no film")
+    return folder
+
+
+def test_a_job_killed_anywhere_gives_the_same_bytes(library: Path, tmp_path: Path) -> None:
+    assert run_job(library, tmp_path / "whole", workers=1) == 0
+    expected = tree(tmp_path / "whole")
+    report = json.loads(expected["make_shards.json"])
+    assert report["filters"] == {"dedupe_bits": 1} and report["causes"] == {"undecodable": 1}
+    assert len(report["splits"]["train"]["shards"]) > 2 and report["splits"]["heldout"]["samples"] == 2
+    out = tmp_path / "out"  # killed in every phase in turn, with a number of workers of its own each time
+    for phase, count, workers in (("shots", 1, 1), ("pieces", 2, 3), ("tars", 2, 2), ("publish", 1, 2)):
+        assert run_job(library, out, phase, count, workers) == -signal.SIGKILL, phase
+        assert not (out / "heldout").exists() or phase == "publish"
+    assert run_job(library, out) == 0
+    assert tree(out) == expected
+    assert sorted(path.name for path in out.iterdir()) == ["heldout", "make_shards.json", "train"]
+
+
+def test_finished_tars_are_kept_and_their_pieces_removed(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    real, options = shards.index_tar, ShardOptions(shard_size_mb=0.01, workers=1)
+
+    def counted(path: Path) -> Any:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(f"{path.parent.name}/{path.name}")
+        return real(path)
+
+    monkeypatch.setattr(shards, "index_tar", counted)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(library, tmp_path / "out", options=options)
+    (work,) = (tmp_path / "out").glob(".work-*")
+    left = {path.name[:8] for path in (work / "pieces").iterdir() if path.suffix != ".json"}
+    packed = {e.key[:8] for tar in made for e in open_index(str(work / tar)).entries}
+    assert packed and not left & packed
+    first = list(made)
+    made.clear()
+    monkeypatch.setattr(shards, "index_tar", lambda path: (made.append(f"{path.parent.name}/{path.name}"), real(path)))
+    report = make_shards(library, tmp_path / "out", options=options)
+    total = sum(len(split["shards"]) for split in report["splits"].values())
+    assert len(made) == total - 2 and not set(made) & set(first)
+
+
+def test_places_that_cannot_be_written_are_refused_in_one_line(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file" / "out", "out cannot be written: Not a directory"),
+        (tmp_path / "file", "file cannot be written: (Not a directory|File exists)"),
+        (Path("/proc/out"), "cannot be written: "),
+        (library / "out", "is a source's own folder or below it"),
+        (library, "is a source's own folder or below it"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            make_shards(library, out, options=ShardOptions())
+        assert str(caught.value).startswith("--out: ") and "\n" not in str(caught.value)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "make_shards.json").write_text("{")
+    with pytest.raises(ConfigError, match="make_shards.json is damaged"):
+        make_shards(library, tmp_path / "out", options=ShardOptions())
+
+
+def test_a_turned_film_is_cut_upright(film: Path, tmp_path: Path) -> None:
+    data = bytearray(encode_video(np.stack([draw_half(n) for n in range(8)]), 24.0, crf=4))
+    matrix = data.index(b"tkhd") + 4 + 40
+    quarter = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # as phones write it: to be turned clockwise
+    data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in quarter)
+    (film.parent / "turned.mp4").write_bytes(data)
+    rows = [{"path": "turned.mp4", "start": 0.0, "end": 0.25}]
+    cut_rows(film.parent, tmp_path / "out", rows, cut=CutOptions(size=32))
+    index = open_index(str(tmp_path / "out" / "train"))
+    about = json.loads(index.read(index.entries[0], "json"))
+    assert (about["width"], about["height"], about["source_size"]) == (32, 48, [64, 96])
+    assert about["transform"]["turn"] == 90
+    frames = decode_clip(index.read(index.entries[0], "mp4"), start=0, num_frames=6)
+    assert frames.shape == (6, 48, 32, 3)
+    assert frames[:, :20].mean() > 200 and frames[:, 28:].mean() < 60  # bright left became bright top
+
+
+def draw_half(_: int) -> np.ndarray:
+    frame = np.full((64, 96, 3), 20, dtype=np.uint8)
+    frame[:, :48] = 230
+    return frame
 
 
 @pytest.mark.parametrize(

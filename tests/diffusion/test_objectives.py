@@ -86,6 +86,45 @@ def test_the_shift_reaches_training_times_and_evaluation_times():
     assert logit_normal.evaluation_times(1, cells=9).item() == pytest.approx(0.75)
 
 
+MIXED = [
+    torch.randn(3, *size, generator=torch.Generator().manual_seed(i))
+    for i, size in enumerate([(1, 2, 2), (3, 2, 4), (1, 2, 2), (2, 6, 1)])
+]
+
+
+def nonlinear(x_t, t, cond):
+    if isinstance(x_t, list):
+        return [nonlinear(x[None], time, cond)[0] for x, time in zip(x_t, t.split(1), strict=True)]
+    return x_t.sin() * (1 + t.reshape(-1, 1, 1, 1, 1))
+
+
+def test_samples_of_any_sizes_equal_the_same_samples_one_by_one():
+    config = FlowMatchingConfig(shift=ShiftConfig(base_cells=6), stratified=True, cosine_weight=0.3)
+    objective = FlowMatching(config)
+    losses, weights = objective.loss(nonlinear, MIXED, None, DRAWS)
+    alone = [objective.loss(nonlinear, x[None], None, DrawRandom(5, [i]))[0] for i, x in enumerate(MIXED)]
+    assert torch.equal(losses, torch.cat(alone)) and torch.equal(weights, torch.ones(4))
+    assert losses.unique().numel() == 4
+    fixed = objective.loss_at(nonlinear, [x.double() for x in MIXED], None, DRAWS, 0.3)
+    assert fixed.dtype == torch.float64
+    alone = [objective.loss_at(nonlinear, x[None], None, DrawRandom(5, [i]), 0.3) for i, x in enumerate(MIXED)]
+    assert torch.allclose(fixed.float(), torch.cat(alone), atol=1e-6)
+
+
+def test_a_list_meets_the_noise_and_times_of_the_batch_bit_by_bit():
+    seen = []
+
+    def spy(x_t, t, cond):
+        seen.append((x_t if isinstance(x_t, list) else list(x_t), t))
+        return x_t
+
+    objective = FlowMatching(FlowMatchingConfig(shift=ShiftConfig(base_cells=3)))
+    both = [objective.loss(spy, x0, None, DRAWS)[0] for x0 in (X0, list(X0))]
+    assert torch.equal(*both)
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], seen[1][0], strict=True))
+
+
 def test_negative_cosine_weight_is_refused():
     with pytest.raises(ConfigError, match="cosine_weight: got -1"):
         FlowMatchingConfig(cosine_weight=-1.0)

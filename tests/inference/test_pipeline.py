@@ -76,13 +76,13 @@ def test_cache_holds_what_the_autoencoder_gives(pipeline: Path) -> None:
     assert (len(views), len(cache.entries)) == (8, 16)
     assert cache.manifest["autoencoder_hash"] == autoencoders.weights_hash(model)
     window = enumerate_windows(index, [_view(9)])[3]
-    entry = next(entry for entry in cache.entries if entry.key == window.key)
+    row = next(number for number, entry in enumerate(cache.entries) if entry.key == window.key)
     pixels = torch.from_numpy(read_window(index, window))[None]
     posterior = model.encode(pixels_to_video(pixels))
-    stored = cache.read(entry)
-    assert stored.mean is not None and stored.logvar is not None
-    torch.testing.assert_close(stored.mean, posterior.mean[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(stored.logvar, posterior.logvar[0], rtol=1e-4, atol=1e-4)
+    stored = cache.load(np.array([row]))
+    assert stored.captions == (index.caption(window.entry),)
+    torch.testing.assert_close(stored.mean, posterior.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stored.logvar, posterior.logvar, rtol=1e-4, atol=1e-4)
 
 
 def test_cached_and_encoded_latents_train_alike(pipeline: Path) -> None:

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 
 from ltd.nn import attention
 from ltd.nn.attention import CrossAttention, SelfAttention, attend, available_backends, select_backend
+from ltd.nn.packing import Segments
 from ltd.nn.rope import rope_tables
 
 
@@ -65,6 +66,46 @@ def test_bf16_on_the_cpu_is_the_float32_result_rounded():
     assert torch.equal(out, attend(q.float(), k.float(), v.float()).bfloat16())
 
 
+def packed_qkv(segments, dtype=torch.float64):
+    torch.manual_seed(0)
+    sizes = (sum(segments.q_lengths), sum(segments.k_lengths), sum(segments.k_lengths))
+    return [torch.randn(1, size, 3, 8, dtype=dtype, requires_grad=True) for size in sizes]
+
+
+def owners(lengths):
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def block_diagonal(q, k, v, segments):
+    same = owners(segments.q_lengths)[:, None] == owners(segments.k_lengths)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhnm,bmhd->bnhd", scores.masked_fill(~same, float("-inf")).softmax(-1), v)
+
+
+SEGMENTS = [
+    Segments((3, 5, 3, 1), (3, 5, 3, 1)),
+    Segments((3, 3, 2, 3), (2, 1, 4, 2)),
+    Segments((0, 3, 0, 4, 0), (2, 3, 0, 1, 2)),  # keys that no query reads
+]
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_segments_equal_a_block_diagonal_mask(segments):
+    q, k, v = packed_qkv(segments)
+    out, expected = attend(q, k, v, segments=segments), block_diagonal(q, k, v, segments)
+    assert torch.allclose(out, expected, atol=1e-12)
+    found, true = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, expected))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, true, strict=True))
+
+
+def test_segments_and_a_mask_or_several_rows_are_refused():
+    q, k, v = packed_qkv(SEGMENTS[0])
+    with pytest.raises(ValueError, match="one row and no key_mask"):
+        attend(q, k, v, torch.ones(1, 12, dtype=torch.bool), segments=SEGMENTS[0])
+    with pytest.raises(ValueError, match="got 2 rows"):
+        attend(*qkv(), segments=Segments((5,), (7,)))
+
+
 def reference_self_attention(module, dim, heads):
     reference = Attention(dim, heads=heads, dim_head=dim // heads, bias=True, qk_norm="rms_norm", eps=1e-6)
     weights, biases = module.qkv.weight.chunk(3), module.qkv.bias.chunk(3)
@@ -117,12 +158,24 @@ class FakeCuda(SimpleNamespace):
         super().__init__(device=torch.device("cuda"), dtype=dtype, shape=(2, 5, 3, head_dim))
 
 
+def varlen(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+    """What both flash-attn interfaces define, on (tokens, heads, head_dim), block by block."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    sizes = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    assert (int(sizes[0].max()), int(sizes[1].max())) == (max_seqlen_q, max_seqlen_k)
+    assert sizes[0].min() > 0 and sizes[1].min() > 0
+    blocks = zip(q.split(sizes[0].tolist()), *(x.split(sizes[1].tolist()) for x in (k, v)), strict=True)
+    return torch.cat([naive(*(x[None] for x in block))[0] for block in blocks])
+
+
 @pytest.fixture
 def fake_kernels(monkeypatch):
     """Make flash-attn 4 and 2 importable; returns the switch that says which are installed."""
     installed = {"flash_attn_4": True, "flash_attn_2": True, "sdpa": True}
     two, four = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
     two.flash_attn_func = lambda q, k, v: q + 2
+    two.flash_attn_varlen_func = varlen
+    four.flash_attn_varlen_func = lambda *args, **options: (varlen(*args, **options), None)
     four.flash_attn_func = lambda q, k, v: (q + 4, None)
     monkeypatch.setitem(sys.modules, "flash_attn", two)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", four)
@@ -173,8 +226,29 @@ def test_a_kernel_that_does_not_load_is_skipped_with_a_warning(fake_kernels, mon
 def test_the_chosen_kernel_runs_and_its_extra_results_are_dropped(fake_kernels, monkeypatch):
     q, k, v = (x.detach() for x in qkv())
     for name, added in (("flash_attn_4", 4), ("flash_attn_2", 2)):
-        monkeypatch.setattr(attention, "select_backend", lambda q, *, masked, name=name: name)
+        monkeypatch.setattr(attention, "select_backend", lambda q, *, masked, packed=False, name=name: name)
         assert torch.equal(attend(q, k, v), q + added)
+
+
+@pytest.mark.parametrize("name", ["flash_attn_4", "flash_attn_2"])
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_packs_run_through_the_varlen_kernel(fake_kernels, monkeypatch, name, segments):
+    q, k, v = packed_qkv(segments)
+    expected = block_diagonal(q, k, v, segments)
+    monkeypatch.setattr(attention, "select_backend", lambda q, *, masked, packed: name if packed else "sdpa")
+    monkeypatch.setattr(attention, "_sdpa", None)
+    with torch.inference_mode():
+        assert torch.allclose(attend(q, k, v, segments=segments), expected, atol=1e-12)
+    out = attend(q, k, v, segments=segments)
+    found, true = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, expected))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, true, strict=True))
+    assert not any(x.is_inference() for x in (attention._offsets(segments.q_lengths, q.device),))
+
+
+def test_a_flash_attn_without_varlen_serves_whole_tensors_only(fake_kernels, monkeypatch):
+    monkeypatch.delattr(sys.modules["flash_attn.cute"], "flash_attn_varlen_func")
+    assert select_backend(FakeCuda(), masked=False, packed=True, capability=(9, 0)) == "flash_attn_2"
+    assert select_backend(FakeCuda(), masked=False, capability=(9, 0)) == "flash_attn_4"
 
 
 @pytest.mark.parametrize(("files", "expected"), [(("cute",), (True, False)), (("cute", "__init__.py"), (True, True))])
@@ -199,3 +273,6 @@ def test_flash_equals_sdpa_on_a_gpu():
     assert select_backend(q, masked=False) != "sdpa"
     reference = attention._sdpa(q.float(), k.float(), v.float(), None)
     assert (attend(q, k, v).float() - reference).abs().max() < 0.02
+    packed, segments = [x[:1] for x in (q, k, v)], Segments((30, 1, 34), (30, 1, 34))
+    reference = attention._sdpa_segments(*(x.float() for x in packed), segments)
+    assert (attend(*packed, segments=segments).float() - reference).abs().max() < 0.02

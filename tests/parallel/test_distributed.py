@@ -153,6 +153,14 @@ def test_recomputed_blocks_with_own_parameters(results: dict[str, Any], zero: in
     assert found["gradient"] < 1e-5
 
 
+@pytest.mark.parametrize(("degree", "zero"), [(1, 2), (2, 0), (2, 3)])
+def test_packed_samples_equal_one_by_one_in_a_plain_process(results: dict[str, Any], degree: int, zero: int) -> None:
+    found = get(results, f"packed-{degree}-{zero}")
+    figures = {name: figure for name, figure in found.items() if name != "seconds"}
+    assert len(figures) == 6
+    assert max(figures.values()) < 1e-5, figures
+
+
 @pytest.mark.parametrize("row", range(4))
 def test_proof_row_equals_the_plain_process(results: dict[str, Any], row: int) -> None:
     assert misses_of(get(results, f"proof-{row}")) == []

@@ -1,0 +1,1 @@
+"""Speed against peers, one module per kind of work; ``tools/bench.py`` runs them."""
