@@ -275,7 +275,7 @@ def _read(index: Index, view: ViewConfig, cuts: list[tuple[Entry, Placement]]) -
     with Progress(len(cuts), "read real clips", unit="clips") as progress:
         for entry, placement in cuts:
             frames = decode_cut(index.read(entry, entry.media), entry, view, placement)
-            pixels.append(torch.from_numpy(frames))
+            pixels.append(torch.from_numpy(frames.copy()))
             progress.update()
     captions = tuple(index.caption(entry).strip() for entry, _ in cuts)
     return Clips(torch.stack(pixels), captions, tuple(f"{entry.shard}/{entry.key}" for entry, _ in cuts))

@@ -21,9 +21,12 @@ from torch.utils.dlpack import from_dlpack
 from ltd.config import ConfigError
 from ltd.data.batch import BadSampleError
 from ltd.data.frames import FrameReader, Scaler, check_size
-from ltd.data.transforms import cover, cover_size, cut
+from ltd.data.transforms import cover, cover_size, cut_offset
 
 logger = logging.getLogger(__name__)
+# Once and for all, since `catch_warnings` is not safe in threads: sizes are checked here, EXIF may be damaged.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
 
 #: Images and frames of more pixels than this are refused before they are decoded.
 MAX_PIXELS = 64_000_000
@@ -123,14 +126,23 @@ def decode_image(
     """
     image = _open_image(data)
     turn = _orientation(image)
-    shown = image.size if turn in _SIDEWAYS else image.size[::-1]
+    stored = image.size
+    shown = stored if turn in _SIDEWAYS else stored[::-1]
     if height is None or width is None:
-        return _to_rgb(image, turn)[None]
+        return np.asarray(_upright(_to_rgb(image), turn))[None]
     scaled = cover_size(*shown, height, width)
     check_size(*scaled, MAX_PIXELS)
+    size = scaled if turn in _SIDEWAYS else scaled[::-1]
     # A JPEG can be decoded at a half, quarter or eighth of its size; twice the wanted size is enough to filter well.
-    image.draft(None, tuple(2 * side for side in (scaled if turn in _SIDEWAYS else scaled[::-1])))  # type: ignore[arg-type]
-    return cut(_to_rgb(image, turn)[None], scaled, height, width, crop)
+    image.draft(None, (2 * size[0], 2 * size[1]))
+    reduced = round(stored[0] / image.size[0]) if image.size != stored else 1
+    image = _to_rgb(image)
+    if size != stored:  # the last column and row of a reduced JPEG may lie partly outside of the picture
+        box = (0.0, 0.0, stored[0] / reduced, stored[1] / reduced)
+        image = image.resize(size, Image.Resampling.BICUBIC, box=box)
+    top, left = cut_offset(scaled, height, width, crop)
+    pixels = np.asarray(_upright(image, turn))
+    return np.ascontiguousarray(pixels[None, top : top + height, left : left + width])
 
 
 #: EXIF orientations that turn the picture by a quarter.
@@ -153,20 +165,21 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
-    """Load an opened image (its first frame, where it is animated) as uint8 ``(h, w, 3)``, upright and opaque."""
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Load an opened image (its first frame, where it is animated) as RGB, laid on white."""
     try:
-        if orientation in _TRANSPOSES:
-            image = image.transpose(_TRANSPOSES[orientation])
         if image.mode.startswith("I"):  # 16 bits of grey
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGB", image.size, (255, 255, 255))
             white.paste(image, mask=image.getchannel("A"))
-            image = white
-        return np.asarray(image.convert("RGB"))
+            return white
+        return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen types on corrupt bytes.
         raise BadSampleError("undecodable", f"image does not decode: {error}") from error
 
@@ -174,9 +187,7 @@ def _to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
 def _open_image(data: bytes) -> Image.Image:
     _check_bytes(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSampleError("too_large", str(error)) from error
     except Exception as error:  # as many types as there are ways to damage a header
@@ -202,8 +213,10 @@ def probe(data: bytes, extension: str | None = None) -> MediaInfo:
         return _probe_video(data)
     try:
         return _probe_image(data)
-    except BadSampleError:
-        return _probe_video(data)
+    except BadSampleError as error:
+        if error.cause != "undecodable":
+            raise
+    return _probe_video(data)
 
 
 def _probe_image(data: bytes) -> MediaInfo:

@@ -1,6 +1,6 @@
 """Index of WebDataset tars: where every sample's bytes lie and what they hold, so that tars are read at random.
 
-Beside ``name.tar`` stands ``name.tar.index.json``, made by ``ltd.data.indexing`` in the format of
+Beside ``name.tar`` stands ``name.tar.index.npz``, made by ``ltd.data.indexing`` in the format of
 ``ltd.data.index_file``. Tars lie in a store: local, or remote by URL.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from ltd.config import ConfigError
 from ltd.data.batch import BadSample, BadSampleError
 from ltd.data.entries import Entries, Entry
-from ltd.data.index_file import FORMAT, SUFFIX, from_json, index_command, index_path
+from ltd.data.index_file import FORMAT, SUFFIX, decode_index, index_command, index_path
 from ltd.data.indexing import decode_caption, decode_captions, index_tar
 from ltd.data.store import Store, is_remote
 
@@ -58,7 +58,7 @@ def read_index(tar: str | Path, store: Store | None = None) -> tuple[Entries, li
         data = store.read_all(path)
     except FileNotFoundError:
         raise ConfigError(f"data.shards: {tar} has no index ({path.rpartition('/')[2]}); {mend}") from None
-    problem, entries, bad = from_json(data, num_bytes=size, shard=tar)
+    problem, entries, bad = decode_index(data, num_bytes=size, shard=tar)
     if entries is None:
         raise ConfigError(f"data.shards: {path} {problem}; {mend}")
     return entries, bad

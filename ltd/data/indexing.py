@@ -17,7 +17,7 @@ from ltd.config import ConfigError
 from ltd.data.batch import BadSample, BadSampleError
 from ltd.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, probe
 from ltd.data.entries import ROLES, Entries, Entry
-from ltd.data.index_file import SUFFIX, to_json
+from ltd.data.index_file import SUFFIX, encode_index
 from ltd.data.store import Store
 
 #: Members larger than this are not read: no caption is that long.
@@ -209,5 +209,5 @@ def index_tar(tar: str | Path, store: Store | None = None) -> tuple[Entries, lis
         except Exception as error:  # a decoder's own surprise must not lose the other samples
             scan.reject(key, "undecodable", f"{type(error).__name__}: {error}")
     entries = Entries.of(rows)
-    store.write(f"{tar}{SUFFIX}", to_json(entries, scan.bad, tar=tar.rpartition("/")[2], num_bytes=size))
+    store.write(f"{tar}{SUFFIX}", encode_index(entries, scan.bad, tar=tar.rpartition("/")[2], num_bytes=size))
     return entries, scan.bad

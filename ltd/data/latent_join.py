@@ -108,8 +108,9 @@ class _Joined:
             self.text_dim = record["shape"][0]
             self.embeddings.setdefault(record["text"], (record["file"], record["row"], record["tokens"]))
         elif record["position"] not in self.seen:
-            self.seen.add(record["position"])
             if "file" in record:
+                self.seen.add(record["position"])
+                self.bad.pop(record["position"], None)  # a later run could read it
                 self._add_window(record)
             else:
                 self.bad[record["position"]] = dict(record)

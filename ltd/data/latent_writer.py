@@ -150,7 +150,8 @@ class LatentCacheWriter:
     def _know(self, record: Mapping[str, Any]) -> None:
         if "text" in record:
             self._texts.add(record["text"])
-        elif not self._done[record["position"]]:
+        # What could not be read is tried again by the next run of the command.
+        elif not self._done[record["position"]] and record.get("cause") != "unreadable":
             self._done[record["position"]] = True
             self.num_done += 1
 
@@ -237,7 +238,7 @@ class LatentCacheWriter:
 
         Args:
             window: The window.
-            cause: Short name of the cause.
+            cause: Short name of the cause; windows that are ``"unreadable"`` are tried again by the next run.
             message: What was found.
         """
         self._record({"position": window.position, "key": window.key, "cause": cause, "message": message})

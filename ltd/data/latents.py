@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ltd.config import ConfigError, digest
 from ltd.data.entries import Entries, Strings
+from ltd.data.index import Index
+from ltd.data.row_file import RowFile
 from ltd.data.transforms import FILTER
 
 FORMAT = 2
@@ -129,6 +131,25 @@ def check_cache(manifest: Mapping[str, Any], **expected: Any) -> None:
             )
 
 
+def check_source(manifest: Mapping[str, Any]) -> bool:
+    """Refuse a cache whose tars have changed since, where they still lie where they were.
+
+    Args:
+        manifest: Manifest of the cache.
+
+    Returns:
+        Whether it could be told: False where tars are gone, remote, or were not recorded.
+
+    Raises:
+        ConfigError: If the tars hold other samples now.
+    """
+    shards = [str(shard) for shard in manifest.get("shards", ())]
+    if not shards or not all(Path(shard).is_file() for shard in shards):
+        return False
+    check_cache(manifest, data_digest=Index(shards).digest)
+    return True
+
+
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Read the whole lines of a JSONL file that may end in half a line.
 
@@ -170,16 +191,17 @@ class LatentCache:
             raise ConfigError(f"data.shards: the latent cache {directory} holds no windows")
         try:
             self._open_columns(counts["windows"])
-            # Mean and log-variance are rows of their own: both come out whole, by one gather.
+            self._files = [self._open(file, (2, *file["shape"])) for file in self.manifest["files"]]
+            self._text_files = [self._open(file, (self.text_dim,)) for file in self.manifest["text_files"]]
             shapes = [file["shape"] for file in self.manifest["files"]]
-            self._latents = [self._map(f, (2, *f["shape"])).reshape(-1, *f["shape"]) for f in self.manifest["files"]]
-            self._texts = [self._map(file, (self.text_dim,)) for file in self.manifest["text_files"]]
         except ConfigError:
             raise
         except (KeyError, ValueError, TypeError, OSError) as error:
             raise ConfigError(
                 f"data.shards: the latent cache {directory} is damaged ({error}); make it again"
             ) from None
+        # Mean and log-variance are rows of their own: both come out whole, by one gather.
+        self._latents = [file.rows.reshape(-1, *shape) for file, shape in zip(self._files, shapes, strict=True)]
         self._shapes = np.array(shapes, dtype=np.int32)
         self._rows = np.array([file["rows"] for file in self.manifest["files"]], dtype=np.int64)
         #: int32 ``(n, 3)``, size (t, h, w) of each window's latents.
@@ -218,17 +240,8 @@ class LatentCache:
         with path.open("rb") as file:  # slices of a map are bytes
             return Strings(cast("bytes", mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), ends)
 
-    def _map(self, file: Mapping[str, Any], row: Sequence[int]) -> np.ndarray:
-        path = self.directory / file["path"]
-        count = path.stat().st_size // (int(np.prod(row)) * self._raw.itemsize) if path.is_file() else 0
-        if count < file["rows"]:
-            raise ConfigError(
-                f"data.shards: {path} is truncated: {count} rows, needed {file['rows']}; make the cache again"
-            )
-        shape = (int(file["rows"]), *row)
-        if not file["rows"]:
-            return np.zeros(shape, self._raw)
-        return np.memmap(path, self._raw, "r", shape=shape).view(np.ndarray)
+    def _open(self, file: Mapping[str, Any], shape: Sequence[int]) -> RowFile:
+        return RowFile(self.directory / file["path"], num_rows=int(file["rows"]), shape=shape, dtype=self._raw)
 
     @property
     def num_windows(self) -> int:
@@ -274,6 +287,7 @@ class LatentCache:
             raise ValueError("rows: got windows of more than one latent shape, needed one shape a call")
         if (rows >= (self._rows[first] if one_file else self._rows[files])).any():
             raise ConfigError(f"data.shards: the latent cache {self.directory} is damaged: a row is not in its file")
+        _fetch(self._files, files, rows)
         out = np.empty((2, len(rows), *shape.tolist()), self._raw)
         if one_file:
             places = np.concatenate([2 * rows, 2 * rows + 1])
@@ -307,18 +321,19 @@ class LatentCache:
         return tuple([buffer[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairs])
 
     def _gather_text(self, ids: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
-        if not self._texts:
+        if not self._text_files:
             return None, None
         out = np.zeros((len(ids), self.text_tokens, self.text_dim), self._raw)
         file, row, tokens = (column[ids] for column in self._text_place)
+        _fetch(self._text_files, file, row, tokens)
         for place, (number, begin, count) in enumerate(zip(file.tolist(), row.tolist(), tokens.tolist(), strict=True)):
-            out[place, :count] = self._texts[number][begin : begin + count]
+            out[place, :count] = self._text_files[number].rows[begin : begin + count]
         mask = np.arange(self.text_tokens) < tokens[:, None]
         return torch.from_numpy(out).view(self.dtype), torch.from_numpy(mask)
 
     def blank_text(self) -> tuple[Tensor | None, Tensor | None]:
         """Make zeros of the size of an embedding and its mask; None in a cache without text."""
-        if not self._texts:
+        if not self._text_files:
             return None, None
         text = torch.zeros(self.text_tokens, self.text_dim, dtype=self.dtype)
         return text, torch.zeros(self.text_tokens, dtype=torch.bool)
@@ -332,8 +347,17 @@ class LatentCache:
         Returns:
             ``(n, d)`` float32 padded with zeros, and bool ``(n,)``; None twice in a cache without text.
         """
-        if not self._texts:
+        if not self._text_files:
             return None, None
         text, mask = self._gather_text(np.array([self._strings.index(caption)]))
         assert text is not None and mask is not None
         return text[0].float(), mask[0]
+
+
+def _fetch(files: Sequence[RowFile], numbers: np.ndarray, rows: np.ndarray, counts: np.ndarray | None = None) -> None:
+    """Ask for all rows of a batch at once where they do not seem to be in memory; the first and last stand for all."""
+    if all(files[int(numbers[place])].in_memory(int(rows[place])) for place in ((0, -1) if len(rows) else ())):
+        return
+    spans = zip(numbers.tolist(), rows.tolist(), [1] * len(rows) if counts is None else counts.tolist(), strict=True)
+    for number, row, count in spans:
+        files[number].request(row, count)

@@ -363,7 +363,8 @@ def _read_part(entry: _Entry, offset: int, stop: int) -> bytes | None:
     except FileNotFoundError:
         return None
     try:
-        return _pread(fd, offset, stop) if os.fstat(fd).st_size >= stop else None
+        # A longer one than the file is no download of it, and is begun anew.
+        return _pread(fd, offset, stop) if stop <= os.fstat(fd).st_size <= entry.size else None
     finally:
         os.close(fd)
 

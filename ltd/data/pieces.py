@@ -108,7 +108,7 @@ def expand_shots(rows: Sequence[Row], folder: Path, detector: ShotDetector, opti
         found: dict[str, Any]
         try:
             found = asdict(detect_shots(row.file, detector, threads=threads))
-        except (BadSampleError, OSError) as error:
+        except Exception as error:  # whatever a damaged film does to a decoder or detector
             found = {"error": failed(row, error).error}
         write_bytes(folder / f"{row.key}.json", json.dumps(found).encode())
         yield None
@@ -190,10 +190,20 @@ def _make(group: list[Row], options: ShardOptions, threads: int) -> Iterator[tup
             else:
                 yield Piece(row, "", b"", {}), broken
         group = kept
+    done = set()
+    try:
+        for piece in _cut(group, options.cut, threads):
+            done.add(piece.row.key)
+            yield piece, None
+    except Exception as error:  # a codec's own surprise must not lose the other sources
+        yield from ((failed(row, error), None) for row in group if row.key not in done)
+
+
+def _cut(group: list[Row], options: CutOptions, threads: int) -> Iterator[Piece]:
     if group and group[0].kind == "image":
-        yield from ((cut_image(row, options.cut), None) for row in group)
+        yield from (cut_image(row, options) for row in group)
     elif group:
-        yield from ((piece, None) for piece in cut_video(group, options.cut, threads=threads))
+        yield from cut_video(group, options, threads=threads)
 
 
 def _store(piece: Piece, filtered: tuple[str, str] | None, folder: Path, options: ShardOptions) -> None:

@@ -5,8 +5,6 @@ To *cover* a size, the picture is scaled by one factor until it just covers it, 
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch.nn import functional
@@ -59,9 +57,9 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if frames.shape[1:3] == (height, width):
         return frames
-    with warnings.catch_warnings():  # about arrays that must not be written to, which nobody does
-        warnings.simplefilter("ignore", UserWarning)
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    if not (frames.flags.c_contiguous and frames.flags.writeable):  # torch takes neither turned nor read-only arrays
+        frames = frames.copy()
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     # torch's uint8 kernel is the filter of Pillow, at a fifth of the time, where it gets interleaved rows.
     scaled = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return scaled.permute(0, 2, 3, 1).numpy()
@@ -79,21 +77,6 @@ def cover(frames: np.ndarray, height: int, width: int, *, crop: tuple[float, flo
     Returns:
         uint8 ``(t, height, width, 3)``, contiguous; the source's own pixels where nothing is scaled.
     """
-    return cut(frames, cover_size(frames.shape[1], frames.shape[2], height, width), height, width, crop)
-
-
-def cut(frames: np.ndarray, scaled: tuple[int, int], height: int, width: int, crop: tuple[float, float]) -> np.ndarray:
-    """Scale frames to a size and cut.
-
-    Args:
-        frames: uint8 ``(t, h, w, 3)``.
-        scaled: (rows, columns) to scale to.
-        height: Rows of the cut.
-        width: Columns of the cut.
-        crop: Position of the cut as a share of the slack.
-
-    Returns:
-        uint8 ``(t, height, width, 3)``, contiguous.
-    """
+    scaled = cover_size(frames.shape[1], frames.shape[2], height, width)
     top, left = cut_offset(scaled, height, width, crop)
     return np.ascontiguousarray(resize(frames, *scaled)[:, top : top + height, left : left + width])

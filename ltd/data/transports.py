@@ -22,7 +22,7 @@ from ltd.data.remote import Identity, ReadError, RetryableError, StoreConfig, Tr
 logger = logging.getLogger(__name__)
 
 #: Most bytes taken from a socket at once.
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 17
 _SMALL_BYTES = 1 << 16
 #: Connections kept alive per server; more threads than this open short-lived ones.
 _CONNECTIONS = 32
@@ -194,7 +194,9 @@ class HttpTransport:
             return RetryableError("stall", "no byte came in time")
         if isinstance(error, errors.NewConnectionError | errors.ConnectTimeoutError):
             return RetryableError("connect", f"no connection ({error})")
-        return RetryableError("dropped", f"the connection broke ({error})")
+        # Its text repeats the causes; the first words say it.
+        text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+        return RetryableError("dropped", f"the connection broke ({text})")
 
 
 def _raise_status(status: int, retry_after: str | None, path: str) -> None:

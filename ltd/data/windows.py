@@ -15,8 +15,8 @@ from ltd.data.batching import frame_steps
 from ltd.data.decode import Backend
 from ltd.data.entries import KINDS, Entries, Entry
 from ltd.data.index import Index
-from ltd.data.plan import Placement, ViewConfig
 from ltd.data.media import decode_cut
+from ltd.data.plan import Placement, ViewConfig
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def enumerate_windows(
     index: Index,
     views: Sequence[ViewConfig],
     *,
+    samples: Sequence[np.ndarray] | None = None,
     windows_per_clip: int | None = None,
     window_step: int | None = None,
     flip: bool = False,
@@ -119,6 +120,7 @@ def enumerate_windows(
     Args:
         index: The tars.
         views: What to cut samples to.
+        samples: int64 ``(n,)`` for each view, the samples cut to it; None takes all.
         windows_per_clip: At most this many windows of one clip; None takes all that ``window_step`` gives.
         window_step: Source frames between windows; None cuts windows that do not overlap.
         flip: Whether a mirrored copy of each follows it.
@@ -128,8 +130,9 @@ def enumerate_windows(
     """
     parts = []
     for number, view in enumerate(views):
-        samples, starts = _starts(index.entries, view, count=windows_per_clip, step=window_step)
-        part = np.stack([samples, np.full_like(samples, number), starts, np.zeros_like(samples)], axis=1)
+        given = None if samples is None else samples[number]
+        cut, starts = _starts(index.entries, view, given, count=windows_per_clip, step=window_step)
+        part = np.stack([cut, np.full_like(cut, number), starts, np.zeros_like(cut)], axis=1)
         if flip:
             part = np.repeat(part, 2, axis=0)
             part[1::2, 3] = 1
@@ -138,11 +141,12 @@ def enumerate_windows(
 
 
 def _starts(
-    entries: Entries, view: ViewConfig, *, count: int | None, step: int | None
+    entries: Entries, view: ViewConfig, given: np.ndarray | None, *, count: int | None, step: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """List samples and first frames of the windows of a view, both int64 ``(n,)``."""
     columns = entries.columns
-    samples = np.flatnonzero(columns["kind"] == KINDS.index(view.kind))  # type: ignore[arg-type]
+    samples = np.arange(len(entries)) if given is None else given
+    samples = samples[columns["kind"][samples] == KINDS.index(view.kind)]  # type: ignore[arg-type]
     spans = (view.num_frames - 1) * frame_steps(columns["fps"][samples], view.fps) + 1
     lengths = np.stack([columns["frames"][samples].astype(np.int64), spans], axis=1)
     distinct, inverse = np.unique(lengths, axis=0, return_inverse=True)

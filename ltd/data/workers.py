@@ -7,13 +7,19 @@ of threads gives the same batches.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+#: Seconds that the end of the process waits for decoders: a thread that is torn out of one brings the process down.
+_EXIT_S = 5.0
+_POOLS: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 
 class SampleTimeoutError(TimeoutError):
@@ -65,15 +71,19 @@ class WorkerPool:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._num_threads = num_threads
         self._closed = False
+        self._threads: list[threading.Thread] = []
         for _ in range(num_threads):
             self._start_thread()
+        _POOLS.add(self)
 
     def _start_thread(self) -> None:
         # Daemon threads: a decoder stuck in native code must not keep the process from ending.
-        threading.Thread(target=self._work, name="ltd-data", daemon=True).start()
+        thread = threading.Thread(target=self._work, name="ltd-data", daemon=True)
+        self._threads = [old for old in self._threads if old.is_alive()] + [thread]
+        thread.start()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._closed:
             job.run()
             if job.abandoned:
                 return
@@ -122,7 +132,26 @@ class WorkerPool:
         return job.outcome()
 
     def close(self) -> None:
-        """Let the threads end once they have done their job."""
+        """Let the threads end once they have done the job they are at; jobs that wait are not begun."""
         self._closed = True
         for _ in range(self._num_threads):
             self._jobs.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the threads of a closed pool.
+
+        Args:
+            timeout_s: Seconds to wait at most, for all of them.
+        """
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+@atexit.register
+def _end() -> None:
+    pools = list(_POOLS)
+    for pool in pools:
+        pool.close()
+    for pool in pools:
+        pool.join(_EXIT_S / len(pools))

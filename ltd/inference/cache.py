@@ -17,11 +17,15 @@ import torch
 
 from ltd import autoencoders
 from ltd.config import ConfigError, to_dict
-from ltd.data import ViewConfig
+from ltd.data import BucketsConfig, FixedConfig, PackedConfig, ViewConfig
+from ltd.data.batching import BatchingConfig, arrange_packs
+from ltd.data.buckets import arrange_buckets
+from ltd.data.entries import Entries
 from ltd.data.index import Index, open_index
 from ltd.data.latent_join import finish_cache
 from ltd.data.latent_writer import LatentCacheWriter
 from ltd.data.latents import CacheIdentity
+from ltd.data.store import is_remote
 from ltd.data.windows import Window, Windows, enumerate_windows, load_window
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, TransformersTextConfig, build_text_encoder
 from ltd.inference.media import pixels_to_video
@@ -30,6 +34,8 @@ from ltd.parallel.layout import Layout
 from ltd.progress import Progress
 
 logger = logging.getLogger(__name__)
+#: So many windows may fail whatever share they are.
+_FEW_BAD = 16
 #: uint8 frames ``(t, h, w, 3)``, and captions with their weights.
 _Decoded = tuple[np.ndarray, tuple[tuple[str, float], ...]]
 
@@ -46,8 +52,10 @@ class CacheConfig:
     autoencoder: str
     #: Text encoder of the captions; null caches no text.
     text: TextEncoderConfig | None = field(default_factory=TransformersTextConfig)
-    #: What samples are cut to; a denoiser that trains on the cache names the same sizes.
-    views: tuple[ViewConfig, ...]
+    #: What every sample is cut to; a denoiser that trains on the cache names the same sizes. With fixed batching only.
+    views: tuple[ViewConfig, ...] = ()
+    #: ``fixed`` takes ``views``; buckets and packs cut each sample to the one size that training with them would take.
+    batching: BatchingConfig = field(default_factory=FixedConfig)
     #: At most this many windows of one clip, evenly spread; null takes all that ``window_step`` gives.
     windows_per_clip: int | None = None
     #: Source frames between windows of a clip; null cuts windows that do not overlap.
@@ -62,8 +70,16 @@ class CacheConfig:
     batch_size: int = 8
     #: Threads that decode ahead.
     num_workers: int = 2
+    #: Share of the windows of a process that may fail before the job stops, [0, 1].
+    max_bad_fraction: float = 0.05
 
     def __post_init__(self) -> None:
+        fixed = self.batching.kind == "fixed"
+        if fixed != bool(self.views):
+            needed = "at least one with fixed batching" if fixed else f"none with batching.kind: {self.batching.kind}"
+            raise ConfigError(f"views: got {len(self.views)}, needed {needed}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction: got {self.max_bad_fraction}, needed a share in [0, 1]")
         for name in ("batch_size", "num_workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -117,25 +133,44 @@ class _Job:
     ) -> None:
         self.config, self.layout = config, layout
         self.autoencoder, self.encoder = autoencoder, encoder
-        for number, view in enumerate(config.views):
-            try:
-                autoencoder.compression.latent(view.shape)
-            except ValueError as error:
-                raise ConfigError(f"views[{number}]: {error}") from None
+        self.num_seen, self.num_bad = 0, 0
+        self._check_views(config.views, "views[{}]")
         self.hash = autoencoders.weights_hash(autoencoders.load(config.autoencoder))
+
+    def _check_views(self, views: Sequence[ViewConfig], name: str) -> None:
+        for number, view in enumerate(views):
+            try:
+                self.autoencoder.compression.latent(view.shape)
+            except ValueError as error:
+                raise ConfigError(f"{name.format(number)}: {error}") from None
+
+    def _cut(self, entries: Entries, split: str) -> tuple[tuple[ViewConfig, ...], tuple[np.ndarray, ...] | None]:
+        """Say what samples are cut to, and which samples to each; None is every sample that fits."""
+        match self.config.batching:
+            case FixedConfig():
+                return self.config.views, None
+            case BucketsConfig() as buckets:
+                found = arrange_buckets(buckets, entries, fill=split != "heldout")
+            case PackedConfig() as packs:
+                found = arrange_packs(packs, entries)
+        self._check_views(found.views, "batching.token: size {} of the data")
+        return found.views, found.ids
 
     def run(self, shards: Path, out: Path) -> Path:
         config, layout = self.config, self.layout
         index = open_index(str(shards))
+        views, samples = self._cut(index.entries, shards.name)
         windows = enumerate_windows(
             index,
-            config.views,
+            views,
+            samples=samples,
             windows_per_clip=config.windows_per_clip,
             window_step=config.window_step,
             flip=config.flip,
         )
         if not windows:
-            raise ConfigError(f"views: no sample of {shards} fits any of {', '.join(map(str, config.views))}")
+            sizes = ", ".join(map(str, config.views)) or "the sizes of batching"
+            raise ConfigError(f"views: no sample of {shards} fits any of {sizes}")
         if layout.is_main:
             out.mkdir(parents=True, exist_ok=True)
         layout.barrier()
@@ -145,7 +180,7 @@ class _Job:
             windows,
             global_rank=layout.global_rank,
             world_size=layout.world_size,
-            shards=index.shards,
+            shards=[shard if is_remote(shard) else str(Path(shard).resolve()) for shard in index.shards],
         )
         if not writer.complete:
             self._write(index, writer, f"cache {out.name}")
@@ -161,6 +196,7 @@ class _Job:
         config, model, encoder = self.config, self.autoencoder, self.encoder
         transforms: dict[str, Any] = {
             "views": [to_dict(view) for view in config.views],
+            "batching": to_dict(config.batching),
             "windows_per_clip": config.windows_per_clip,
             "window_step": config.window_step,
             "flip": config.flip,
@@ -206,6 +242,16 @@ class _Job:
                 writer.skip(window, cause=cause, message=f"{type(decoded).__name__}: {decoded}")
             else:
                 good.append((window, decoded))
+        self.num_seen, self.num_bad = self.num_seen + len(batch), self.num_bad + len(batch) - len(good)
+        if (
+            self.num_bad > max(_FEW_BAD, self.config.max_bad_fraction * self.num_seen)
+            and self.config.max_bad_fraction < 1
+        ):
+            last = next(decoded for _, decoded in reversed(batch) if isinstance(decoded, Exception))
+            raise ConfigError(
+                f"max_bad_fraction: got {self.num_bad} bad windows of {self.num_seen}, needed a share of at most "
+                f"{self.config.max_bad_fraction:g}; mend the data and run it again, or raise this; last: {last}"
+            )
         if not good:
             return
         self._write_texts(writer, [text for _, (_, captions) in good for text, _ in captions])

@@ -123,19 +123,24 @@ def test_unusable_shards_say_what_to_do(tmp_path: Path, write_tar: WriteTar) -> 
 def test_a_damaged_index_names_the_command(tmp_path: Path, write_tar: WriteTar) -> None:
     tar = write_tar(tmp_path / "x.tar", {"a.png": STILL, "b.png": STILL})
     index_tar(tar)
-    whole = index_path(tar).read_text()
-    record = json.loads(whole)
-    short = {**record, "width": record["width"][:1]}
-    other = {**record, "extension": ["png", "exe"]}
-    damaged = [
-        whole[:60],
-        "nonsense",
-        "",
-        "[]",
-        *map(json.dumps, ({**record, "format": 99}, short, other, {"format": 2})),
-    ]
-    for text in damaged:
-        index_path(tar).write_text(text)
+    whole = index_path(tar).read_bytes()
+    with np.load(io.BytesIO(whole)) as file:
+        columns = dict(file)
+    header = json.loads(columns["header"].tobytes())
+
+    def changed(**values: object) -> bytes:
+        buffer = io.BytesIO()
+        text = json.dumps({**header, **{name: v for name, v in values.items() if name in header}})
+        arrays = {name: v for name, v in values.items() if name not in header}
+        np.savez(buffer, **{**columns, **arrays, "header": np.frombuffer(text.encode(), np.uint8)})  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    index_path(tar).write_bytes(changed())
+    assert len(read_index(tar)[0]) == 2
+    damaged = [whole[:60], b"nonsense", b"", b"[]", whole[: len(whole) // 2], changed(format=99), changed(samples=3)]
+    damaged += [changed(width=columns["width"][:1]), changed(key=columns["key"][:1]), changed(extensions=["exe"])]
+    for data in damaged:
+        index_path(tar).write_bytes(data)
         with pytest.raises(ConfigError, match=r"run: python tools/make_shards\.py --index-only"):
             read_index(tar)
 

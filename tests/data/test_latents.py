@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +26,8 @@ from ltd.data import DataConfig, ViewConfig, build_loader, evaluation_batches
 from ltd.data.index import Index, index_tar, open_index
 from ltd.data.latent_join import finish_cache
 from ltd.data.latent_writer import LatentCacheWriter
-from ltd.data.latents import RULES, CacheIdentity, LatentCache, check_cache, read_cache_manifest
+from ltd.data.latents import RULES, CacheIdentity, LatentCache, check_cache, check_source, read_cache_manifest
+from ltd.data.row_file import RowFile
 from ltd.data.windows import Window, Windows, enumerate_windows, window_starts
 from ltd.data.write import encode_image
 
@@ -82,7 +87,8 @@ def write(
     directory: Path, index: Index, windows: Windows, *, stop: int | None = None, **fields: Any
 ) -> LatentCacheWriter:
     world = {"global_rank": fields.pop("global_rank", 0), "world_size": fields.pop("world_size", 1)}
-    writer = LatentCacheWriter(directory, identity(index, **fields), windows, **world)
+    shards = [str(Path(shard).resolve()) for shard in index.shards]
+    writer = LatentCacheWriter(directory, identity(index, **fields), windows, shards=shards, **world)
     for window in writer.pending()[:stop]:
         captions = index.captions(window.entry)
         if writer.identity.text_encoder is not None:
@@ -164,9 +170,11 @@ def test_three_processes_make_what_one_makes(tmp_path: Path, index: Index, windo
         LatentCacheWriter(tmp_path / "three", identity(index), windows, global_rank=rank, world_size=3)
         for rank in range(3)
     ]
+    # A job of another size that runs at the same time, by mistake: its windows are there twice.
+    writers.append(LatentCacheWriter(tmp_path / "three", identity(index), windows))
     embedded: list[str] = []
     for writer in writers:
-        for window in writer.pending():
+        for window in writer.pending()[: 3 if writer.world_size == 1 else None]:
             captions = index.captions(window.entry)
             missing = writer.missing_texts(["", *(text for text, _ in captions)])
             embedded += missing
@@ -261,9 +269,12 @@ def test_a_process_killed_in_the_middle_of_a_row_goes_on(
     check_content(LatentCache(tmp_path / "c"), index, list(windows))
 
 
-def test_windows_that_fail_are_recorded(tmp_path: Path, index: Index, windows: Windows) -> None:
+def test_windows_that_fail_are_recorded_and_what_was_unreadable_is_tried_again(
+    tmp_path: Path, index: Index, windows: Windows
+) -> None:
     writer = LatentCacheWriter(tmp_path / "c", identity(index), windows)
     writer.skip(windows[4], cause="undecodable", message="broken")
+    writer.skip(windows[5], cause="unreadable", message="the network is down")
     mean, logvar = latents(windows[7])
     logvar[0, 0, 0, 0] = float("nan")
     assert not writer.add(windows[7], mean=mean, logvar=logvar)
@@ -343,6 +354,26 @@ def test_a_cache_of_older_rules_is_refused_without_being_asked(
         check_cache(manifest)
 
 
+def test_a_cache_of_tars_that_changed_is_refused(tmp_path: Path, captioned: Index) -> None:
+    windows = enumerate_windows(captioned, VIEWS)
+    write(tmp_path / "c", captioned, windows)
+    manifest = finish_cache(tmp_path / "c")
+    assert check_source(manifest)
+    tar = Path(captioned.shards[0])
+    with tarfile.open(tar) as archive:
+        kept = {m.name: archive.extractfile(m).read() for m in archive if not m.name.startswith("b.")}  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as archive:
+        for name, data in kept.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    index_tar(tar)
+    with pytest.raises(ConfigError, match=f"data_digest = {captioned.digest}, but this run has [0-9a-f]{{64}}; make"):
+        check_source(manifest)
+    tar.unlink()
+    assert not check_source(manifest)
+
+
 def test_the_named_window_rule_is_what_the_code_does() -> None:
     """Whoever changes where windows lie changes RULES["windows"], so that caches made before are refused."""
     starts = [window_starts(29, 5, count=count, step=step) for count in (None, 1, 3) for step in (None, 4, 9)]
@@ -386,6 +417,50 @@ def test_a_damaged_or_foreign_directory_is_refused(tmp_path: Path, index: Index,
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 1}))
     with pytest.raises(ConfigError, match="of format 1, needed 2; make it again"):
         LatentCache(directory)
+
+
+def test_rows_that_are_not_in_memory_are_asked_for_first(
+    tmp_path: Path, index: Index, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(2):
+        write(tmp_path / "c", index, windows, global_rank=rank, world_size=2)
+    finish_cache(tmp_path / "c")
+    cache = LatentCache(tmp_path / "c")
+    rows = np.array([3, 20, 8, 9])
+    asked: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr(RowFile, "request", lambda self, row, count=1: asked.append((self.path, row, count)))
+    monkeypatch.setattr(RowFile, "in_memory", lambda self, row: True)
+    expected = cache.load(rows)
+    assert not asked
+    monkeypatch.setattr(RowFile, "in_memory", lambda self, row: False)
+    assert torch.equal(cache.load(rows).mean, expected.mean)
+    parts = [tmp_path / "c" / "parts" / f"0000{row % 2}-of-00002" / "latents_3x2x3x4.bin" for row in rows]
+    assert asked[:4] == [(path, row // 2, 1) for path, row in zip(parts, rows.tolist(), strict=True)]
+    tokens = [len(caption.split()) for caption in expected.captions]
+    assert [count for _, _, count in asked[4:]] == tokens
+
+
+def test_the_files_of_a_cache_open_and_ask_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache" / "part" / "x.bin"
+    path.parent.mkdir(parents=True)
+    values = np.arange(60_000, dtype=np.int16).reshape(5, 3, 4000)
+    path.write_bytes(values.tobytes() + b"half a row")
+    rows = {"num_rows": 5, "shape": (3, 4000), "dtype": np.dtype(np.int16)}
+    file = RowFile(path, **rows)
+    assert np.array_equal(file.rows, values) and not file.rows.flags.writeable
+    file.request(1, 2)  # more than a hint only where the rows are not in memory
+    for answer, known in ((1, True), (BlockingIOError(), False), (OSError(errno.EOPNOTSUPP, "cannot tell"), False)):
+        monkeypatch.setattr("os.preadv", mock.Mock(side_effect=[answer]))
+        assert file.in_memory(4) == known
+    with pytest.raises(ConfigError, match="truncated: 5 rows, needed 6"):
+        RowFile(path, **{**rows, "num_rows": 6})
+
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("mmap.mmap", none_left)
+    with pytest.raises(ConfigError, match=r"cache lies in more files than a process may open; .*ulimit -n"):
+        RowFile(path, **rows)
 
 
 def test_threads_read_the_same_cache(tmp_path: Path, index: Index, windows: Windows) -> None:
@@ -439,6 +514,13 @@ def test_processes_that_start_together_do_not_disturb_each_other(
             list(pool.map(work, range(4)))
         finish_cache(directory)
         check_content(LatentCache(directory), index, list(windows[:8]))
+
+
+def test_each_sample_is_cut_to_the_view_it_is_given_to(index: Index) -> None:
+    samples = [np.array([4, 2]), np.array([15])]
+    windows = enumerate_windows(index, VIEWS, samples=samples, windows_per_clip=1)
+    entries = [index.entries[place] for place in (4, 2, 15)]
+    assert [(w.entry, w.view) for w in windows] == list(zip(entries, (VIEWS[0], VIEWS[0], VIEWS[1]), strict=True))
 
 
 def test_windows_as_columns_are_the_windows_one_by_one(index: Index) -> None:

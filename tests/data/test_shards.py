@@ -196,11 +196,11 @@ def test_existing_tars_are_indexed(film: Path, tmp_path: Path) -> None:
     before = tree(tmp_path / "out")
     tars = len([name for name in before if name.endswith(".tar")])
     for workers in (1, 3):
-        for path in (tmp_path / "out").rglob("*.index.json"):
+        for path in (tmp_path / "out").rglob("*.index.npz"):
             path.unlink()
         assert index_existing(tmp_path / "out", workers=workers) == {"tars": tars, "samples": 6, "bad": {}}
         assert tars > 2 and tree(tmp_path / "out") == before
-    (tmp_path / "out" / "train" / "000000.tar.index.json").unlink()
+    (tmp_path / "out" / "train" / "000000.tar.index.npz").unlink()
     several = [str(tmp_path / "out" / "train" / "00000[01].tar"), tmp_path / "out" / "train" / "000000.tar"]
     assert index_existing(several)["tars"] == 2  # a tar named twice is read once
     assert tree(tmp_path / "out") == before
@@ -296,6 +296,7 @@ def library(film: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_killed_anywhere_gives_the_same_bytes(library: Path, tmp_path: Path) -> None:
     assert run_job(library, tmp_path / "whole", workers=1) == 0
     expected = tree(tmp_path / "whole")
@@ -421,3 +422,20 @@ def test_image_scaling_keeps_the_picture(film: Path, tmp_path: Path) -> None:
     index = open_index(str(tmp_path / "out" / "train"))
     small = decode_image(index.read(index.entries[0], "png"))[0].astype(float)
     assert np.abs(small - picture.reshape(40, 2, 60, 2, 3).mean(axis=(1, 3))).max() < 3
+
+
+def test_a_codec_that_fails_in_its_own_way_loses_its_source_only(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(cut.VideoEncoder):
+        def finish(self) -> bytes:
+            if self._count == 24:
+                raise RuntimeError("no such luck")
+            return super().finish()
+
+    monkeypatch.setattr(cut, "VideoEncoder", Failing)
+    (film.parent / "a.png").write_bytes(encode_image(np.zeros((40, 60, 3), dtype=np.uint8)))
+    rows = [{"path": "film.mp4", "end": 0.5}, {"path": "film.mp4", "start": 1.0, "end": 2.0}, {"path": "a.png"}]
+    report = cut_rows(film.parent, tmp_path / "out", rows)
+    assert report["skipped"] == [{"path": "film.mp4", "number": 1, "error": "RuntimeError: no such luck"}]
+    assert report["causes"] == {"RuntimeError": 1} and report["splits"]["train"]["samples"] == 2

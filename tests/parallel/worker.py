@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ltd import storage
 from ltd.config import ConfigError
-from ltd.denoisers import Conditioning, Dit, DitConfig
 from ltd.nn import seams
 from ltd.nn.attention import SelfAttention
 from ltd.parallel import (
@@ -38,6 +37,7 @@ from ltd.parallel import (
     sequence,
 )
 from ltd.parallel.torch_engine import TorchEngine
+from tests.parallel.packed_check import check_packed
 from tools.proofs._parallel_worker import Case, run_case, whole_weights
 
 STAGES = (0, 1, 2, 3)
@@ -491,62 +491,6 @@ def check_recompute(zero: int) -> dict[str, Any]:
     gradients = engine.gradients()
     worst = max(float((gradients[n] - p.grad).norm() / p.grad.norm()) for n, p in plain.named_parameters())
     return {"gradient": worst, "blocks": num_blocks}
-
-
-#: Packs of samples (t, h, w) for two processes: odd and even totals, a cut inside a sample, a process of padding only.
-PACKS = {
-    "odd": [(1, 2, 3), (3, 2, 2), (1, 2, 3), (2, 3, 3), (1, 1, 1)],
-    "one token": [(1, 1, 1)],
-    "cut between": [(1, 2, 3), (1, 3, 2)],
-}
-
-
-def packed_model(config: ParallelConfig, layout: Layout | None) -> Dit:
-    options = DitConfig(
-        latent_channels=2, patch=(1, 1, 1), width=16, depth=2, num_heads=2, text_dim=3, pooled_text=True
-    )
-    torch.manual_seed(4)
-    model = Dit(options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    if layout is not None:
-        activation.checkpoint_blocks(model, config)
-        sequence.shard(model, layout)
-    return model
-
-
-def packed_batch(name: str) -> tuple[list[Tensor], Tensor, Conditioning]:
-    generator = torch.Generator().manual_seed(6)
-    latents = [torch.randn(2, *size, generator=generator) for size in PACKS[name]]
-    t = torch.rand(len(latents), generator=generator)
-    mask = torch.rand(len(latents), 4, generator=generator) < 0.6
-    mask[-1] = False
-    return latents, t, Conditioning(torch.randn(len(latents), 4, 3, generator=generator), mask)
-
-
-def check_packed(degree: int, zero: int) -> dict[str, Any]:
-    """A pack through DeepSpeed against its samples one by one in a plain process; recomputed blocks, split sequence."""
-    config = ParallelConfig(zero=zero, sequence=degree, precision="fp32", activation_checkpointing="full")
-    layout = Layout.from_environment(config)
-    optim = OptimizerSettings(kind="sgd", grad_clip=None)
-    figures = {}
-    for name in PACKS:
-        engine = build_engine(packed_model(config, layout), config=config, optim=optim, layout=layout, num_backwards=1)
-        plain = packed_model(config, None)
-        latents, t, cond = packed_batch(name)
-        rows = [slice(i, i + 1) for i in range(len(latents))]
-        alone = [plain(x[None], t[row], cond.select(row))[0] for x, row in zip(latents, rows, strict=True)]
-        packed = engine(latents, t, cond)
-        losses = [torch.stack([x.square().mean() for x in outs]).sum() for outs in (alone, packed)]
-        losses[0].backward()
-        engine.backward(losses[1] / (layout.world_size // degree))  # without a split both processes hold the whole pack
-        gradients = engine.gradients()
-        total = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
-        errors = [(gradients[n] - p.grad).norm() / total for n, p in plain.named_parameters()]
-        figures[f"{name}: gradient"] = float(torch.stack(errors).norm())
-        figures[f"{name}: loss"] = float((losses[1] - losses[0]).detach().abs() / losses[0].detach())
-    return figures
 
 
 def count_collectives(layout: Layout) -> dict[str, int]:

@@ -180,22 +180,27 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_relative_to(self.server.folder) or not file.is_file():
             self._head(served, 404, {"Content-Length": "0"})
             return
-        data, state = file.read_bytes(), file.stat()
+        state = file.stat()
+        size = state.st_size
         head = {"ETag": f'"{state.st_mtime_ns:x}-{state.st_size:x}"'}
         if match is None or (fault is not None and fault.kind in ("ignore_range", "no_size")):
-            length = {} if fault is not None and fault.kind == "no_size" else {"Content-Length": str(len(data))}
+            length = {} if fault is not None and fault.kind == "no_size" else {"Content-Length": str(size)}
             self._head(served, 200, head | (length or {"Connection": "close"}))
-            self._body(served, data, fault)
+            self._body(served, file.read_bytes(), fault)
             self.close_connection |= not length
-        elif start >= len(data):
-            self._head(served, 416, head | {"Content-Length": "0", "Content-Range": f"bytes */{len(data)}"})
+        elif start >= size:
+            self._head(served, 416, head | {"Content-Length": "0", "Content-Range": f"bytes */{size}"})
         else:
-            stop = min(int(match.group(2) or len(data) - 1) + 1, len(data))
+            stop = min(int(match.group(2) or size - 1) + 1, size)
             if fault is not None and fault.kind == "short":
-                stop = min(stop, start + max(1, fault.after_bytes))
-            place = {"Content-Length": str(stop - start), "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+                whole, stop = stop, min(stop, start + max(1, fault.after_bytes))
+                served.fault = fault if stop < whole else None
+            place = {"Content-Length": str(stop - start), "Content-Range": f"bytes {start}-{stop - 1}/{size}"}
             self._head(served, 206, head | place)
-            self._body(served, data[start:stop], fault)
+            with file.open("rb") as opened:
+                opened.seek(start)
+                data = opened.read(stop - start)
+            self._body(served, data, fault)
 
     def _head(self, served: Served, status: int, headers: dict[str, str]) -> None:
         served.status = status
@@ -214,8 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
                 data = data[: fault.after_bytes]
         for begin in range(0, len(data), _PIECE_BYTES):
             piece = data[begin : begin + _PIECE_BYTES]
+            served.sent += len(piece)  # before the client can know
             self.wfile.write(piece)
-            served.sent += len(piece)
             if fault is not None and kind == "slow" and self.server.stopping.wait(len(piece) / fault.bytes_per_s):
                 return
         if kind == "stall":

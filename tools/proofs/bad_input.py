@@ -127,7 +127,7 @@ def _zero_bytes_tar(folder: Path) -> Outcome:
 
 def _not_indexed(folder: Path) -> Outcome:
     tar = toy(folder)
-    Path(f"{tar}.index.jsonl").unlink()
+    Path(f"{tar}.index.npz").unlink()
     return train_toy(folder)
 
 

@@ -71,6 +71,7 @@ class NearDuplicates:
     def __init__(self, max_bits: int) -> None:
         self.max_bits = max_bits
         self._kept: list[tuple[Hashable, tuple[int, ...]]] = []
+        self._keys: list[int] = []
         self._buckets: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
         flips = range(max_bits // _BANDS + 1)
         self._masks = [
@@ -96,15 +97,18 @@ class NearDuplicates:
                 for place in self._buckets.get((len(hashes), band, value ^ mask), ()):
                     if place >= found:
                         break
-                    if self._near(self._kept[place][1], hashes):
+                    # The one hash that the bands are of rules out nearly all.
+                    if (self._keys[place] ^ key).bit_count() <= self.max_bits and self._near(place, hashes):
                         found = place
                         break
         if found < len(self._kept):
             return self._kept[found][0]
         self._kept.append((name, tuple(hashes)))
+        self._keys.append(key)
         for band, value in enumerate(bands):
             self._buckets[len(hashes), band, value].append(found)
         return None
 
-    def _near(self, first: Sequence[int], second: Sequence[int]) -> bool:
-        return all((a ^ b).bit_count() <= self.max_bits for a, b in zip(first, second, strict=True))
+    def _near(self, place: int, hashes: Sequence[int]) -> bool:
+        pairs = zip(self._kept[place][1], hashes, strict=True)
+        return all((a ^ b).bit_count() <= self.max_bits for a, b in pairs)
