@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             counts = index_existing(args.sources, workers=args.workers)
             print(f"{counts['tars']} tars, {counts['samples']} samples; left out: {counts['bad'] or 'none'}")
             return 0
-        if args.out is None:
+        if not args.out:
             raise ConfigError("--out: missing, needed the folder to write the shards to")
         make_shards(
             args.sources,

@@ -34,12 +34,6 @@ VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 Backend = Literal["decord", "pyav"]
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-#: Profiles with 8 bits a channel of what an mp4 holds: decord's conversion of more bits is coarse.
-_DECORD_PROFILES = {
-    "h264": ("Constrained Baseline", "Baseline", "Main", "Extended", "High"),
-    "hevc": ("Main",),
-    "mpeg4": ("Simple Profile", "Advanced Simple Profile"),
-}
 #: Pixels that decord hands out at a time, at full size.
 _CHUNK_PIXELS = 20_000_000
 
@@ -246,14 +240,14 @@ def _decord() -> Any:
 def _decode_decord(data: bytes, numbers: list[int], view: _View) -> np.ndarray:
     """Let decord decode an excerpt that PyAV made: no pass over the file, no frames that none refers to.
 
-    decord thus never sees a damaged container, and its own scaling, which is bilinear, is not used.
+    decord thus sees neither damaged containers nor codecs that it gets wrong (10 bits, B-frames of MPEG-4), and its own
+    scaling, which is bilinear, is not used.
     """
     with FrameReader(data) as reader:
-        reader.check_range(numbers)
-        suited = reader.profile in _DECORD_PROFILES.get(reader.codec, ())
-        excerpt, inside = reader.excerpt(numbers) if suited else (b"", [])
-        if not excerpt:
+        found = reader.excerpt(numbers)
+        if found is None:
             return reader.pick(numbers, Scaler(*view, reader.turn))
+        excerpt, inside = found
         chunk = max(1, _CHUNK_PIXELS // (reader.width * reader.height))
         turn, size = reader.turn, reader.display_size[::-1]
     if view.height is not None and view.width is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ltd.data.batch import BadSampleError
+from ltd.data.h264 import IDR, read_head, read_picture
 from ltd.data.mp4 import read_track, read_turn
 from ltd.data.transforms import cover_size, cut_offset
 
@@ -28,6 +29,8 @@ _SKIPPING_CODECS = ("h264", "mpeg4")
 #: Opening a file otherwise decodes its first frames, to learn what the decoder tells anyhow.
 _OPEN_OPTIONS = {"skip_frame": "all", "max_pixels": str(MAX_VIDEO_PIXELS), "threads": "1"}
 _MAX_STREAMS = 32
+#: Duration of a frame in an excerpt, in seconds; which one does not matter.
+_TICK = Fraction(1, 24)
 #: Where the frame asked for does not come, decoding starts again from the key frame before this many frames earlier.
 _RETRY_FRAMES = 32
 
@@ -129,12 +132,6 @@ class FrameReader:
     def codec(self) -> str:
         """Name of the codec, such as ``h264``."""
         return str(self._stream.codec_context.codec.canonical_name)
-
-    @property
-    def profile(self) -> str | None:
-        """Profile of the codec, such as ``High``, where the file tells it."""
-        profile = self._stream.codec_context.profile
-        return None if profile is None else str(profile)
 
     @property
     def display_size(self) -> tuple[int, int]:
@@ -243,29 +240,31 @@ class FrameReader:
             yield from self._stream.decode(packet)
         yield from self._stream.decode(None)  # what the decoder still holds back
 
-    def excerpt(self, numbers: Sequence[int]) -> tuple[bytes, list[int]]:
+    def excerpt(self, numbers: Sequence[int]) -> tuple[bytes, list[int]] | None:
         """Copy what some frames need, undecoded, into a file of its own.
 
         Args:
             numbers: Numbers of the frames, ascending.
 
         Returns:
-            Bytes of an mp4, and the numbers of the frames in it; b"" where decoding would have to begin at a picture
-            that others before it are needed for.
+            Bytes of an mp4, and the numbers of the frames in it. None for anything but H.264 of 8 bits that begins
+            where decoding can, and keeps to the size and parameters of its head.
 
         Raises:
-            BadSampleError: If the file cannot be read to there.
+            BadSampleError: If a frame is not there, or the file cannot be read to there.
         """
         self.check_range(numbers)
+        head = read_head(self._stream.codec_context.extradata or b"") if self.codec == "h264" else None
+        if head is None or not head.is_8_bit or head.width * head.height > MAX_VIDEO_PIXELS:
+            return None
         wanted = {self._pts[number] for number in numbers}
-        length_bytes = _nal_length_bytes(self._stream.codec_context)
         packets: list[Any] = []
         try:
             for packet in self._packets(wanted):
-                kind, is_reference = _slice_header(bytes(packet), length_bytes)
-                if not packets and length_bytes and kind != _IDR:
-                    return b"", []
-                if packet.pts is not None and (packet.pts in wanted or is_reference):
+                picture = read_picture(bytes(packet), head)
+                if picture is None or packet.pts is None or (not packets and picture.kind != IDR):
+                    return None
+                if packet.pts in wanted or picture.is_reference:
                     packets.append(packet)
             times = sorted(packet.pts for packet in packets)
             return self._mux(packets, times), [bisect.bisect_left(times, self._pts[number]) for number in numbers]
@@ -287,33 +286,8 @@ class FrameReader:
         return buffer.getvalue()
 
 
-_TICK = Fraction(1, 24)
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _nal_length_bytes(context: Any) -> int:
-    """Return the size of the length before each unit of H.264 as mp4 and Matroska store it; 0 for anything else."""
-    extradata = context.extradata or b""
-    if context.codec.canonical_name != "h264" or len(extradata) < 7 or extradata[0] != 1:
-        return 0
-    return (extradata[4] & 3) + 1
-
-
-_IDR = 5
-
-
-def _slice_header(packet: bytes, length_bytes: int) -> tuple[int, bool]:
-    """Return the unit type of an H.264 picture, and whether others may refer to it (``nal_ref_idc``)."""
-    position = 0
-    while length_bytes and position + length_bytes < len(packet):
-        header = packet[position + length_bytes]
-        if header & 31 in (1, 2, _IDR):
-            return header & 31, header & 0x60 != 0
-        position += length_bytes + int.from_bytes(packet[position : position + length_bytes], "big")
-    return 0, True
 
 
 class Scaler:

@@ -23,7 +23,7 @@ from ltd.data.latents import DTYPES, FORMAT, CacheIdentity, read_lines
 from ltd.data.windows import Window, Windows
 from ltd.data.write import write_bytes
 
-#: Seconds between looks at what the other processes have recorded.
+#: Seconds between looks at what the other processes have embedded.
 _REFRESH_S = 10.0
 
 
@@ -155,8 +155,14 @@ class LatentCacheWriter:
             self._done[record["position"]] = True
             self.num_done += 1
 
-    def refresh(self) -> None:
-        """Read what the other processes, and earlier runs, have recorded since the last look."""
+    def refresh(self, *, every_s: float = 0.0) -> None:
+        """Read what the other processes, and earlier runs, have recorded since the last look.
+
+        Args:
+            every_s: Seconds since the last look within which nothing is done.
+        """
+        if time.monotonic() - self._refreshed_s < every_s:
+            return
         mine = self.part / "records.jsonl"
         for path in sorted((self.directory / "parts").glob("*/records.jsonl")):
             if path == mine:
@@ -245,8 +251,8 @@ class LatentCacheWriter:
 
     def missing_texts(self, captions: Sequence[str]) -> list[str]:
         """List the captions, each once, that no process is known to have embedded; "" is the null text."""
-        if self.world_size > 1 and time.monotonic() - self._refreshed_s > _REFRESH_S:
-            self.refresh()
+        if self.world_size > 1:
+            self.refresh(every_s=_REFRESH_S)
         return [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
 
     def add_text(self, caption: str, embedding: Tensor, mask: Tensor) -> None:

@@ -102,7 +102,7 @@ def read_rows(
 def _read_source(source: str, media_root: Path | None, columns: Columns) -> list[Row]:
     path = Path(source)
     try:
-        if path.is_dir():
+        if source and path.is_dir():
             files = sorted(p for p in path.rglob("*") if extension_of(p) in _MEDIA)
             return _list_media(files, path, heldout="heldout" in path.parts[-1:])
         if path.is_file():
@@ -111,8 +111,8 @@ def _read_source(source: str, media_root: Path | None, columns: Columns) -> list
         raise ConfigError(f"{source}: does not read: {error}") from error
     if not glob.has_magic(source):
         raise ConfigError(
-            f"{source}: no such file or folder; needed a manifest ({', '.join(MANIFEST_EXTENSIONS)}), a folder of "
-            "media or a glob in quotes"
+            f"{source or repr(source)}: no such file or folder; needed a manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
+            "a folder of media or a glob in quotes"
         )
     return _read_glob(source, media_root, columns)
 

@@ -20,8 +20,8 @@ from ltd.data.curate.duplicates import media_hashes
 from ltd.data.curate.filters import FilterOptions, probe_file, refusal
 from ltd.data.curate.shots import Detection, ShotDetector, ShotOptions, detect_shots, shot_rows
 from ltd.data.cut import CutOptions, Piece, cut_image, cut_video, failed
+from ltd.data.jobs import run_in_threads
 from ltd.data.manifest import Row
-from ltd.data.threads import run_in_threads
 from ltd.data.write import write_bytes
 from ltd.progress import Progress
 

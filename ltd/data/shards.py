@@ -11,19 +11,20 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ltd.config import ConfigError, digest
+from ltd.data.batch import BadSample
 from ltd.data.curate.duplicates import NearDuplicates
 from ltd.data.curate.shots import ShotDetector
 from ltd.data.index import find_shards, index_path, index_tar, read_index
+from ltd.data.jobs import run_in_processes, run_in_threads
 from ltd.data.manifest import SPLITS, Row, read_rows
 from ltd.data.pieces import Expansion, Record, ShardOptions, expand_shots, make_pieces, media_path, read_record
 from ltd.data.records import Columns
-from ltd.data.threads import run_in_threads
 from ltd.data.write import write_bytes
 from ltd.progress import Progress
 
@@ -31,8 +32,13 @@ __all__ = ["ShardOptions", "index_existing", "make_shards", "summary"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 FORMAT = 2
 REPORT = "make_shards.json"
+#: From so many bytes on, tars are written and indexed in processes, which take seconds to start.
+_PROCESS_BYTES = 2**30
 
 
 def job_digest(rows: Sequence[Row], options: ShardOptions, detector: str | None = None) -> str:
@@ -166,13 +172,14 @@ def _work(
     return report
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Tar:
     """What goes into one tar."""
 
     split: str
     name: str
     rows: list[Row]
+    num_bytes: int = 0
 
 
 def _assemble(expansion: Expansion, work: Path, options: ShardOptions) -> tuple[dict[str, Any], list[_Tar]]:
@@ -186,7 +193,6 @@ def _assemble(expansion: Expansion, work: Path, options: ShardOptions) -> tuple[
     duplicates = None if bits is None else NearDuplicates(bits)
     limit = options.shard_size_mb * 2**20
     tars: dict[str, list[_Tar]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
     for row in expansion.rows:
         record = read_record(row, work / "pieces")
         twin = None
@@ -199,10 +205,9 @@ def _assemble(expansion: Expansion, work: Path, options: ShardOptions) -> tuple[
         else:
             size = record.num_bytes + sum(map(len, _text_members(row, record).values()))
             split = tars[row.split]
-            if not split or sizes[row.split] >= limit:
+            if not split or split[-1].num_bytes >= limit:
                 split.append(_Tar(row.split, f"{len(split):06d}.tar", []))
-                sizes[row.split] = 0
-            sizes[row.split] += size
+            split[-1].num_bytes += size
             split[-1].rows.append(row)
             kinds = {"images" if row.kind == "image" else "videos": 1}
             counts[row.split].update(samples=1, frames=record.provenance["frames"], bytes=size, **kinds)
@@ -243,26 +248,34 @@ def _text_members(row: Row, record: Record) -> dict[str, bytes]:
 
 def _write_tars(tars: Sequence[_Tar], work: Path, workers: int) -> None:
     """Write and index the tars that the work folder lacks; the index comes last, then the pieces go."""
-    todo = [tar for tar in tars if not index_path(work / tar.split / tar.name).is_file()]
-
-    def write(tar: _Tar) -> Iterator[None]:
-        path = work / tar.split / tar.name
-        _write_tar(tar, path, work / "pieces")
-        index_tar(path)
-        for row in tar.rows:
-            media_path(row, read_record(row, work / "pieces"), work / "pieces").unlink(missing_ok=True)
-        yield None
-
+    todo = {(tar.split, tar.name): tar for tar in tars if not index_path(work / tar.split / tar.name).is_file()}
     with Progress(len(tars), "writing tars", unit="tar", done=len(tars) - len(todo)) as progress:
-        for _ in run_in_threads(todo, write, num_threads=workers):
+        num_bytes = sum(tar.num_bytes for tar in todo.values())
+        for done in _run([(tar, work) for tar in todo.values()], _make_tar, workers=workers, num_bytes=num_bytes):
+            for row in todo[done].rows:
+                media_path(row, read_record(row, work / "pieces"), work / "pieces").unlink(missing_ok=True)
             progress.update()
+
+
+def _run(jobs: Sequence[T], work: Callable[[T], R], *, workers: int, num_bytes: int) -> Iterator[R]:
+    if workers > 1 and len(jobs) > 1 and num_bytes >= _PROCESS_BYTES:
+        return run_in_processes(jobs, work, num_processes=workers)
+    return run_in_threads(jobs, lambda job: [work(job)], num_threads=workers)
+
+
+def _make_tar(job: tuple[_Tar, Path]) -> tuple[str, str]:
+    tar, work = job
+    path = work / tar.split / tar.name
+    _write_tar(tar, path, work / "pieces")
+    index_tar(path)
+    return tar.split, tar.name
 
 
 def _write_tar(tar: _Tar, path: Path, pieces: Path) -> None:
     from webdataset import TarWriter
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.incomplete")
+    part = path.with_name(f"{path.name}.{os.getpid()}.incomplete")  # the process of a killed job may still be writing
     with part.open("wb") as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
         for row in tar.rows:
             record = read_record(row, pieces)
@@ -337,16 +350,17 @@ def index_existing(shards: str | Path | Sequence[str | Path], *, workers: int = 
         for folder in nested:
             tars |= dict.fromkeys(str(tar) for tar in find_shards(str(folder)))
     samples, causes = 0, Counter[str]()
-
-    def index(tar: str) -> Iterator[tuple[str, int, list[Any]]]:
-        entries, bad = index_tar(tar)
-        yield tar, len(entries), bad
-
+    num_bytes = sum(Path(tar).stat().st_size for tar in tars if Path(tar).is_file())
     with Progress(len(tars), "indexing", unit="tar") as progress:
-        for tar, count, bad in run_in_threads(tars, index, num_threads=workers):
+        for tar, count, bad in _run(list(tars), _index, workers=workers, num_bytes=num_bytes):
             samples += count
             causes.update(record.cause for record in bad)
             for record in bad[:20]:
                 logger.warning("%s: %r left out: %s: %s", tar, record.key, record.cause, record.message)
             progress.update()
     return {"tars": len(tars), "samples": samples, "bad": dict(sorted(causes.items()))}
+
+
+def _index(tar: str) -> tuple[str, int, list[BadSample]]:
+    entries, bad = index_tar(tar)
+    return tar, len(entries), bad

@@ -22,7 +22,7 @@ from ltd.data.remote import Identity, ReadError, RetryableError, StoreConfig, Tr
 logger = logging.getLogger(__name__)
 
 #: Most bytes taken from a socket at once.
-_PIECE_BYTES = 1 << 17
+_PIECE_BYTES = 1 << 18
 _SMALL_BYTES = 1 << 16
 #: Connections kept alive per server; more threads than this open short-lived ones.
 _CONNECTIONS = 32

@@ -25,7 +25,7 @@ class TransNetShots:
         device: Where the network runs.
 
     Raises:
-        ConfigError: If the package that ships the weights is not installed.
+        ConfigError: If the package that ships the weights is not installed, or the device is none that is here.
     """
 
     size = (27, 48)
@@ -35,7 +35,11 @@ class TransNetShots:
             raise ConfigError(f"shot_threshold: got {threshold}, needed more than 0 and less than 1 for transnet")
         with torch.device("meta"):
             network = TransNetV2()
-        self.network, self.device = load_frozen(network, TRANSNETV2.read()).to(device), device
+        load_frozen(network, TRANSNETV2.read())
+        try:
+            self.network, self.device = network.to(device), device
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
         self.threshold = threshold
         self.name = f"TransNetV2 ({TRANSNETV2.requirement}), threshold {threshold:g}"
 

@@ -34,6 +34,8 @@ from ltd.parallel.layout import Layout
 from ltd.progress import Progress
 
 logger = logging.getLogger(__name__)
+#: Seconds between looks at how far the other processes are.
+_LOOK_S = 5.0
 #: So many windows may fail whatever share they are.
 _FEW_BAD = 16
 #: uint8 frames ``(t, h, w, 3)``, and captions with their weights.
@@ -220,6 +222,12 @@ class _Job:
         share = len(writer.windows[self.layout.global_rank :: world])
         everyone = Progress(len(writer.windows), "all processes", unit="windows", done=writer.num_done, enabled=False)
         start_s = time.monotonic()
+
+        def everyone_note() -> str:
+            writer.refresh(every_s=_LOOK_S)
+            everyone.done = writer.num_done
+            return everyone.line(time.monotonic() - start_s)
+
         with Progress(
             share,
             description if world == 1 else f"{description}, process 1 of {world}",
@@ -230,9 +238,7 @@ class _Job:
             for windows in pending.by_view():
                 for batch in self._decoded(index, windows):
                     self._write_batch(writer, batch)
-                    everyone.done = writer.num_done
-                    note = "" if world == 1 else everyone.line(time.monotonic() - start_s)
-                    progress.update(len(batch), note)
+                    progress.update(len(batch), "" if world == 1 else everyone_note())
 
     def _write_batch(self, writer: LatentCacheWriter, batch: list[tuple[Window, _Decoded | Exception]]) -> None:
         good: list[tuple[Window, _Decoded]] = []

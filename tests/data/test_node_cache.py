@@ -6,11 +6,13 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -220,8 +222,9 @@ def test_a_file_of_the_wrong_size_is_fetched_again(
         store = Store(config_of(tmp_path))
         read_one(store, server.url, 0)
         os.truncate(next((tmp_path / "cache").glob("*.data")), 1000)
+        read_one(store, server.url, 0)  # a range that is there all the same
         assert store.read(f"{server.url}/0.tar", 0, SIZE) == (remote / "0.tar").read_bytes()
-        settle(store)
+        assert len(server.requests()) == 1 + 2 * math.ceil(SIZE / store.config.chunk_bytes)
         assert "has 1000 bytes, needed 300000" in caplog.text
         part = Path(str(next((tmp_path / "cache").glob("*.data")))[: -len("data")] + "part")
         next((tmp_path / "cache").glob("*.data")).unlink()
@@ -229,6 +232,7 @@ def test_a_file_of_the_wrong_size_is_fetched_again(
         store = Store(config_of(tmp_path))
         read_one(store, server.url, 0)
         assert os.stat(str(part)[: -len("part")] + "data").st_size == SIZE
+        assert "has 300001" not in caplog.text
 
 
 def test_a_full_disk_is_read_past_with_one_warning(
@@ -300,3 +304,39 @@ def test_a_cached_read_equals_a_read_without_a_cache(tmp_path: Path, remote: Pat
         cached, plain, url = Store(config_of(tmp_path)), Store(), f"{server.url}/3.tar"
         for offset, size in ((0, 1), (12_345, 100_000), (SIZE - 1, 5), (SIZE, 1), (SIZE + 7, 3), (4, 0)):
             assert cached.read(url, offset, size) == plain.read(url, offset, size)
+
+
+def test_a_lock_file_that_its_holder_removed_is_no_lock(tmp_path: Path) -> None:
+    path, acquired, release = str(tmp_path / "a.lock"), threading.Event(), threading.Event()
+
+    def wait_for_it() -> None:
+        with node_cache._locked(path, wait=True):
+            acquired.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=wait_for_it)
+    with node_cache._locked(path) as held:
+        assert held
+        thread.start()
+        assert not acquired.wait(0.1)
+    assert acquired.wait(5)
+    with node_cache._locked(path) as held:
+        assert not held
+    release.set()
+    thread.join()
+    assert not os.path.exists(path)
+
+
+def test_a_file_that_changed_unseen_is_not_kept(tmp_path: Path) -> None:
+    import fsspec
+
+    system, url = fsspec.filesystem("memory"), f"memory://{tmp_path.name}/0.tar"
+    system.pipe_file(url, b"old")
+    store = Store(config_of(tmp_path))
+    assert store.size(url) == 3
+    system.pipe_file(url, b"new")  # the protocol does not tell
+    with pytest.raises(ChangedError):
+        store.read(url, 0, 3)
+        settle(store)
+        store.read(url, 0, 3)
+    assert kept(tmp_path) == []

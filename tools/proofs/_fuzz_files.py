@@ -26,7 +26,9 @@ def _video(codec: str, container: str, *, fragments: bool = False, **options: st
     buffer = io.BytesIO()
     muxing = {"movflags": "frag_keyframe+empty_moov"} if fragments else {}
     with av.open(buffer, "w", format=container, options=muxing) as output:
-        stream = output.add_stream(codec, rate=24, options={"threads": "1", **options})
+        # Without its own look-ahead thread x264 gives the same bytes every time.
+        fixed = {"x264-params": "sync-lookahead=0"} if codec == "libx264" else {}
+        stream = output.add_stream(codec, rate=24, options={"threads": "1", **fixed, **options})
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for pixels in _film(64, 96):
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

@@ -219,8 +219,8 @@ def _measure() -> Proof:
 def _notes() -> str:
     return (
         f"A server on this machine serves {_NUM_SHARDS} files of {_SHARD_BYTES // 2**20} MiB and fails {_SHARE:.0%} of "
-        f"the requests in the way named, chosen by a seed. Ranges: {_NUM_READS} reads of up to 300 kB at random places. "
-        "Node cache: every process reads every file whole, in pieces; bytes used are those of the files, once. "
+        f"the requests in the way named, chosen by a seed. Ranges: {_NUM_READS} reads of up to 300 kB at random "
+        "places. Node cache: every process reads every file whole, in pieces; bytes used are those of the files, once. "
         "Requests, faults and bytes sent are the server's own count of what it handed to its sockets, so they hold "
         "what was lost on its way (reset) or thrown away (range ignored: whole files come for pieces of them). "
         f"`data.store`: timeout_s {_CONFIG.timeout_s}, chunk_mb {_CHUNK_MB}, back-off from {_CONFIG.backoff_s} s; the "

@@ -92,6 +92,14 @@ def test_the_lookup_finds_what_comparing_all_pairs_finds(bits: int) -> None:
     assert matches > 10
 
 
+def test_the_earliest_match_counts_whatever_band_finds_it() -> None:
+    finder = NearDuplicates(4)
+    assert finder.find_or_add("first", [0xF]) is None  # apart in band 0
+    assert finder.find_or_add("second", [0xF0000]) is None  # apart in band 1
+    assert finder.find_or_add("between", [0]) == "first"
+    assert finder.find_or_add("clip", [0, 0, 0]) is None  # three hashes are never one
+
+
 def test_the_first_of_near_duplicates_stays(write_film: Callable[..., Path], tmp_path: Path) -> None:
     media = write_film("m.mp4", (12,)).parent
     write_film("n.mp4", (12,), first=1)
