@@ -21,7 +21,7 @@ class Group:
     view: ViewConfig  #: What they are cut to.
     items: Items  #: The samples.
     jobs: list[Job[Sample]]  #: One per sample, of a source with random cuts.
-    whole: Job[Batch] | None  #: One for all, of a cache.
+    whole: Job[Batch] | None  #: One for all, of a cache; not queued where no threads load ahead.
 
 
 class Fetcher:
@@ -30,10 +30,11 @@ class Fetcher:
     Args:
         source: Where samples come from.
         pool: Threads that load.
+        ahead: Whether they load before ``collect``; windows of a cache are else read there, on the consumer's core.
     """
 
-    def __init__(self, source: Source, pool: WorkerPool) -> None:
-        self.source, self.pool = source, pool
+    def __init__(self, source: Source, pool: WorkerPool, *, ahead: bool = True) -> None:
+        self.source, self.pool, self.ahead = source, pool, ahead
 
     def submit(self, items: Items, view: ViewConfig) -> Group:
         """Start loading.
@@ -51,7 +52,8 @@ class Fetcher:
             asked = zip(items.entries.tolist(), items.placements, captions, strict=False)
             jobs = [self.pool.submit(partial(source.load, e, view, place, float(c))) for e, place, c in asked]
             return Group(view, items, jobs, None)
-        return Group(view, items, [], self.pool.submit(partial(source.load_batch, items, view)))
+        work = partial(source.load_batch, items, view)
+        return Group(view, items, [], self.pool.submit(work) if self.ahead else Job(work))
 
     def num_bytes(self, group: Group) -> int:
         """Count the bytes that a group takes while it waits."""
@@ -85,6 +87,8 @@ class Fetcher:
     def _wait(self, job: Job[Any]) -> Sample | Batch | tuple[str, str]:
         """Return what was loaded, or cause and message."""
         try:
+            if not self.ahead and not job.done and job.started_s is None and not self.source.random_cuts:
+                job.run()
             return self.pool.wait(job)
         except SampleTimeoutError as error:
             return "timeout", str(error)

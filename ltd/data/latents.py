@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ltd.config import ConfigError, digest
+from ltd.data.buffers import Buffers
 from ltd.data.entries import Entries, Strings
 from ltd.data.index import Index
 from ltd.data.row_file import RowFile
@@ -186,6 +187,7 @@ class LatentCache:
         self.channels = int(self.manifest["latent_channels"])
         self.text_tokens, self.text_dim = int(counts["text_tokens"]), int(counts["text_dim"])
         self.dtype = DTYPES[self.manifest["dtype"]]  #: Stored precision.
+        self._buffers = Buffers()
         self._raw = np.dtype(RAW[self.manifest["dtype"]])
         if not counts["windows"]:
             raise ConfigError(f"data.shards: the latent cache {directory} holds no windows")
@@ -288,7 +290,7 @@ class LatentCache:
         if (rows >= (self._rows[first] if one_file else self._rows[files])).any():
             raise ConfigError(f"data.shards: the latent cache {self.directory} is damaged: a row is not in its file")
         _fetch(self._files, files, rows)
-        out = np.empty((2, len(rows), *shape.tolist()), self._raw)
+        out = self._buffers.take((2, len(rows), *shape.tolist()), self._raw)
         if one_file:
             places = np.concatenate([2 * rows, 2 * rows + 1])
             # "clip" writes into ``out`` at once, "raise" would buffer it; the rows are checked above.
@@ -323,11 +325,12 @@ class LatentCache:
     def _gather_text(self, ids: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
         if not self._text_files:
             return None, None
-        out = np.zeros((len(ids), self.text_tokens, self.text_dim), self._raw)
+        out = self._buffers.take((len(ids), self.text_tokens, self.text_dim), self._raw)
         file, row, tokens = (column[ids] for column in self._text_place)
         _fetch(self._text_files, file, row, tokens)
         for place, (number, begin, count) in enumerate(zip(file.tolist(), row.tolist(), tokens.tolist(), strict=True)):
             out[place, :count] = self._text_files[number].rows[begin : begin + count]
+            out[place, count:] = 0
         mask = np.arange(self.text_tokens) < tokens[:, None]
         return torch.from_numpy(out).view(self.dtype), torch.from_numpy(mask)
 

@@ -125,7 +125,7 @@ class Loader:
             self._resume(state)
         self._bad = BadWindow(config, global_rank)
         self._pool = WorkerPool(max(1, config.num_workers), timeout_s=config.timeout_s)
-        self._fetcher = Fetcher(source, self._pool)
+        self._fetcher = Fetcher(source, self._pool, ahead=config.num_workers > 0)
         self._queue: deque[_Pending] = deque()
 
     @property

@@ -38,7 +38,7 @@ R = TypeVar("R")
 FORMAT = 2
 REPORT = "make_shards.json"
 #: From so many bytes on, tars are written and indexed in processes, which take seconds to start.
-_PROCESS_BYTES = 2**30
+_PROCESS_BYTES = 4 * 2**30
 
 
 def job_digest(rows: Sequence[Row], options: ShardOptions, detector: str | None = None) -> str:

@@ -15,7 +15,7 @@ from ltd import autoencoders
 from ltd.autoencoders import CausalVaeConfig, LatentNorm
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
-from ltd.data.latents import LatentCache, check_cache, is_cache
+from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
 from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser
 from ltd.diffusion import FlowMatching, FlowMatchingConfig
 from ltd.encoders.text import (
@@ -149,7 +149,8 @@ class LatentInputs:
         self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
         heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
-        caches = [self._checked_cache(run, shards) for shards in (*(s.shards for s in run.data.sets), *heldout)]
+        shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
+        caches = [self._checked_cache(run, path, layout) for path in shards]
         all_cached = None not in caches
         self.autoencoder: autoencoders.CausalVae | None = None if all_cached else autoencoder
         if not all_cached:
@@ -162,12 +163,22 @@ class LatentInputs:
         self.null = Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
         _check_model(run, autoencoder, text.shape[-1])
 
-    def _checked_cache(self, run: DenoiserRun, shards: str | tuple[str, ...]) -> LatentCache | None:
-        """Open a latent cache and refuse one of another autoencoder or text encoder; None for media."""
-        if not isinstance(shards, str) or not is_cache(shards):
+    def _checked_cache(self, run: DenoiserRun, shards: str | tuple[str, ...], layout: Layout) -> LatentCache | None:
+        """Open a latent cache and refuse one of another autoencoder, text encoder or data; None for media."""
+        paths = (shards,) if isinstance(shards, str) else shards
+        if len(paths) != 1 or not is_cache(paths[0]):
             return None
-        cache = LatentCache(shards)
+        cache = LatentCache(paths[0])
         check_cache(cache.manifest, autoencoder_hash=self.hash, text_encoder_hash=text_encoder_hash(run.text))
+        problem = None
+        if layout.is_main:  # reads the tars' indexes: once is enough
+            try:
+                check_source(cache.manifest)
+            except ConfigError as error:
+                problem = str(error)
+        problem = layout.broadcast_object(problem)
+        if problem is not None:
+            raise ConfigError(problem)
         return cache
 
     def lineage(self) -> dict[str, Any]:

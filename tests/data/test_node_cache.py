@@ -223,6 +223,7 @@ def test_a_file_of_the_wrong_size_is_fetched_again(
         read_one(store, server.url, 0)
         os.truncate(next((tmp_path / "cache").glob("*.data")), 1000)
         read_one(store, server.url, 0)  # a range that is there all the same
+        assert next((tmp_path / "cache").glob("*.data")).stat().st_size == SIZE
         assert store.read(f"{server.url}/0.tar", 0, SIZE) == (remote / "0.tar").read_bytes()
         assert len(server.requests()) == 1 + 2 * math.ceil(SIZE / store.config.chunk_bytes)
         assert "has 1000 bytes, needed 300000" in caplog.text

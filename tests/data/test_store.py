@@ -262,6 +262,7 @@ def test_any_fsspec_protocol_is_read_listed_and_written() -> None:
     assert store.read(found[1], 699_999, 10) == data[-1:]
     assert store.read_all(found[1]) == data
     assert store.counters.as_dict()["bytes_fetched"] == 550_000 + 1 + 700_000
+    assert store.size(found[0]) == 1
     store.write(found[0], b"other")
     assert store.read(found[0], 1, 9) == b"ther"
     with pytest.raises(FileNotFoundError):

@@ -22,8 +22,7 @@ from ltd.data.h264 import read_head
 from ltd.data.mp4 import read_track
 
 BACKENDS: tuple[Backend, ...] = ("decord", "pyav")
-#: Without its own look-ahead thread x264 gives the same bytes every time.
-DEFAULTS = {"threads": "1", "crf": "20", "x264-params": "sync-lookahead=0"}
+DEFAULTS = {"threads": "1", "crf": "20"}
 
 
 def real(name: str) -> bytes:
@@ -193,7 +192,7 @@ def test_colour_tags_are_honoured(backend: Backend, tags: tuple[int, int]) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("turn", [90, -90, 180])
 def test_turned_films_are_shown_upright(backend: Backend, turn: int) -> None:
-    data, plain = encode(turn=turn), encode()
+    data, plain = encode(turn=turn, bf="0"), encode(bf="0")  # x264 gives other bytes at times where it looks ahead
     upright = np.rot90(decode_clip(plain, start=5, num_frames=2, backend=backend), turn // 90, axes=(1, 2))
     clip = decode_clip(data, start=5, num_frames=2, backend=backend)
     assert (clip == upright).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -12,12 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from webdataset import TarWriter
+
+from ltd.data import Batch, DataConfig, ViewConfig, build_loader
+from ltd.data.index import index_tar
 from ltd.data.store import Store, StoreConfig
+from ltd.data.write import encode_image
 from tools.proofs._flaky_server import Fault, Faults, FlakyServer, no_faults, scattered, serve
 from tools.proofs.table import Cell, Proof
 
@@ -180,6 +188,52 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
+_EPOCH, _BATCH = 144, 24
+
+
+def make_tars(folder: Path) -> tuple[str, ...]:
+    """Write six indexed tars of 24 noisy stills of about 28 kB."""
+    draw, names = np.random.default_rng(0), tuple(f"{shard}.tar" for shard in range(6))
+    for name in names:
+        with TarWriter(str(folder / name), encoder=False, mtime=0.0) as writer:
+            for place in range(_EPOCH // 6):
+                frame = draw.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+                writer.write({"__key__": f"{name[0]}_{place}", "png": encode_image(frame), "txt": b"noise"})
+        index_tar(folder / name)
+    return names
+
+
+def load_epoch(shards: Sequence[str], world: int, store: StoreConfig) -> dict[int, tuple[str, int]]:
+    """Load one epoch on every rank of a world: draw -> key and sum of pixels."""
+    view = ViewConfig(num_frames=1, height=32, width=32)
+    data = DataConfig(shards=tuple(shards), views=(view,), global_batch=_BATCH, open_shards=3, store=store)
+    seen: dict[int, tuple[str, int]] = {}
+    for rank in range(world):
+        with build_loader(data, seed=0, global_rank=rank, world_size=world) as loader:
+            for batches, _ in itertools.islice(loader, _EPOCH // _BATCH):
+                for batch in batches:
+                    assert isinstance(batch, Batch) and batch.pixels is not None
+                    sums = batch.pixels.long().flatten(1).sum(1).tolist()
+                    seen.update(zip(batch.draws, zip(batch.keys, sums, strict=True), strict=True))
+    return seen
+
+
+def loader_rows(scratch: Path) -> Iterator[tuple[list[Cell], list[str]]]:
+    """Load an epoch over http at 1, 3 and 8 ranks, each rank with a store of its own; bytes used are whole tars."""
+    folder = scratch / "tars"
+    folder.mkdir()
+    names = make_tars(folder)
+    expected = load_epoch([str(folder / name) for name in names], 1, StoreConfig())
+    used = sum((folder / name).stat().st_size for name in names)
+    for cached, world in itertools.product((False, True), (1, 3, 8)):
+        cache = str(scratch / f"loader-{world}") if cached else None
+        with serve(folder) as server:
+            found = load_epoch([f"{server.url}/{name}" for name in names], world, StoreConfig(cache_dir=cache))
+            served = FlakyServer(server.url, [request for request in server.log if request.path.endswith(".tar")])
+        way = f"loader, one epoch, {world} rank{'s' if world > 1 else ''}, {'node cache' if cached else 'ranges'}"
+        yield row(way, "none", served, Found(used, None, found == expected), 1.05)
+
+
 def measure() -> Proof:
     """Read over every fault, without and with a node cache."""
     logging.getLogger("ltd.data").setLevel(logging.ERROR)  # hundreds of retries are meant
@@ -213,6 +267,8 @@ def _measure() -> Proof:
         with serve(folder, lambda path, number: slow) as server:
             found = read_killed(server, Path(scratch) / "cache-killed", files, kills=3)
             add(row("node cache, process killed 3 times", "slow server", server, found, 1.05))
+        for loaded in loader_rows(Path(scratch)):
+            add(loaded)
     return Proof("Data read over a bad network is whole and fetched once", COLUMNS, rows, misses, _notes())
 
 
@@ -221,6 +277,8 @@ def _notes() -> str:
         f"A server on this machine serves {_NUM_SHARDS} files of {_SHARD_BYTES // 2**20} MiB and fails {_SHARE:.0%} of "
         f"the requests in the way named, chosen by a seed. Ranges: {_NUM_READS} reads of up to 300 kB at random "
         "places. Node cache: every process reads every file whole, in pieces; bytes used are those of the files, once. "
+        f"Loader: {_EPOCH} stills in six tars, global batch {_BATCH}, every rank with a connection of its own; bytes used are "
+        "those of the tars, headers and padding included, the indexes beside them left out. "
         "Requests, faults and bytes sent are the server's own count of what it handed to its sockets, so they hold "
         "what was lost on its way (reset) or thrown away (range ignored: whole files come for pieces of them). "
         f"`data.store`: timeout_s {_CONFIG.timeout_s}, chunk_mb {_CHUNK_MB}, back-off from {_CONFIG.backoff_s} s; the "
