@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
-EXTRAS ?= train,video,text,eval,bench,dev
+EXTRAS ?= train,video,curate,text,eval,bench,dev
 # Passed to every `pip install`. A CPU-only torch from another index: PIP_FLAGS='--index-url URL'.
 PIP_FLAGS ?=
 # One proof: `make proofs ONLY=resume`. Some tests: `make test TESTS='tests/data -m "not slow"'`.

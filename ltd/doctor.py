@@ -45,7 +45,7 @@ CORE = tuple(
 TRAINING = (
     Part("deepspeed", "deepspeed", "no ZeRO: only parallel.engine=torch", "pip install 'ltd[train]'"),
     Part("ninja", "ninja", "DeepSpeed cannot build its operators", "pip install 'ltd[train]'"),
-    Part("webdataset", "webdataset", "no training shards can be written or read", "pip install 'ltd[train]'"),
+    Part("webdataset", "webdataset", "no training shards can be made", "pip install 'ltd[train]'"),
     Part("wandb", "wandb", "metrics go to metrics.jsonl only", "pip install 'ltd[train]'"),
 )
 DECODERS = (
@@ -56,6 +56,13 @@ DECODERS = (
         "pip install 'ltd[video]' (x86-64 Linux and Windows only)",
     ),
     Part("av", "av", "no mp4 can be written, and nothing stands in for decord", "pip install 'ltd[video]'"),
+)
+DATA = (
+    Part("urllib3", "urllib3", "no shards are read over http", "pip install 'ltd[remote]'"),
+    Part("s3fs", "s3fs", "no shards are read from s3", "pip install 'ltd[remote]'"),
+    Part("gcsfs", "gcsfs", "no shards are read from gs", "pip install 'ltd[remote]'"),
+    Part("pyarrow", "pyarrow", "no Parquet manifests", "pip install 'ltd[curate]'"),
+    Part("scenedetect", "scenedetect", "no shots by --shots content", "pip install 'ltd[curate]'"),
 )
 NETWORKS = (
     Part("transformers", "transformers", "no text encoder but kind: bytes", "pip install 'ltd[text]'"),
@@ -178,6 +185,7 @@ def report() -> str:
         ("Core", package_lines(CORE)),
         ("Training", package_lines(TRAINING)),
         ("Video decoders", package_lines(DECODERS)),
+        ("Remote shards and manifests", package_lines(DATA)),
         ("Attention kernels", attention_lines(torch)),
         ("Text encoders and metric networks", package_lines(NETWORKS)),
         ("Launching and building", program_lines()),

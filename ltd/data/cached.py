@@ -56,17 +56,7 @@ class CacheSource:
         return found, Counter(reasons)
 
     def load(self, entry: int, view: ViewConfig, placement: Placement, caption: float) -> Sample:
-        """Refuse: windows are loaded by the batch.
-
-        Args:
-            entry: Not looked at.
-            view: Not looked at.
-            placement: Not looked at.
-            caption: Not looked at.
-
-        Raises:
-            TypeError: Always.
-        """
+        """Refuse: windows are loaded by the batch."""
         raise TypeError("windows of a latent cache are loaded by the batch")
 
     def load_batch(self, items: Items, view: ViewConfig) -> Batch:

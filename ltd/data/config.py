@@ -48,7 +48,7 @@ class DataConfig:
     num_workers: int = 0  #: Threads that load ahead, >= 0; 0 loads each step when it is asked for.
     prefetch: int = 2  #: Steps that the threads load ahead, >= 1.
     prefetch_mb: int = 512  #: Bytes of media, pixels or latents loaded ahead take at most this many MiB, >= 1.
-    timeout_s: float = 60.0  #: Seconds one sample may take to load, > 0; then it counts as bad.
+    timeout_s: float = 120.0  #: Seconds one sample may take to load, > 0; then it counts as bad.
     max_bad_fraction: float = 0.05  #: Share of bad samples among the last ``bad_window`` that stops training, [0, 1].
     bad_window: int = 1000  #: Samples of this process that ``max_bad_fraction`` looks back over, >= 1.
 

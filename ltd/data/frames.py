@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import io
-import logging
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -19,8 +19,6 @@ from ltd.data.batch import BadSampleError
 from ltd.data.h264 import IDR, read_head, read_picture
 from ltd.data.mp4 import read_track, read_turn
 from ltd.data.transforms import cover_size, cut_offset
-
-logger = logging.getLogger(__name__)
 
 #: Frames of a video of more pixels than this are refused: 8192x4352, above 8K. A decoder holds up to 17 of them.
 MAX_VIDEO_PIXELS = 8192 * 4352
@@ -73,7 +71,7 @@ class FrameReader:
         self._av = av
         # Whatever libav, or PyAV on top of it, finds wrong: a damaged file must not end the run.
         self._errors = (av.error.FFmpegError, ValueError, OSError, ArithmeticError, LookupError, UnicodeError)
-        self._data = source if isinstance(source, bytes) else b""
+        self._data = source if isinstance(source, bytes) else _map(source)
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         try:
             self._container = av.open(file, stream_options=[_OPEN_OPTIONS] * _MAX_STREAMS)
@@ -284,6 +282,15 @@ class FrameReader:
                 packet.pts, packet.dts, packet.duration = rank, position - delay, 1
                 output.mux(packet)
         return buffer.getvalue()
+
+
+def _map(path: str) -> Any:
+    """Map a file into memory, to look at its tables; b"" where that cannot be done."""
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        return b""
 
 
 def _first_line(error: BaseException) -> str:

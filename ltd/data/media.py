@@ -76,15 +76,7 @@ class MediaSource:
         return Sample(caption=choose_caption(captions, caption), fps=row.fps / placement.step, pixels=frames)
 
     def load_batch(self, items: Items, view: ViewConfig) -> Batch:
-        """Refuse: media are loaded one by one.
-
-        Args:
-            items: Not looked at.
-            view: Not looked at.
-
-        Raises:
-            TypeError: Always.
-        """
+        """Refuse: media are loaded one by one."""
         raise TypeError("media are loaded one by one")
 
     def num_bytes(self, items: Items, view: ViewConfig) -> int:

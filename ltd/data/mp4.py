@@ -6,12 +6,14 @@ is unusual (fragments, several video tracks, edits beyond a shift) gives None, a
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+Buffer = bytes | mmap.mmap
 _MAX_SAMPLES = 20_000_000
 _TURNS = {(1, 0, 0, 1): 0, (0, 1, -1, 0): 90, (-1, 0, 0, -1): 180, (0, -1, 1, 0): 270}
 
@@ -32,7 +34,7 @@ class _Box:
     stop: int
 
 
-def _boxes(data: bytes, start: int, stop: int) -> Iterator[_Box]:
+def _boxes(data: Buffer, start: int, stop: int) -> Iterator[_Box]:
     while start + 8 <= stop:
         size, kind = struct.unpack_from(">I4s", data, start)
         header = 8
@@ -47,7 +49,7 @@ def _boxes(data: bytes, start: int, stop: int) -> Iterator[_Box]:
         start += size
 
 
-def _find(data: bytes, box: _Box, *path: bytes) -> _Box | None:
+def _find(data: Buffer, box: _Box, *path: bytes) -> _Box | None:
     for kind in path:
         found = next((inner for inner in _boxes(data, box.start, box.stop) if inner.kind == kind), None)
         if found is None:
@@ -56,7 +58,7 @@ def _find(data: bytes, box: _Box, *path: bytes) -> _Box | None:
     return box
 
 
-def _video_boxes(data: bytes) -> tuple[_Box, list[_Box]] | None:
+def _video_boxes(data: Buffer) -> tuple[_Box, list[_Box]] | None:
     if data[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
         return None
     movie = _find(data, _Box(b"", 0, len(data)), b"moov")
@@ -70,11 +72,11 @@ def _video_boxes(data: bytes) -> tuple[_Box, list[_Box]] | None:
     return movie, tracks
 
 
-def read_turn(data: bytes) -> int:
+def read_turn(data: Buffer) -> int:
     """Read how far the picture is to be turned, as phones record.
 
     Args:
-        data: Bytes of the file, mp4 or not.
+        data: Bytes of the file, mp4 or not, or a map of it.
 
     Returns:
         0, 90, 180 or 270 degrees clockwise; 0 for anything but the matrix of an mp4 that turns by quarters.
@@ -92,11 +94,11 @@ def read_turn(data: bytes) -> int:
     return _TURNS.get(tuple(round(matrix[i] / 65536) for i in (0, 1, 3, 4)), 0)
 
 
-def read_track(data: bytes) -> VideoTrack | None:
+def read_track(data: Buffer) -> VideoTrack | None:
     """Read the times of all frames from an mp4's index.
 
     Args:
-        data: Bytes of the file.
+        data: Bytes of the file, or a map of it.
 
     Returns:
         The track; None where the file is no plain mp4 with one video track.
@@ -110,7 +112,7 @@ def read_track(data: bytes) -> VideoTrack | None:
         return None
 
 
-def _read_times(data: bytes, track: _Box) -> VideoTrack | None:
+def _read_times(data: Buffer, track: _Box) -> VideoTrack | None:
     header, table = _find(data, track, b"mdia", b"mdhd"), _find(data, track, b"mdia", b"minf", b"stbl")
     durations = _find(data, table, b"stts") if table is not None else None
     if header is None or table is None or durations is None:
@@ -133,7 +135,7 @@ def _read_times(data: bytes, track: _Box) -> VideoTrack | None:
     return VideoTrack(timescale, dts - shift, pts - shift)
 
 
-def _expand(data: bytes, box: _Box) -> np.ndarray | None:
+def _expand(data: Buffer, box: _Box) -> np.ndarray | None:
     """Read a table of (count, value) runs; None where it is damaged or absurd."""
     (runs,) = struct.unpack_from(">I", data, box.start + 4)
     if box.start + 8 + 8 * runs > box.stop:
@@ -145,7 +147,7 @@ def _expand(data: bytes, box: _Box) -> np.ndarray | None:
     return np.repeat(table[:, 1], counts)
 
 
-def _edit_shift(data: bytes, track: _Box) -> int | None:
+def _edit_shift(data: Buffer, track: _Box) -> int | None:
     """Return the time at which the presentation starts; None for edits that do more than shift."""
     edits = _find(data, track, b"edts", b"elst")
     if edits is None:

@@ -53,7 +53,7 @@ Decode = Callable[[bytes, int], np.ndarray]
 
 
 def make_tar(folder: Path) -> Path:
-    """Make the tar of films and its index, unless it is there.
+    """Make the tar of films, unless it is there, and its index.
 
     Args:
         folder: Where it and the film it is cut from are kept.
@@ -73,7 +73,7 @@ def make_tar(folder: Path) -> Path:
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
         part.rename(tar)
-        index_tar(tar)
+    index_tar(tar)
     return tar
 
 

@@ -28,8 +28,9 @@ def _video(codec: str, container: str, *, fragments: bool = False, **options: st
     if fragments:
         muxing["movflags"] = "frag_keyframe+empty_moov"
     with av.open(buffer, "w", format=container, options=muxing) as output:
-        # Without its own look-ahead thread x264 gives the same bytes every time.
-        fixed = {"x264-params": "lookahead-threads=1:sync-lookahead=0"} if codec == "libx264" else {}
+        # Where it looks ahead x264 gives other bytes at times.
+        ahead = "threads=1:lookahead-threads=1:sync-lookahead=0:rc-lookahead=0:mbtree=0"
+        fixed = {"x264-params": ahead} if codec == "libx264" else {}
         stream = output.add_stream(codec, rate=24, options={"threads": "1", **fixed, **options})
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for pixels in _film(64, 96):
