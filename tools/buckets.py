@@ -7,7 +7,11 @@ the token budget that stays empty, and what cropping and scaling cost; then a wh
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -86,6 +90,30 @@ def rows(data: DataConfig, source: MixedSource, arrangement: Arrangement) -> lis
     return found
 
 
+def _planned(
+    data: DataConfig, source: MixedSource, arrangement: Arrangement, *, seed: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield token budget and tokens of each unit, for the steps of about one epoch (at most 500)."""
+    plan = build_plan(data, source, arrangement, seed=seed)
+    epoch = sum(order.num_units for kind in plan.kinds for order in kind.orders if order is not None)
+    units = 0
+    for step in range(500):
+        planned = plan.step(step)
+        sizes = np.array([arrangement.tokens[view] for view in planned.views], dtype=np.float64)
+        costs = np.add.reduceat(sizes, np.concatenate([[0], planned.ends[:-1]]).astype(np.int64))
+        tokens = getattr(data.batching, "tokens", 0)
+        yield tokens * (len(costs) if data.batching.kind == "packed" else 1), costs
+        units += len(costs)
+        if units >= epoch:
+            return
+
+
+def unused(data: DataConfig, source: MixedSource, arrangement: Arrangement, *, seed: int) -> float:
+    """Measure the share of the token budget that stays empty over an epoch of planned steps; 0 for fixed views."""
+    budgets, costs = zip(*_planned(data, source, arrangement, seed=seed), strict=True)
+    return 1 - sum(cost.sum() for cost in costs) / sum(budgets) if sum(budgets) else 0.0
+
+
 def summary(data: DataConfig, source: MixedSource, arrangement: Arrangement, *, seed: int, ranks: int) -> list[str]:
     """Plan steps of one epoch and say how full and how even they are.
 
@@ -99,32 +127,20 @@ def summary(data: DataConfig, source: MixedSource, arrangement: Arrangement, *, 
     Returns:
         Lines of text.
     """
-    plan = build_plan(data, source, arrangement, seed=seed)
-    epoch = sum(order.num_units for kind in plan.kinds for order in kind.orders if order is not None)
-    steps = max(1, round(epoch / (sum(kind.units for kind in plan.kinds) / len(plan.kinds))))
-    steps = min(steps, 500)
-    tokens, imbalance, units = 0.0, [], 0
-    for step in range(steps):
-        planned = plan.step(step)
-        sizes = np.array([arrangement.tokens[view] for view in planned.views], dtype=np.float64)
-        costs = np.add.reduceat(sizes, np.concatenate([[0], planned.ends[:-1]]).astype(np.int64))
-        tokens, units = tokens + costs.sum(), units + len(costs)
-        if len(costs) % ranks == 0:
-            per_rank = costs.reshape(ranks, -1).sum(axis=1)
-            imbalance.append(per_rank.max() / per_rank.mean() - 1)
     lines = [f"{len(source.entries)} samples, {len(source.bad)} left out by the index or without caption"]
     if arrangement.left_out:
         lines.append("without a place: " + ", ".join(f"{n} {why}" for why, n in arrangement.left_out.most_common()))
     empty = [str(v) for v, ids in zip(arrangement.views, arrangement.ids, strict=True) if not len(ids)]
     if empty:
         lines.append(f"empty: {', '.join(empty)}")
+    steps = list(_planned(data, source, arrangement, seed=seed))
     if data.batching.kind != "fixed":
-        full = units * data.batching.tokens if data.batching.kind == "packed" else steps * data.batching.tokens
-        lines.append(f"padding: {100 * (1 - tokens / full):.2f} % of the token budget stays empty over {steps} steps")
-    if imbalance:
-        lines.append(
-            f"cost over {ranks} processes: the heaviest has {100 * np.mean(imbalance):.2f} % more tokens than the mean"
-        )
+        share = unused(data, source, arrangement, seed=seed)
+        lines.append(f"padding: {100 * share:.2f} % of the token budget stays empty over {len(steps)} steps")
+    dealt = [costs.reshape(ranks, -1).sum(axis=1) for _, costs in steps if len(costs) % ranks == 0]
+    if dealt:
+        heavy = np.mean([cost.max() / cost.mean() - 1 for cost in dealt])
+        lines.append(f"cost over {ranks} processes: the heaviest has {100 * heavy:.2f} % more tokens than the mean")
     return lines
 
 

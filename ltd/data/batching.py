@@ -157,9 +157,9 @@ def arrange_packs(config: PackedConfig, entries: Entries) -> Arrangement:
     t, h, w = config.token
     height, width = columns["height"].astype(np.float64), columns["width"].astype(np.float64)
     scale = np.minimum(1.0, config.max_side / np.sqrt(height * width))
-    # A hair is added: a side that should come out whole must not be rounded down a token.
-    rows = np.floor(height * scale / h + 1e-6).astype(np.int64) * h
-    cols = np.floor(width * scale / w + 1e-6).astype(np.int64) * w
+    # To the nearest token, so that little is cut off, but never beyond the source.
+    rows = np.minimum(np.round(height * scale / h), height // h).astype(np.int64) * h
+    cols = np.minimum(np.round(width * scale / w), width // w).astype(np.int64) * w
     available = (columns["frames"] - 1) // frame_steps(columns["fps"], config.fps) + 1
     frames = 1 + (np.minimum(available, config.max_frames) - 1) // t * t
     video = columns["kind"] == 1

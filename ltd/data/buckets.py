@@ -18,6 +18,8 @@ from ltd.data.plan import ViewConfig
 
 #: No bucket is more than this many times as wide as high, or the other way round.
 _MAX_ASPECT = 4.0
+#: Areas of buckets, relative to the square's.
+_AREAS = (0.75, 1.1)
 _BINS = 400
 
 
@@ -42,21 +44,22 @@ def candidate_sizes(side: int, token: tuple[int, int, int]) -> np.ndarray:
         token: Frames, rows and columns of pixels per token.
 
     Returns:
-        int64 ``(n, 2)``, (height, width), from the highest to the widest; none has more than ``side`` squared pixels
-        but for the nearest to the square itself.
+        int64 ``(n, 2)``, (height, width), from the highest to the widest: the square nearest to that area, and of each
+        other aspect ratio the largest of 0.75 to 1.1 times the area.
     """
     _, h, w = token
-    heights = np.arange(1, side * 2 // h + 2, dtype=np.int64) * h
-    widths = np.maximum(1, np.floor(side * side / heights / w + 1e-9).astype(np.int64)) * w
-    sizes = np.stack([heights, widths], axis=1)
-    aspects = widths / heights
-    sizes = sizes[(aspects <= _MAX_ASPECT) & (aspects >= 1 / _MAX_ASPECT) & (heights * widths <= max(side, h, w) ** 2)]
-    # The shape with the larger area stands for each aspect ratio.
-    best: dict[float, tuple[int, int]] = {}
-    for height, width in sizes.tolist():
-        ratio = width / height
-        if ratio not in best or height * width > best[ratio][0] * best[ratio][1]:
-            best[ratio] = (height, width)
+    area = side * side
+    tall, wide = (np.arange(1, int(side * np.sqrt(_MAX_ASPECT)) // unit + 2, dtype=np.int64) * unit for unit in (h, w))
+    height, width = (grid.reshape(-1) for grid in np.meshgrid(tall, wide, indexing="ij"))
+    aspects, areas = width / height, width * height
+    fits = (areas >= _AREAS[0] * area) & (areas <= _AREAS[1] * area)
+    fits &= (aspects <= _MAX_ASPECT) & (aspects >= 1 / _MAX_ASPECT)
+    square = (max(1, round(side / h)) * h, max(1, round(side / w)) * w)
+    best = {square[1] / square[0]: square}
+    for size in zip(height[fits].tolist(), width[fits].tolist(), strict=True):
+        ratio = size[1] / size[0]
+        if ratio not in best or size[0] > best[ratio][0]:
+            best[ratio] = size
     return np.array([best[ratio] for ratio in sorted(best)], dtype=np.int64)
 
 
@@ -112,17 +115,41 @@ def arrange_buckets(config: BucketsConfig, entries: Entries, *, fill: bool = Tru
         One view per bucket that has at least one batch, and the reasons why samples are left out.
     """
     groups, left_out = _lengths_and_sides(config, entries)
-    aspects = entries.columns["width"] / entries.columns["height"]
-    views: list[ViewConfig] = []
-    ids: list[np.ndarray] = []
-    for (frames, side), members in _settle(config, groups, left_out, fill=fill).items():
-        sizes = candidate_sizes(side, config.token)
-        for (height, width), chosen in _by_aspect(config, frames, sizes, members, aspects, fill=fill):
-            views.append(ViewConfig(num_frames=frames, height=height, width=width, fps=config.fps))
-            ids.append(chosen)
+    found: list[tuple[ViewConfig, np.ndarray]] = []
+    for frames in sorted(config.frames, reverse=True):
+        for side in sorted(config.sides, reverse=True):
+            members = groups.pop((frames, side), None)
+            if members is None:
+                continue
+            shorter = [(length, side) for length in sorted(config.frames) if 1 < length < frames]
+            smaller = [(frames, length) for length in sorted(config.sides) if length < side]
+            if fill and len(members) < config.multiple:
+                reason = f"too few for one batch of {frames} frames at {side} pixels square"
+                _hand_down(groups, members, (shorter or smaller)[-1:], left_out, reason)
+                continue
+            buckets, enlarged = _by_aspect(config, entries, members, frames=frames, side=side, fill=fill)
+            found += buckets
+            if len(enlarged):
+                reason = f"enlarged more than {config.max_upscale:g} times at {side} pixels square"
+                _hand_down(groups, enlarged, smaller[-1:], left_out, reason)
+    views, ids = tuple(view for view, _ in found), tuple(members for _, members in found)
     tokens = tuple(tokens_of(view, config.token) for view in views)
     units = tuple(bucket_units(config, v, n, len(i)) for v, n, i in zip(views, tokens, ids, strict=True))
-    return Arrangement(tuple(views), tuple(ids), tokens, units, left_out)
+    return Arrangement(views, ids, tokens, units, left_out)
+
+
+def _hand_down(
+    groups: dict[tuple[int, int], np.ndarray],
+    members: np.ndarray,
+    target: list[tuple[int, int]],
+    left_out: Counter[str],
+    reason: str,
+) -> None:
+    """Give samples to another group, or leave them out where there is none."""
+    if not target:
+        left_out[reason] += len(members)
+        return
+    groups[target[0]] = np.sort(np.concatenate([groups.get(target[0], members[:0]), members]))
 
 
 def _lengths_and_sides(
@@ -157,49 +184,33 @@ def _lengths_and_sides(
     return groups, +left_out
 
 
-def _settle(
-    config: BucketsConfig, groups: dict[tuple[int, int], np.ndarray], left_out: Counter[str], *, fill: bool
-) -> dict[tuple[int, int], np.ndarray]:
-    """Hand groups that cannot fill one batch down to the next shorter length, or else the next smaller side."""
-    settled: dict[tuple[int, int], np.ndarray] = {}
-    for frames in sorted(config.frames, reverse=True):
-        for side in sorted(config.sides, reverse=True):
-            members = groups.get((frames, side))
-            if members is None:
-                continue
-            if not fill or len(members) >= config.multiple:
-                settled[(frames, side)] = members
-                continue
-            shorter = [length for length in config.frames if 1 < length < frames]
-            smaller = [length for length in config.sides if length < side]
-            if not shorter and not smaller:
-                left_out[f"too few for one batch of {frames} frames at {side} pixels square"] += len(members)
-                continue
-            target = (max(shorter), side) if shorter else (frames, max(smaller))
-            groups[target] = np.sort(np.concatenate([groups.get(target, members[:0]), members]))
-    return settled
-
-
 def _by_aspect(
-    config: BucketsConfig,
-    frames: int,
-    sizes: np.ndarray,
-    members: np.ndarray,
-    aspects: np.ndarray,
-    *,
-    fill: bool,
-) -> list[tuple[tuple[int, int], np.ndarray]]:
-    """Choose aspect ratios for a group, fewer of them until each fills at least one batch."""
+    config: BucketsConfig, entries: Entries, members: np.ndarray, *, frames: int, side: int, fill: bool
+) -> tuple[list[tuple[ViewConfig, np.ndarray]], np.ndarray]:
+    """Choose aspect ratios for a group, fewer of them until each fills at least one batch.
+
+    Returns:
+        Views and their samples; the samples that no view takes without enlarging them too much.
+    """
+    height, width = (entries.columns[name][members].astype(np.float64) for name in ("height", "width"))
+    sizes = candidate_sizes(side, config.token)
     ratios = sizes[:, 1] / sizes[:, 0]
     for count in range(min(config.max_aspects, len(sizes)), 0, -1):
-        chosen = choose_aspects(aspects[members], ratios, count)
-        nearest = np.argmin(crop_loss(aspects[members][:, None], ratios[chosen][None]), axis=1)
-        found = []
-        for place, candidate in enumerate(chosen):
-            height, width = sizes[candidate].tolist()
-            view = ViewConfig(num_frames=frames, height=height, width=width)
+        chosen = sizes[choose_aspects(width / height, ratios, count)]
+        losses = crop_loss((width / height)[:, None], (chosen[:, 1] / chosen[:, 0])[None])
+        scales = np.maximum(chosen[:, 0] / height[:, None], chosen[:, 1] / width[:, None])
+        losses[scales > config.max_upscale * (1 + 1e-9)] = np.inf
+        nearest = np.where(np.isinf(losses.min(axis=1)), -1, np.argmin(losses, axis=1))
+        found, full = [], True
+        for place, (rows, cols) in enumerate(chosen.tolist()):
+            view = ViewConfig(num_frames=frames, height=rows, width=cols, fps=config.fps)
             units = bucket_units(config, view, tokens_of(view, config.token))
-            found.append(((height, width), members[nearest == place], units))
-        if count == 1 or not fill or all(len(ids) >= units for _, ids, units in found if len(ids)):
-            return [(size, ids) for size, ids, _ in found if len(ids)]
-    return []
+            ids = members[nearest == place]
+            full &= not len(ids) or len(ids) >= units
+            found.append((view, ids))
+        least = config.multiple if fill else 1
+        if count == 1 or not fill or full:
+            kept = [(view, ids) for view, ids in found if len(ids) >= least]
+            rest = [members[nearest == -1], *(ids for _, ids in found if 0 < len(ids) < least)]
+            return kept, np.sort(np.concatenate(rest))
+    raise AssertionError("unreachable: one aspect ratio is always taken")

@@ -23,13 +23,34 @@ def make_entries(*groups: tuple[int, int, int, int, float]) -> Entries:
     return Entries.of(rows)
 
 
-def test_candidates_are_whole_tokens_within_the_area() -> None:
+def test_candidates_are_whole_tokens_of_about_the_area() -> None:
     sizes = candidate_sizes(256, (4, 16, 16))
     assert (sizes % 16 == 0).all()
-    assert (sizes.prod(axis=1) <= 256 * 256).all()
-    assert [256, 256] in sizes.tolist()
+    areas = sizes.prod(axis=1) / 256**2
+    assert areas.min() >= 0.75 and areas.max() <= 1.1
+    assert [256, 256] in sizes.tolist() and [192, 352] in sizes.tolist()
     ratios = sizes[:, 1] / sizes[:, 0]
     assert (np.diff(ratios) > 0).all() and ratios[0] <= 0.3 and ratios[-1] >= 3.5
+    assert [16, 16] in candidate_sizes(20, (4, 16, 16)).tolist()  # the nearest square, whatever its area
+
+
+def test_no_sample_is_enlarged_more_than_allowed() -> None:
+    entries = make_entries((20, 512, 128, 1, 0.0), (30, 256, 256, 1, 0.0))
+    config = BucketsConfig(tokens=8 * 300, multiple=4, sides=(128, 256), max_aspects=1)
+    found = arrange_buckets(config, entries)
+    for view, ids in zip(found.views, found.ids, strict=True):
+        columns = entries.columns
+        scale = np.maximum(view.height / columns["height"][ids], view.width / columns["width"][ids])
+        assert scale.max() <= 1
+    # The wide ones have the area of 256 squared, but not the height of the one bucket there is.
+    assert {(view.height, view.width, len(ids)) for view, ids in zip(found.views, found.ids, strict=True)} >= {
+        (256, 256, 30)
+    }
+    assert found.ids and sum(len(ids) for ids in found.ids) == 50
+    generous = arrange_buckets(BucketsConfig(tokens=8 * 300, multiple=4, max_aspects=1, max_upscale=3.0), entries)
+    assert [len(ids) for ids in generous.ids] == [50]
+    alone = arrange_buckets(BucketsConfig(tokens=8 * 300, multiple=4, max_aspects=1), entries)
+    assert alone.left_out == {"enlarged more than 1 times at 256 pixels square": 20}
 
 
 def test_chosen_aspects_are_the_best_of_all_choices() -> None:
@@ -48,7 +69,7 @@ def test_chosen_aspects_are_the_best_of_all_choices() -> None:
 
 def test_samples_go_to_the_longest_and_largest_they_fill() -> None:
     entries = make_entries(
-        (40, 640, 360, 60, 24.0), (40, 640, 360, 20, 24.0), (80, 300, 300, 1, 0.0), (8, 100, 100, 1, 0.0),
+        (40, 640, 360, 60, 24.0), (40, 640, 360, 20, 24.0), (80, 320, 320, 1, 0.0), (8, 100, 100, 1, 0.0),
         (3, 640, 360, 5, 24.0),
     )  # fmt: skip
     config = BucketsConfig(tokens=8 * 2048, multiple=4, sides=(128, 256), frames=(1, 17, 33))
