@@ -6,6 +6,7 @@ other frames are touched, and the decoder is closed with the clip (decord leaks 
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import warnings
@@ -34,6 +35,8 @@ VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 Backend = Literal["decord", "pyav"]
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+_M_ARENA_MAX = -8  # of malloc.h
+_ARENAS = 2
 #: Pixels that decord hands out at a time, at full size.
 _CHUNK_PIXELS = 20_000_000
 
@@ -234,7 +237,16 @@ def _decord() -> Any:
     import decord
 
     decord.logging.set_level(decord.logging.FATAL)
+    _limit_arenas()
     return decord
+
+
+def _limit_arenas() -> None:
+    """Keep glibc from giving the threads that decord starts for each clip heaps of their own, which never shrink."""
+    try:
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
+    except (AttributeError, OSError, TypeError):  # another libc
+        logger.debug("no mallopt; decord's memory may grow")
 
 
 def _decode_decord(data: bytes, numbers: list[int], view: _View) -> np.ndarray:

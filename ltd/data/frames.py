@@ -308,12 +308,11 @@ class Scaler:
     """
 
     def __init__(self, height: int | None, width: int | None, crop: tuple[float, float], turn: int = 0) -> None:
-        from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+        from av.video.reformatter import Interpolation, VideoReformatter
 
         self._height, self._width, self._crop, self._turn = height, width, crop, turn
         self._reformatter = VideoReformatter()  # kept: it holds the filter's tables
         self._interpolation = Interpolation.BICUBIC
-        self._full_range = ColorRange.JPEG
 
     def __call__(self, frame: Any) -> np.ndarray:
         """Convert one frame.
@@ -349,7 +348,5 @@ class Scaler:
             height,
             pixel_format,
             interpolation=self._interpolation,
-            src_color_range=frame.color_range,
-            dst_color_range=self._full_range,
             threads=1,
         )

@@ -2,8 +2,8 @@
 
 A bench module stands beside this file and exposes ``KIND`` (the page it belongs to), ``NAME`` and
 ``measure(repeats: int) -> list[Row]``; ``summary(rows) -> list[str]`` may add lines below the table. Rows of the same
-``work`` are compared with the row marked ``ours``; ratios are paired per round, so a load that lasts several rounds falls
-on all systems alike.
+``work`` are compared with the row marked ``ours``; ratios are paired per round, so a load that lasts several rounds
+falls on all systems alike.
 """
 
 from __future__ import annotations
