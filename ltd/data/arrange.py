@@ -149,7 +149,8 @@ def build_plan(config: DataConfig, source: MixedSource, arrangement: Arrangement
     def strand(ids: np.ndarray, number: int) -> Strand:
         return Strand(ids, shards[ids], seed, ("set", number), config.open_shards, config.mode == "replacement")
 
-    return Plan(step_kinds(config.batching, arrangement, sets=sets, strand=strand), seed=seed)
+    kinds = step_kinds(config.batching, arrangement, sets=sets, strand=strand)
+    return Plan(kinds, seed=seed, by_epoch=config.batching.kind == "buckets")
 
 
 def _check_sizes(config: DataConfig, arrangement: Arrangement) -> None:

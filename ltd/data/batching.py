@@ -164,7 +164,8 @@ def arrange_packs(config: PackedConfig, entries: Entries) -> Arrangement:
     frames = 1 + (np.minimum(available, config.max_frames) - 1) // t * t
     video = columns["kind"] == 1
     short, small = video & (frames == 1), (rows < h) | (cols < w)
-    left_out = Counter({f"shorter than {1 + t} frames": int(short.sum()), "smaller than a token": int(small.sum())})
+    too_short = f"shorter than {1 + t} frames" if config.max_frames > t else "clips (data.batching.max_frames)"
+    left_out = Counter({too_short: int(short.sum()), "smaller than a token": int((small & ~short).sum())})
     keep = np.flatnonzero(~short & ~small)
     shapes = np.stack([frames[keep], rows[keep], cols[keep]], axis=1)
     return _by_shape(config, shapes, keep, fps=config.fps, left_out=+left_out)
@@ -259,9 +260,10 @@ def step_kinds(
     Raises:
         ConfigError: If a pack, or the packs of one step, cannot be filled; says the numbers.
     """
-    shares = tuple(weight for _, _, weight in sets)
     if batching.kind == "packed":
         return [_packed_kind(batching, arrangement, sets=sets, strand=strand)]
+    total = sum(weight for _, _, weight in sets)
+    placed = [sum(int(((ids >= low) & (ids < high)).sum()) for ids in arrangement.ids) for low, high, _ in sets]
     kinds = []
     for number, (view, ids, units) in enumerate(
         zip(arrangement.views, arrangement.ids, arrangement.units, strict=True)
@@ -270,8 +272,14 @@ def step_kinds(
         orders = tuple(
             SampleOrder(strand(part, place), part=number) if len(part) else None for place, part in enumerate(inside)
         )
-        weight = view.weight if batching.kind == "fixed" else len(ids) / units
-        kinds.append(StepKind(orders, shares, units, weight if len(ids) else 0.0, arrangement.tokens[number], number))
+        if batching.kind == "fixed":
+            shares = [weight for _, _, weight in sets]
+            rate = view.weight if len(ids) else 0.0
+        else:  # every sample of a data set comes up equally often, whatever its bucket
+            pairs = zip(inside, placed, sets, strict=True)
+            shares = [weight / total * len(part) / max(count, 1) for part, count, (_, _, weight) in pairs]
+            rate = sum(shares) * sum(placed) / units
+        kinds.append(StepKind(orders, tuple(shares), units, rate, arrangement.tokens[number], number))
     return kinds
 
 
@@ -299,8 +307,10 @@ def _packed_kind(
             f"data.batching.packs: got {batching.packs}, but all samples fill only {total} packs of "
             f"{batching.tokens} tokens; lower data.batching.packs or tokens, or add data"
         )
-    shares = tuple(weight for _, _, weight in sets)
-    return StepKind(tuple(orders), shares, batching.packs, 1.0, max(arrangement.tokens), view_of)
+    # Weights are of samples; a data set of small samples has more of them in a pack.
+    pairs = zip(orders, sets, strict=True)
+    shares = [weight * order.num_units / order.num_samples if order else 0.0 for order, (_, _, weight) in pairs]
+    return StepKind(tuple(orders), tuple(shares), batching.packs, 1.0, max(arrangement.tokens), view_of)
 
 
 def largest(arrangement: Arrangement) -> VideoShape:

@@ -21,6 +21,7 @@ _MAX_ASPECT = 4.0
 #: Areas of buckets, relative to the square's.
 _AREAS = (0.75, 1.1)
 _BINS = 400
+_MAX_CANDIDATES = 80
 
 
 def crop_loss(aspects: np.ndarray, bucket: float | np.ndarray) -> np.ndarray:
@@ -60,7 +61,12 @@ def candidate_sizes(side: int, token: tuple[int, int, int]) -> np.ndarray:
         ratio = size[1] / size[0]
         if ratio not in best or size[0] > best[ratio][0]:
             best[ratio] = size
-    return np.array([best[ratio] for ratio in sorted(best)], dtype=np.int64)
+    ratios = sorted(best)
+    if len(ratios) > _MAX_CANDIDATES:  # of those that hardly differ one is kept, and the square
+        bins = np.linspace(np.log(ratios[0]), np.log(ratios[-1]), _MAX_CANDIDATES)
+        places = {int(place): ratio for ratio, place in zip(ratios, np.digitize(np.log(ratios), bins), strict=True)}
+        ratios = sorted({*places.values(), square[1] / square[0]})
+    return np.array([best[ratio] for ratio in ratios], dtype=np.int64)
 
 
 def choose_aspects(aspects: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
@@ -80,18 +86,24 @@ def choose_aspects(aspects: np.ndarray, candidates: np.ndarray, count: int) -> n
     centers = np.exp((edges[:-1] + edges[1:]) / 2) if len(np.unique(aspects)) > 1 else np.full(_BINS, aspects[0])
     losses = crop_loss(centers[None], candidates[:, None]) * weights  # candidate, bin
 
-    # span[i, j]: loss of the bins between candidates i and j when only these two are there.
+    # spans[i, j]: loss of the bins between candidates i and j when only these two are there.
     total = len(candidates)
     between = np.searchsorted(candidates, centers)  # bins below candidate k have between <= k
     best = np.full((count + 1, total), np.inf)
     back = np.zeros((count + 1, total), dtype=np.int64)
     best[1] = [losses[j, between <= j].sum() for j in range(total)]
+    spans = np.array(
+        [
+            [
+                np.minimum(losses[i], losses[j])[(between > i) & (between <= j)].sum() if i < j else 0.0
+                for j in range(total)
+            ]
+            for i in range(total)
+        ]
+    )
     for number in range(2, count + 1):
         for j in range(1, total):
-            costs = [
-                best[number - 1, i] + np.minimum(losses[i], losses[j])[(between > i) & (between <= j)].sum()
-                for i in range(j)
-            ]
+            costs = best[number - 1, :j] + spans[:j, j]
             back[number, j] = int(np.argmin(costs))
             best[number, j] = costs[back[number, j]]
     tails = np.array([losses[j, between > j].sum() for j in range(total)])
@@ -127,11 +139,12 @@ def arrange_buckets(config: BucketsConfig, entries: Entries, *, fill: bool = Tru
                 reason = f"too few for one batch of {frames} frames at {side} pixels square"
                 _hand_down(groups, members, (shorter or smaller)[-1:], left_out, reason)
                 continue
-            buckets, enlarged = _by_aspect(config, entries, members, frames=frames, side=side, fill=fill)
+            buckets, rest = _by_aspect(config, entries, members, frames=frames, side=side, fill=fill)
             found += buckets
-            if len(enlarged):
-                reason = f"enlarged more than {config.max_upscale:g} times at {side} pixels square"
-                _hand_down(groups, enlarged, smaller[-1:], left_out, reason)
+            if len(rest):
+                limit = f"enlarged more than {config.max_upscale:g} times"
+                reason = f"{limit}, or too few for one batch, at {side} pixels square"
+                _hand_down(groups, rest, smaller[-1:], left_out, reason)
     views, ids = tuple(view for view, _ in found), tuple(members for _, members in found)
     tokens = tuple(tokens_of(view, config.token) for view in views)
     units = tuple(bucket_units(config, v, n, len(i)) for v, n, i in zip(views, tokens, ids, strict=True))
@@ -190,7 +203,7 @@ def _by_aspect(
     """Choose aspect ratios for a group, fewer of them until each fills at least one batch.
 
     Returns:
-        Views and their samples; the samples that no view takes without enlarging them too much.
+        Views and their samples; those that no view takes without enlarging them too much, or are too few for one.
     """
     height, width = (entries.columns[name][members].astype(np.float64) for name in ("height", "width"))
     sizes = candidate_sizes(side, config.token)

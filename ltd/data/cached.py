@@ -48,7 +48,9 @@ class CacheSource:
         wanted = (view.num_frames, view.height, view.width)
         columns = self.entries.columns
         sizes = np.stack([columns[name] for name in ("frames", "height", "width")], axis=1)
-        found = (sizes == wanted).all(axis=1) | (self.cache.latent_shapes[columns["shard"]] == wanted).all(axis=1)
+        found = (sizes == wanted).all(axis=1)
+        if not found.any():  # never both: a batch has one size
+            found = (self.cache.latent_shapes[columns["shard"]] == wanted).all(axis=1)
         others, counts = np.unique(sizes[~found], axis=0, return_counts=True)
         reasons = {
             f"cached at {t}x{h}x{w} pixels": int(n) for (t, h, w), n in zip(others.tolist(), counts, strict=True)

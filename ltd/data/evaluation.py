@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ltd.data.windows import window_starts
 from ltd.data.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def _cuts(source: Source, view: ViewConfig, ids: list[int], windows_per_clip: int) -> list[tuple[int, Placement]]:
@@ -33,7 +35,7 @@ def _cuts(source: Source, view: ViewConfig, ids: list[int], windows_per_clip: in
     return cuts
 
 
-def _spread(items: list[tuple[int, Placement]], limit: int | None) -> list[tuple[int, Placement]]:
+def _spread(items: list[T], limit: int | None) -> list[T]:
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
@@ -73,7 +75,8 @@ def evaluation_batches(
     first_draw, stride = 0, batch_size * world_size
     try:
         for view, ids in zip(arrangement.views, arrangement.ids, strict=True):
-            cuts = _spread(_cuts(source, view, ids.tolist(), windows_per_clip), max_samples)
+            chosen = _spread(ids.tolist(), max_samples)  # first, so that no list is as long as the data
+            cuts = _spread(_cuts(source, view, chosen, windows_per_clip), max_samples)
             entries = np.array([entry for entry, _ in cuts], dtype=np.int64)
             draws = range(first_draw, first_draw + len(cuts))
             items = Items(entries, source.entries.keys.pick(entries), draws, None, [place for _, place in cuts])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ltd.config import ConfigError
@@ -33,6 +34,8 @@ __all__ = [
 
 #: Members that lie this near to each other are read together, bytes in between included.
 _GAP_BYTES = 4096
+#: Indexes read at once.
+_READERS = 16
 
 
 def read_index(tar: str | Path, store: Store | None = None) -> tuple[Entries, list[BadSample]]:
@@ -130,8 +133,9 @@ class Index:
         self.store = store or Store()
         parts: list[Entries] = []
         self.bad: list[BadSample] = []  #: Samples that indexing left out.
-        for number, shard in enumerate(self.shards):
-            entries, bad = read_index(shard, self.store)
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = list(pool.map(lambda shard: read_index(shard, self.store), self.shards))
+        for number, (entries, bad) in enumerate(read):
             if len(entries):
                 parts.append(entries.with_shard(number))
             self.bad += bad

@@ -5,6 +5,7 @@ Knows two integers, ``global_rank`` and ``world_size``; which samples a step hol
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections import Counter, deque
@@ -52,7 +53,7 @@ class BadWindow:
 
     def __init__(self, config: DataConfig, global_rank: int) -> None:
         self.config, self.global_rank = config, global_rank
-        self.recent: deque[bool] = deque(maxlen=config.bad_window)
+        self._steps: deque[tuple[int, int]] = deque()  # samples, and how many of them were bad
 
     def add(self, good: int, bad: list[BadSample]) -> str | None:
         """Count the samples of one step.
@@ -64,17 +65,20 @@ class BadWindow:
         Returns:
             Why training must stop, None where it need not.
         """
-        self.recent.extend([False] * good + [True] * len(bad))
-        count, config = sum(self.recent), self.config
-        limit = config.max_bad_fraction * config.bad_window
-        hopeless = len(self.recent) >= _ALL_BAD and count == len(self.recent) and config.max_bad_fraction < 1
+        config, steps = self.config, self._steps
+        steps.append((good + len(bad), len(bad)))
+        while sum(samples for samples, _ in steps) - steps[0][0] >= config.bad_window:
+            steps.popleft()
+        total, count = sum(samples for samples, _ in steps), sum(failed for _, failed in steps)
+        limit = config.max_bad_fraction * max(config.bad_window, total)
+        hopeless = total >= _ALL_BAD and count == total and config.max_bad_fraction < 1
         if not bad or (count <= limit and not hopeless):
             return None
         causes = dict(Counter(record.cause for record in bad))
         return (
-            f"data.max_bad_fraction: got {count} bad samples among the last {len(self.recent)} of process "
+            f"data.max_bad_fraction: got {count} bad samples among the last {total} of process "
             f"{self.global_rank}, needed at most {limit:g} = data.max_bad_fraction {config.max_bad_fraction:g} x "
-            f"data.bad_window {config.bad_window}, and not all of {_ALL_BAD} (this step: {causes}); "
+            f"{max(config.bad_window, total)} (data.bad_window), and not all of {_ALL_BAD} (this step: {causes}); "
             f"the last: {bad[-1].shard}, key {bad[-1].key!r}: {bad[-1].message}"
         )
 
@@ -118,7 +122,8 @@ class Loader:
         self._check_units()
         shapes = [[str(v), v.weight, len(ids)] for v, ids in zip(self.views, self.arrangement.ids, strict=True)]
         mixture = [dataset.weight for dataset in config.sets]
-        order = [config.mode, config.open_shards, mixture, self.arrangement.units, to_dict(config.batching)]
+        where = hashlib.sha256(source.entries.columns["shard"].tobytes()).hexdigest()
+        order = [config.mode, config.open_shards, mixture, self.arrangement.units, to_dict(config.batching), where]
         self._plan_id = digest({"seed": seed, "data": source.digest, "views": shapes, "order": order})
         self._step, self._keys_hash = 0, ""
         if state is not None:
@@ -227,7 +232,7 @@ class Loader:
         counters = self.plan.progress(planned.step + 1)
         what = "epochs" if self.config.mode == "epochs" else "epochs_drawn"
         metrics[f"data/{what}"] = min(epochs for _, epochs in counters)
-        metrics["data/units_seen"] = sum(units for units, _ in counters)
+        metrics["data/units_seen"] = float(sum(units for units, _ in counters))
         if len(counters) > 1:
             for number, (dataset, (_, epochs)) in enumerate(zip(self.config.sets, counters, strict=True)):
                 metrics[f"data/{what}_{dataset.name or number}"] = epochs
@@ -238,6 +243,8 @@ class Loader:
             yield self._next()
 
     def _next(self) -> tuple[list[MicroBatch], StepInfo]:
+        if self._pool.closed:
+            raise RuntimeError("the loader is closed")
         begin = time.monotonic()
         self._fill_queue()
         pending = self._queue.popleft()

@@ -115,6 +115,24 @@ class Strand:
         return self.ids[chosen[np.lexsort(keys)]]
 
 
+def deal(shuffled: np.ndarray, lanes: int) -> np.ndarray:
+    """Cut a sequence into equal lanes and take one of each in turn.
+
+    Args:
+        shuffled: ``(n,)``.
+        lanes: How many, >= 1.
+
+    Returns:
+        ``(n,)``; every ``lanes``-th element continues one lane.
+    """
+    dealt, begin = np.empty_like(shuffled), 0
+    for lane in range(min(lanes, len(shuffled))):
+        length = len(dealt[lane::lanes])
+        dealt[lane::lanes] = shuffled[begin : begin + length]
+        begin += length
+    return dealt
+
+
 class SampleOrder:
     """Draw single samples.
 
@@ -132,13 +150,7 @@ class SampleOrder:
         self._epoch = lru_cache(maxsize=2)(self._deal)
 
     def _deal(self, epoch: int) -> np.ndarray:
-        shuffled = self.strand.shuffled(epoch, part=self.part)
-        dealt, begin = np.empty_like(shuffled), 0
-        for lane in range(self.lanes):
-            length = len(dealt[lane :: self.lanes])
-            dealt[lane :: self.lanes] = shuffled[begin : begin + length]
-            begin += length
-        return dealt
+        return deal(self.strand.shuffled(epoch, part=self.part), self.lanes)
 
     def take(self, first: int, count: int) -> Drawn:
         """Draw samples.
@@ -179,8 +191,11 @@ class PackOrder:
         shuffle = np.argsort(raw(self.num_units, strand.seed, *strand.name, "packs", epoch), kind="stable")
         packs = self._packs.pick(shuffle)
         ids = np.empty(self.num_samples, dtype=np.int64)
-        # Both sides list class after class: the k-th place of a class gets the k-th of its shuffled samples.
-        ids[np.argsort(packs.ids, kind="stable")] = strand.shuffled(epoch, part=0, classes=self.classes)
+        shuffled = strand.shuffled(epoch, part=0, classes=self.classes)
+        ends = np.cumsum(np.bincount(self.classes))
+        dealt = [deal(part, strand.lanes) for part in np.split(shuffled, ends[:-1])]
+        # Both sides list class after class: the k-th place of a class gets the k-th of its dealt samples.
+        ids[np.argsort(packs.ids, kind="stable")] = np.concatenate(dealt)
         return Drawn(ids, packs.ends, packs.lanes, np.full(len(ids), epoch))
 
     def take(self, first: int, count: int) -> Drawn:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ltd.config import ConfigError
 from ltd.data.order import Drawn, Order, uniform, unit
+from ltd.data.schedule import EpochSteps, Schedule, WeightedSteps
 from ltd.shapes import VideoShape
 
 _BLOCK = 4096
@@ -92,7 +93,7 @@ class StepKind:
     orders: tuple[Order | None, ...]  #: One per data set; None where a data set has nothing of this kind.
     shares: tuple[float, ...]  #: Share of the units drawn from each data set, any positive scale.
     units: int  #: Units (samples, or packs) of the global batch.
-    weight: float  #: Share of the steps of this kind, any positive scale; 0 is never.
+    weight: float  #: Share of the steps of this kind, any positive scale, or steps of one epoch; 0 is never.
     size: int  #: Tokens or cells of the largest sample: the kind with the most runs first.
     views: int | np.ndarray  #: View of every sample, or of each by id.
 
@@ -104,39 +105,22 @@ class Plan:
         kinds: The kinds of steps. A run begins with the one of the largest samples, and then the one of the most tokens
             a step if that is another, so that a run that does not fit into memory ends at once.
         seed: Seed of the run.
+        by_epoch: Whether ``weight`` is the steps of an epoch and all kinds pass their epochs together; else it is a share.
     """
 
-    def __init__(self, kinds: Sequence[StepKind], *, seed: int) -> None:
+    def __init__(self, kinds: Sequence[StepKind], *, seed: int, by_epoch: bool = False) -> None:
         self.kinds, self.seed = tuple(kinds), seed
         orders = [order for kind in kinds for order in kind.orders if order is not None]
         #: Numbers of draws that a step may use, so that no two samples of a run share one.
         self.stride = max(kind.units for kind in kinds) * max(order.max_unit for order in orders)
-        weights = np.array([kind.weight for kind in kinds], dtype=np.float64)
-        self._edges = np.cumsum(weights) / weights.sum()
         drawn = [number for number, kind in enumerate(kinds) if kind.weight > 0]
         largest = max(drawn, key=lambda n: (kinds[n].size, kinds[n].units))
         heaviest = max(drawn, key=lambda n: (kinds[n].size * kinds[n].units, n == largest))
-        self._first = [largest] if heaviest == largest else [largest, heaviest]
-        self._counts: list[np.ndarray] = [np.zeros(len(kinds), dtype=np.int64)]
+        first = [largest] if heaviest == largest else [largest, heaviest]
+        weights = [kind.weight for kind in kinds]
+        self._schedule: Schedule = (EpochSteps if by_epoch else WeightedSteps)(weights, first, seed=seed)
         self._drawn: list[list[np.ndarray]] = [[np.zeros(len(kind.orders), dtype=np.int64)] for kind in kinds]
-        self._steps = lru_cache(maxsize=4)(self._block_steps)
         self._sets = lru_cache(maxsize=4 * len(kinds))(self._block_sets)
-
-    def _block_steps(self, block: int) -> np.ndarray:
-        drawn = uniform(_BLOCK, self.seed, "view", block)
-        kinds = np.minimum(np.searchsorted(self._edges, drawn, side="right"), len(self.kinds) - 1)
-        if block == 0:
-            kinds[: len(self._first)] = self._first
-        return kinds
-
-    def _steps_before(self, step: int) -> tuple[int, np.ndarray]:
-        """Return the kind of a step and how many earlier steps were of each kind."""
-        block, offset = divmod(step, _BLOCK)
-        while len(self._counts) <= block:
-            drawn = np.bincount(self._steps(len(self._counts) - 1), minlength=len(self.kinds))
-            self._counts.append(self._counts[-1] + drawn)
-        kinds = self._steps(block)
-        return int(kinds[offset]), self._counts[block] + np.bincount(kinds[:offset], minlength=len(self.kinds))
 
     def _block_sets(self, number: int, block: int) -> np.ndarray:
         """Choose the data set of each of ``_BLOCK`` units of a kind."""
@@ -178,7 +162,7 @@ class Plan:
         Returns:
             The batch, equal for every caller with the same seed and data.
         """
-        number, before = self._steps_before(step)
+        number, before = self._schedule.before(step)
         kind = self.kinds[number]
         drawn = self._draw(number, int(before[number]) * kind.units)
         first = step * self.stride
@@ -192,23 +176,23 @@ class Plan:
             ends=tuple(drawn.ends.tolist()),
         )
 
-    def progress(self, step: int) -> list[tuple[float, float]]:
+    def progress(self, step: int) -> list[tuple[int, float]]:
         """Count what was drawn before a step.
 
         Args:
             step: Step, from 0.
 
         Returns:
-            Per data set: units drawn, and epochs (units drawn over units of an epoch, mean over the kinds by size).
+            Per data set: units drawn, and epochs that all kinds of steps have passed (units drawn over units of an
+            epoch, of the kind that is behind most).
         """
-        _, steps = self._steps_before(step)
-        found = []
+        _, steps = self._schedule.before(step)
         drawn = [self._drawn_before(n, int(steps[n]) * kind.units) for n, kind in enumerate(self.kinds)]
+        found = []
         for number in range(len(self.kinds[0].orders)):
-            units = sum(float(counts[number]) for counts in drawn)
-            orders = [kind.orders[number] for kind in self.kinds if kind.weight > 0]
-            total = sum(order.num_units for order in orders if order is not None)
-            found.append((units, units / total if total else 0.0))
+            orders = [kind.orders[number] if kind.weight > 0 else None for kind in self.kinds]
+            epochs = [count[number] / o.num_units for count, o in zip(drawn, orders, strict=True) if o is not None]
+            found.append((int(sum(count[number] for count in drawn)), float(min(epochs, default=0.0))))
         return found
 
 

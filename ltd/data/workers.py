@@ -8,6 +8,7 @@ of threads gives the same batches.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
 import time
@@ -44,6 +45,12 @@ class Job(Generic[T]):
             raise self.error
         return self.result  # type: ignore[return-value]
 
+    def fail(self, error: BaseException) -> None:
+        """End the job without running its function."""
+        with self.changed:
+            self.error, self.done = error, True
+            self.changed.notify_all()
+
     def run(self) -> None:
         """Run the function and keep what it returns or raises."""
         with self.changed:
@@ -70,7 +77,7 @@ class WorkerPool:
         self.timeout_s = timeout_s
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._num_threads = num_threads
-        self._closed = False
+        self.closed = False
         self._threads: list[threading.Thread] = []
         for _ in range(num_threads):
             self._start_thread()
@@ -83,7 +90,10 @@ class WorkerPool:
         thread.start()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._closed:
+        while (job := self._jobs.get()) is not None:
+            if self.closed:
+                job.fail(RuntimeError("the loader is closed"))
+                continue
             job.run()
             if job.abandoned:
                 return
@@ -100,7 +110,7 @@ class WorkerPool:
         Raises:
             RuntimeError: If the pool is closed.
         """
-        if self._closed:
+        if self.closed:
             raise RuntimeError("the loader is closed")
         job = Job(work)
         self._jobs.put(job)
@@ -133,7 +143,12 @@ class WorkerPool:
 
     def close(self) -> None:
         """Let the threads end once they have done the job they are at; jobs that wait are not begun."""
-        self._closed = True
+        self.closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None:
+                    job.fail(RuntimeError("the loader is closed"))
         for _ in range(self._num_threads):
             self._jobs.put(None)
 

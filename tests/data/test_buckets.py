@@ -50,7 +50,7 @@ def test_no_sample_is_enlarged_more_than_allowed() -> None:
     generous = arrange_buckets(BucketsConfig(tokens=8 * 300, multiple=4, max_aspects=1, max_upscale=3.0), entries)
     assert [len(ids) for ids in generous.ids] == [50]
     alone = arrange_buckets(BucketsConfig(tokens=8 * 300, multiple=4, max_aspects=1), entries)
-    assert alone.left_out == {"enlarged more than 1 times at 256 pixels square": 20}
+    assert alone.left_out == {"enlarged more than 1 times, or too few for one batch, at 256 pixels square": 20}
 
 
 def test_chosen_aspects_are_the_best_of_all_choices() -> None:

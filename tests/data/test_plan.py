@@ -48,7 +48,7 @@ def test_a_step_is_a_function_of_seed_and_data_alone() -> None:
 def test_random_access_counts_earlier_steps_across_blocks() -> None:
     walked, plan = np.zeros(2, dtype=int), make_plan()
     for step in range(4096 * 2 + 5):
-        view, before = plan._steps_before(step)
+        view, before = plan._schedule.before(step)
         assert (before == walked).all()
         walked[view] += 1
     assert make_plan().step(4096 * 2 + 3) == plan.step(4096 * 2 + 3)
