@@ -55,11 +55,25 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
         tree: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
             raise ConfigError(f"{path}: expected a mapping of fields, got {type(tree).__name__}")
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        changes = OmegaConf.from_dotlist(list(overrides))
+        _drop_other_kinds(tree, changes)
+        tree = OmegaConf.merge(tree, changes)
         plain = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     return from_dict(cls, cast("dict[str, Any]", plain))
+
+
+def _drop_other_kinds(tree: Any, changes: Any) -> None:
+    """Empty the sections whose ``kind`` is overridden: the fields of one kind mean nothing to another."""
+    for key in changes:
+        old, new = tree.get(key), changes.get(key)
+        if not (OmegaConf.is_dict(old) and OmegaConf.is_dict(new)):
+            continue
+        if "kind" in new and new.kind != old.get("kind", new.kind):
+            tree[key] = {}
+        else:
+            _drop_other_kinds(old, new)
 
 
 def from_dict(cls: Any, mapping: Mapping[str, Any]) -> Any:

@@ -60,7 +60,7 @@ def arrange(config: DataConfig, source: Source, *, fill: bool = True) -> Arrange
 
 
 def _counts(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4)) or "none"
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
 
 
 def _arrange_views(config: DataConfig, source: Source) -> Arrangement:

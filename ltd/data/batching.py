@@ -209,7 +209,7 @@ def _by_shape(
     for number in small:
         left_out[f"too few for one batch of {views[number]}"] += len(ids[number])
     kept = [number for number in range(len(views)) if number not in small]
-    units = tuple(bucket_units(config, views[n], tokens[n], len(ids[n])) for n in kept)
+    units = tuple(bucket_units(config, views[n], tokens[n], len(ids[n])) if fill else 1 for n in kept)
     return Arrangement(
         tuple(views[n] for n in kept), tuple(ids[n] for n in kept), tuple(tokens[n] for n in kept), units, left_out
     )

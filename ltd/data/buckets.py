@@ -9,9 +9,11 @@ next shorter one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
+from ltd.config import ConfigError
 from ltd.data.batching import Arrangement, BucketsConfig, bucket_units, frame_steps, tokens_of
 from ltd.data.entries import Entries
 from ltd.data.plan import ViewConfig
@@ -127,6 +129,8 @@ def arrange_buckets(config: BucketsConfig, entries: Entries, *, fill: bool = Tru
         One view per bucket that has at least one batch, and the reasons why samples are left out.
     """
     groups, left_out = _lengths_and_sides(config, entries)
+    if fill:
+        _check_budget(config, groups)
     found: list[tuple[ViewConfig, np.ndarray]] = []
     for frames in sorted(config.frames, reverse=True):
         for side in sorted(config.sides, reverse=True):
@@ -147,8 +151,24 @@ def arrange_buckets(config: BucketsConfig, entries: Entries, *, fill: bool = Tru
                 _hand_down(groups, rest, smaller[-1:], left_out, reason)
     views, ids = tuple(view for view, _ in found), tuple(members for _, members in found)
     tokens = tuple(tokens_of(view, config.token) for view in views)
-    units = tuple(bucket_units(config, v, n, len(i)) for v, n, i in zip(views, tokens, ids, strict=True))
+    rows = zip(views, tokens, ids, strict=True)
+    units = tuple(bucket_units(config, v, n, len(i)) if fill else 1 for v, n, i in rows)
     return Arrangement(views, ids, tokens, units, left_out)
+
+
+def _check_budget(config: BucketsConfig, groups: Iterable[tuple[int, int]]) -> None:
+    """Refuse a token budget that some bucket's smallest batch may exceed; names the budget that holds all."""
+    t, h, w = config.token
+    largest = [
+        (1 + (frames - 1) // t) * int((candidate_sizes(side, config.token) // [h, w]).prod(axis=1).max())
+        for frames, side in groups
+    ]
+    needed = config.multiple * max(largest, default=0)
+    if needed > config.tokens:
+        raise ConfigError(
+            f"data.batching.tokens: got {config.tokens}, but a batch of {config.multiple} (data.batching.multiple) of the "
+            f"largest samples has {needed} tokens; raise tokens to that, or lower multiple, sides or frames"
+        )
 
 
 def _hand_down(
@@ -203,7 +223,7 @@ def _by_aspect(
     """Choose aspect ratios for a group, fewer of them until each fills at least one batch.
 
     Returns:
-        Views and their samples; those that no view takes without enlarging them too much, or are too few for one.
+        Views and their samples; those that no view takes without enlarging too much, or are too few.
     """
     height, width = (entries.columns[name][members].astype(np.float64) for name in ("height", "width"))
     sizes = candidate_sizes(side, config.token)
@@ -217,7 +237,7 @@ def _by_aspect(
         found, full = [], True
         for place, (rows, cols) in enumerate(chosen.tolist()):
             view = ViewConfig(num_frames=frames, height=rows, width=cols, fps=config.fps)
-            units = bucket_units(config, view, tokens_of(view, config.token))
+            units = bucket_units(config, view, tokens_of(view, config.token)) if fill else 1
             ids = members[nearest == place]
             full &= not len(ids) or len(ids) >= units
             found.append((view, ids))

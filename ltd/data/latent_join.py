@@ -30,17 +30,19 @@ _COLUMNS = {
 }
 
 
-def finish_cache(directory: str | Path) -> dict[str, Any]:
+def finish_cache(directory: str | Path, *, accept_unreadable: bool = False) -> dict[str, Any]:
     """Join the parts of all processes once each has closed its writer; one process calls this.
 
     Args:
         directory: The cache.
+        accept_unreadable: Whether windows whose bytes could not be read are left out for good.
 
     Returns:
         The manifest.
 
     Raises:
-        ConfigError: If windows or embeddings are missing, or a file lacks recorded rows; says how many.
+        ConfigError: If windows or embeddings are missing, could not be read, or a file lacks recorded rows; says how
+            many.
     """
     directory = Path(directory)
     manifest = json.loads((directory / "writing.json").read_text("utf-8"))
@@ -50,6 +52,12 @@ def finish_cache(directory: str | Path) -> dict[str, Any]:
     done = len(joined.keys) + len(joined.bad)
     if done < manifest["windows"]:
         raise ConfigError(f"out: {directory} has {done} of {manifest['windows']} windows; run the command again")
+    unreadable = [record for record in joined.bad.values() if record["cause"] == "unreadable"]
+    if unreadable and not accept_unreadable:
+        raise ConfigError(
+            f"out: {directory}: {len(unreadable)} windows could not be read (the first: {unreadable[0]['message']}); "
+            "run the command again, or leave them out with accept_unreadable: true"
+        )
     with_text = manifest["text_encoder"] is not None
     missing = joined.text_ids.keys() - joined.embeddings.keys() if with_text else ()
     if missing:

@@ -105,7 +105,7 @@ class Plan:
         kinds: The kinds of steps. A run begins with the one of the largest samples, and then the one of the most tokens
             a step if that is another, so that a run that does not fit into memory ends at once.
         seed: Seed of the run.
-        by_epoch: Whether ``weight`` is the steps of an epoch and all kinds pass their epochs together; else it is a share.
+        by_epoch: Whether weights are steps of an epoch, and all kinds pass their epochs together; else shares.
     """
 
     def __init__(self, kinds: Sequence[StepKind], *, seed: int, by_epoch: bool = False) -> None:

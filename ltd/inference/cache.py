@@ -74,6 +74,8 @@ class CacheConfig:
     num_workers: int = 2
     #: Share of the windows of a process that may fail before the job stops, [0, 1].
     max_bad_fraction: float = 0.05
+    #: Whether windows whose bytes could not be read are left out for good; else the command run again retries them.
+    accept_unreadable: bool = False
 
     def __post_init__(self) -> None:
         fixed = self.batching.kind == "fixed"
@@ -188,10 +190,16 @@ class _Job:
             self._write(index, writer, f"cache {out.name}")
         writer.close()
         layout.barrier()
+        problem = None
         if layout.is_main and not writer.complete:
-            manifest = finish_cache(out)
-            logger.info("%s: %s", out, manifest["counts"])
-        layout.barrier()
+            try:
+                manifest = finish_cache(out, accept_unreadable=config.accept_unreadable)
+                logger.info("%s: %s", out, manifest["counts"])
+            except ConfigError as error:
+                problem = str(error)
+        problem = layout.broadcast_object(problem)  # all processes end together
+        if problem is not None:
+            raise ConfigError(problem)
         return out
 
     def _identity(self, index: Index) -> CacheIdentity:

@@ -147,6 +147,20 @@ def test_windows_that_fail_are_recorded_and_what_was_unreadable_is_tried_again(
     with pytest.raises(ValueError, match=r"needed \(3, t, h, w\) twice"):
         writer.add(windows[0], mean=mean[:2], logvar=logvar[:2])
     writer.close()
+    partial = tmp_path / "c" / "parts" / "00000-of-00001" / "records.jsonl"
+    assert b"the network is down" in partial.read_bytes()
+    writer = LatentCacheWriter(tmp_path / "c", identity(index), windows)
+    for window in writer.pending():
+        if window.position == 5:
+            writer.skip(window, cause="unreadable", message="still down")
+        else:
+            found = latents(window)
+            writer.add(window, captions=index.captions(window.entry), mean=found[0], logvar=found[1])
+    for caption in writer.missing_texts(["", *(text for e in index.entries for text, _ in index.captions(e))]):
+        writer.add_text(caption, *embed(caption))
+    writer.close()
+    with pytest.raises(ConfigError, match=r"1 windows could not be read .*run the command again, or .*accept_unreadable"):
+        finish_cache(tmp_path / "c")
     write(tmp_path / "c", index, windows)
     assert finish_cache(tmp_path / "c")["counts"]["bad"] == 2
     bad = [json.loads(line) for line in (tmp_path / "c" / "bad.jsonl").read_text().splitlines()]
