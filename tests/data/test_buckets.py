@@ -36,7 +36,7 @@ def test_candidates_are_whole_tokens_of_about_the_area() -> None:
 
 def test_no_sample_is_enlarged_more_than_allowed() -> None:
     entries = make_entries((20, 512, 128, 1, 0.0), (30, 256, 256, 1, 0.0))
-    config = BucketsConfig(tokens=8 * 300, multiple=4, sides=(128, 256), max_aspects=1)
+    config = BucketsConfig(tokens=8 * 300, multiple=4, sides=(64, 128, 256), max_aspects=1)
     found = arrange_buckets(config, entries)
     for view, ids in zip(found.views, found.ids, strict=True):
         columns = entries.columns
@@ -44,7 +44,8 @@ def test_no_sample_is_enlarged_more_than_allowed() -> None:
         assert scale.max() <= 1
     # The wide ones have the area of 256 squared, but not the height of the one bucket there is.
     assert {(view.height, view.width, len(ids)) for view, ids in zip(found.views, found.ids, strict=True)} >= {
-        (256, 256, 30)
+        (256, 256, 30),
+        (64, 256, 20),
     }
     assert found.ids and sum(len(ids) for ids in found.ids) == 50
     generous = arrange_buckets(BucketsConfig(tokens=8 * 300, multiple=4, max_aspects=1, max_upscale=3.0), entries)
@@ -112,12 +113,23 @@ def test_a_budget_below_one_batch_is_refused_with_the_number() -> None:
 
 
 def test_packed_samples_keep_their_size_up_to_the_limit() -> None:
-    entries = make_entries((2, 300, 200, 1, 0.0), (3, 1024, 1024, 1, 0.0), (4, 128, 64, 30, 24.0), (1, 64, 64, 4, 24.0))
+    entries = make_entries(
+        (2, 300, 200, 1, 0.0),
+        (3, 1024, 1024, 1, 0.0),
+        (4, 128, 64, 30, 24.0),
+        (1, 64, 64, 4, 24.0),
+        (1, 56, 56, 1, 0.0),
+    )
     found = arrange_packs(PackedConfig(tokens=512, packs=1, max_frames=17), entries)
     sizes = {str(view.shape): len(ids) for view, ids in zip(found.views, found.ids, strict=True)}
-    assert sizes == {"1x192x288": 2, "1x256x256": 3, "17x64x128": 4}
+    assert sizes == {"1x192x288": 2, "1x256x256": 3, "17x64x128": 4, "1x48x48": 1}
     assert found.left_out == {"shorter than 5 frames": 1}
-    assert dict(zip(sizes, found.tokens, strict=True)) == {"1x192x288": 216, "1x256x256": 256, "17x64x128": 160}
+    assert dict(zip(sizes, found.tokens, strict=True)) == {
+        "1x192x288": 216,
+        "1x256x256": 256,
+        "17x64x128": 160,
+        "1x48x48": 9,
+    }
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,9 @@ def test_windows_that_fail_are_recorded_and_what_was_unreadable_is_tried_again(
     for caption in writer.missing_texts(["", *(text for e in index.entries for text, _ in index.captions(e))]):
         writer.add_text(caption, *embed(caption))
     writer.close()
-    with pytest.raises(ConfigError, match=r"1 windows could not be read .*run the command again, or .*accept_unreadable"):
+    with pytest.raises(
+        ConfigError, match=r"1 windows could not be read .*run the command again, or .*accept_unreadable"
+    ):
         finish_cache(tmp_path / "c")
     write(tmp_path / "c", index, windows)
     assert finish_cache(tmp_path / "c")["counts"]["bad"] == 2
