@@ -142,8 +142,9 @@ def build_plan(config: DataConfig, source: MixedSource, arrangement: Arrangement
     _check_sizes(config, arrangement)
     starts = [*source.starts, len(source.entries)]
     sets = [(starts[n], starts[n + 1], dataset.weight) for n, dataset in enumerate(config.sets)]
-    # In a cache every window is a shard of its own: they are shuffled all together.
     shards = source.entries.columns["shard"]
+    if not source.random_cuts:  # a cache is one memory map, shuffled whole: the order of media in one tar
+        shards = np.zeros_like(shards)
 
     def strand(ids: np.ndarray, number: int) -> Strand:
         return Strand(ids, shards[ids], seed, ("set", number), config.open_shards, config.mode == "replacement")

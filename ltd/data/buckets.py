@@ -166,8 +166,8 @@ def _check_budget(config: BucketsConfig, groups: Iterable[tuple[int, int]]) -> N
     needed = config.multiple * max(largest, default=0)
     if needed > config.tokens:
         raise ConfigError(
-            f"data.batching.tokens: got {config.tokens}, but a batch of {config.multiple} (data.batching.multiple) of the "
-            f"largest samples has {needed} tokens; raise tokens to that, or lower multiple, sides or frames"
+            f"data.batching.tokens: got {config.tokens}, but a batch of {config.multiple} (data.batching.multiple) of "
+            f"the largest samples has {needed} tokens; raise tokens to that, or lower multiple, sides or frames"
         )
 
 

@@ -116,7 +116,7 @@ def frame_range(row: Row, *, frames: int, fps: float) -> tuple[int, int]:
         detected shot has frames already.
 
     Raises:
-        BadSampleError: If the range holds no frame of the source, or the source tells no frame rate.
+        BadSampleError: If the range holds less than two frames of the source, or the source tells no frame rate.
     """
     if row.span is not None:
         start, stop = row.span[0], min(row.span[1], frames)
@@ -127,6 +127,8 @@ def frame_range(row: Row, *, frames: int, fps: float) -> tuple[int, int]:
         stop = frames if row.end is None else min(frames, round(row.end * fps))
     if start >= stop:
         raise BadSampleError("outside_source", f"frames {start}..{stop} of a source of {frames} frames")
+    if stop - start == 1:
+        raise BadSampleError("one_frame", f"frame {start} alone is no clip, needed two frames or more")
     return start, stop
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import io
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,12 +17,12 @@ from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.dlpack import from_dlpack
 
 from ltd.config import ConfigError
 from ltd.data.batch import BadSampleError
-from ltd.data.frames import FrameReader, Scaler, check_size
+from ltd.data.frames import FrameReader, Scaler, check_size, first_line
 from ltd.data.transforms import cover, cover_size, cut_offset
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class MediaInfo:
     width: int  #: Pixels.
     height: int  #: Pixels.
     frames: int  #: Frames; 1 for an image.
-    fps: float  #: Frames per second; 0 for an image and where the file tells none that can be true.
+    fps: float  #: Frames per second; 0 for an image and where the file tells none.
 
 
 def available_backends() -> tuple[Backend, ...]:
@@ -178,7 +179,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             return white
         return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen types on corrupt bytes.
-        raise BadSampleError("undecodable", f"image does not decode: {error}") from error
+        raise BadSampleError("undecodable", f"image does not decode: {first_line(error)}") from error
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -186,9 +187,14 @@ def _open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise BadSampleError("too_large", str(error)) from error
+        # Pillow's own limit, which is higher than ours and not ours to change; its message begins with the pixels.
+        pixels = re.search(r"\d+", str(error))
+        size = f"{pixels[0]} pixels" if pixels else "its size"
+        raise BadSampleError("too_large", f"{size} is more than the limit of {MAX_PIXELS} pixels") from error
+    except UnidentifiedImageError as error:  # says no more than the name of a buffer
+        raise BadSampleError("undecodable", "not a JPEG, PNG or WebP image") from error
     except Exception as error:  # as many types as there are ways to damage a header
-        raise BadSampleError("undecodable", f"not a JPEG, PNG or WebP image: {error}") from error
+        raise BadSampleError("undecodable", f"not a JPEG, PNG or WebP image: {first_line(error)}") from error
     check_size(*image.size, MAX_PIXELS)
     return image
 
@@ -213,7 +219,10 @@ def probe(data: bytes, extension: str | None = None) -> MediaInfo:
     except BadSampleError as error:
         if error.cause != "undecodable":
             raise
-    return _probe_video(data)
+        try:
+            return _probe_video(data)
+        except BadSampleError as second:
+            raise error if second.cause == "wrong_kind" else second from None  # an image, and it is damaged
 
 
 def _probe_image(data: bytes) -> MediaInfo:
@@ -224,6 +233,8 @@ def _probe_image(data: bytes) -> MediaInfo:
 
 def _probe_video(data: bytes) -> MediaInfo:
     with FrameReader(data) as reader:
+        if len(reader) == 1:
+            raise BadSampleError("one_frame", "a video of one frame, needed two or more; store a still as an image")
         return MediaInfo("video", *reader.display_size, len(reader), reader.fps)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import io
 import mmap
+import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -50,8 +51,11 @@ def check_size(width: int, height: int, limit: int) -> None:
         raise BadSampleError("too_large", f"{width}x{height} is more than the limit of {limit} pixels")
 
 
-def _plausible_rate(rate: float) -> float:
-    return rate if 0.1 <= rate <= 1000 else 0.0
+def _check_rate(rate: float) -> float:
+    """Refuse a stated rate that cannot be true; 0 is a rate that is not stated."""
+    if rate != 0 and not 0.1 <= rate <= 1000:
+        raise BadSampleError("absurd_fps", f"tells {rate:.6g} frames per second; needed 0.1 to 1000")
+    return rate
 
 
 class FrameReader:
@@ -76,16 +80,20 @@ class FrameReader:
         try:
             self._container = av.open(file, stream_options=[_OPEN_OPTIONS] * _MAX_STREAMS)
         except self._errors as error:
-            raise BadSampleError("undecodable", f"video does not open: {_first_line(error)}") from error
+            raise BadSampleError("undecodable", f"video does not open: {first_line(error)}") from error
         try:
             self._open_stream(threads)
         except self._errors as error:
             self._container.close()
             if isinstance(error, BadSampleError):
                 raise
-            raise BadSampleError("undecodable", f"video does not read: {_first_line(error)}") from error
+            raise BadSampleError("undecodable", f"video does not read: {first_line(error)}") from error
 
     def _open_stream(self, threads: int) -> None:
+        # FFmpeg opens a still image as a video of one frame, by a demuxer of its own for each format.
+        name = str(self._container.format.name)
+        if name.endswith("_pipe") or name == "image2":
+            raise BadSampleError("wrong_kind", f"a {name.removesuffix('_pipe').upper()} image, not a video")
         if not self._container.streams.video:
             raise BadSampleError("undecodable", "no video in it")
         self._stream: Any = self._container.streams.video[0]
@@ -94,7 +102,7 @@ class FrameReader:
             raise BadSampleError("undecodable", "no decoder for its video")
         self.width, self.height = context.width, context.height
         check_size(self.width, self.height, MAX_VIDEO_PIXELS)
-        self.fps = _plausible_rate(float(self._stream.average_rate or 0))
+        self.fps = _check_rate(float(self._stream.average_rate or 0))
         #: Degrees clockwise by which players turn the picture; frames are yielded as stored.
         self.turn = read_turn(self._data)
         context.skip_frame = "DEFAULT"
@@ -174,7 +182,7 @@ class FrameReader:
                 if pts == last:
                     return
         except self._errors as error:
-            raise BadSampleError("undecodable", f"video does not decode: {_first_line(error)}") from error
+            raise BadSampleError("undecodable", f"video does not decode: {first_line(error)}") from error
 
     def pick(self, numbers: Sequence[int], convert: Callable[[Any], np.ndarray]) -> np.ndarray:
         """Decode some frames and no more than they need.
@@ -200,7 +208,7 @@ class FrameReader:
                 if len(found) == len(set(numbers)):
                     return np.stack([found[self._pts[number]] for number in numbers])
         except self._errors as error:
-            raise BadSampleError("undecodable", f"video does not decode: {_first_line(error)}") from error
+            raise BadSampleError("undecodable", f"video does not decode: {first_line(error)}") from error
         missing = [number for number in numbers if self._pts[number] not in found]
         raise BadSampleError("undecodable", f"frames {missing[:5]} do not decode")
 
@@ -267,7 +275,7 @@ class FrameReader:
             times = sorted(packet.pts for packet in packets)
             return self._mux(packets, times), [bisect.bisect_left(times, self._pts[number]) for number in numbers]
         except self._errors as error:
-            raise BadSampleError("undecodable", f"video does not read: {_first_line(error)}") from error
+            raise BadSampleError("undecodable", f"video does not read: {first_line(error)}") from error
 
     def _mux(self, packets: list[Any], times: list[int]) -> bytes:
         """Write packets, in order of decoding, into an mp4 of one frame a tick; ``times`` are theirs, sorted."""
@@ -293,8 +301,10 @@ def _map(path: str) -> Any:
         return b""
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: BaseException) -> str:
+    """Take the first line of an error's message, without addresses in memory: messages must repeat."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", line)[:200]
 
 
 class Scaler:

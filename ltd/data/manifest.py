@@ -41,6 +41,7 @@ class Row:
     split: str = "train"  #: "train" or "heldout".
     root: Path = field(default=Path(), compare=False)  #: Folder that ``path`` is relative to.
     shot: int | None = None  #: Number of a detected shot in its video, from 0; None where none were looked for.
+    place: str = field(default="", compare=False)  #: Manifest and line that it comes from; "" for a folder's file.
     span: tuple[int, int] | None = None  #: First frame of a shot and the one after its last; overrides seconds.
 
     @property
@@ -123,7 +124,7 @@ def _read_file(path: Path, media_root: Path | None, columns: Columns) -> list[Ro
     rows = []
     for place, record in read_records(path, columns):
         try:
-            rows.append(_row_of(record))
+            rows.append(replace(_row_of(record), place=place))
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from error
     root = media_root if media_root is not None else path.parent
@@ -212,6 +213,9 @@ def _row_of(record: Mapping[str, Any]) -> Row:
     start, end = (_seconds(record, name) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise ValueError(f"end: got {end}, needed more than start = {start or 0}")
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and extension_of(path) in IMAGE_EXTENSIONS:
+            raise ValueError(f"{name}: got {value} for the image {path}, needed none: only videos have start and end")
     return Row(number=0, path=path, captions=captions, start=start, end=end, split=split)
 
 
@@ -225,12 +229,16 @@ def _seconds(record: Mapping[str, Any], name: str) -> float | None:
     return value
 
 
+def _place(row: Row) -> str:
+    return row.place or f"sample {row.number + 1}"
+
+
 def _refuse_repeats(rows: Sequence[Row]) -> None:
     seen: dict[tuple[str, float | None, float | None], Row] = {}
     for row in rows:
         first = seen.setdefault((os.path.abspath(row.file), row.start or None, row.end), row)
         if first is not row:
             raise ConfigError(
-                f"sample {row.number + 1} repeats sample {first.number + 1}: {row.path}, start {row.start}, end "
+                f"{_place(row)} repeats {_place(first)}: {row.path}, start {row.start}, end "
                 f"{row.end}; needed each once (several captions of one sample go into its field captions)"
             )

@@ -52,7 +52,9 @@ def job_digest(rows: Sequence[Row], options: ShardOptions, detector: str | None 
     Returns:
         sha256 in hex.
     """
-    names = [item.name for item in fields(Row) if item.name != "root"]  # moving everything changes nothing
+    names = [
+        item.name for item in fields(Row) if item.name not in ("root", "place")
+    ]  # moving everything changes nothing
     states = {row.file: row.file.stat() for row in rows}
     return digest(
         {
@@ -160,8 +162,7 @@ def _work(
         report["shots"] = {"videos": expansion.videos, "videos_cut": len({r.number for r in expansion.rows if r.span})}
         report["shots"]["shots"] = found
     if not tars:
-        left_out = [*report["skipped"], *report["filtered"]][:3]
-        raise ConfigError(f"none of the {len(rows)} samples can be made: {left_out}")
+        raise ConfigError(_none_left(report))
     _write_tars(tars, work, options.workers)
     for tar in tars:
         path = work / tar.split / tar.name
@@ -170,6 +171,13 @@ def _work(
             logger.warning("%s: %s cannot be read: %s: %s", path.name, bad.key, bad.cause, bad.message)
     write_bytes(work / REPORT, json.dumps(report, indent=1).encode())
     return report
+
+
+def _none_left(report: dict[str, Any]) -> str:
+    counts = {**report["causes"], **report["filters"]}
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    first = next((f"; first {item['path']}: {item['error']}" for item in report["skipped"]), "")
+    return f"none of the {sum(counts.values())} samples is left: {listed}{first}"
 
 
 @dataclass

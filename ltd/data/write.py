@@ -39,6 +39,9 @@ class VideoEncoder:
         self._buffer = io.BytesIO()
         self._container = av.open(self._buffer, "w", format="mp4", options={"fflags": "+bitexact"})
         options = {"crf": str(crf), "preset": "veryfast", "g": str(keyframe_every), "bf": "0", "threads": "1"}
+        # x264's macroblock tree, in its AVX-512 form, reads memory that it never set where the width is not a multiple
+        # of 16, so that the same frames came out with other bytes now and then. Nothing else looks ahead.
+        options |= {"mbtree": "0", "rc-lookahead": "0"}
         rate = Fraction(fps).limit_denominator(100_000)
         self._stream: Any = self._container.add_stream("libx264", rate=rate, options=options)
         self._stream.width, self._stream.height = width + width % 2, height + height % 2

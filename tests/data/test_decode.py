@@ -60,7 +60,7 @@ def test_bad_media_say_what_they_are(film: Path, monkeypatch: pytest.MonkeyPatch
         ("undecodable", lambda: probe(b"no video at all" * 50, "mp4")),
         ("undecodable", lambda: decode_clip(data[: len(data) // 2], start=0, num_frames=4)),
         ("undecodable", lambda: decode_image(data)),
-        ("too_short", lambda: decode_clip(still, start=0, num_frames=2)),
+        ("wrong_kind", lambda: decode_clip(still, start=0, num_frames=2)),
         ("undecodable", lambda: decode_image(still[:40])),
         ("too_short", lambda: decode_clip(data, start=198, num_frames=3)),
         ("too_short", lambda: decode_clip(data, start=198, num_frames=3, backend="pyav")),

@@ -29,12 +29,12 @@ def brief(rows: list[Row]) -> list[Any]:
 
 
 RECORDS: list[dict[str, Any]] = [
-    {"path": "a.png", "caption": " one ", "start": 1.5, "end": 2.0, "split": "heldout"},
+    {"path": "film.mp4", "caption": " one ", "start": 1.5, "end": 2.0, "split": "heldout"},
     {"path": "sub/b.png", "captions": ["two", {"text": "zwei,\u2028\u00e4", "weight": 3}]},
     {"path": "heldout/c.png", "caption": ""},
 ]
 EXPECTED = [
-    (0, "a.png", (("one", 1.0),), 1.5, 2.0, "heldout"),
+    (0, "film.mp4", (("one", 1.0),), 1.5, 2.0, "heldout"),
     (1, "sub/b.png", (("two", 1.0), ("zwei,\u2028\u00e4", 3.0)), None, None, "train"),
     (2, "heldout/c.png", (("", 1.0),), None, None, "train"),
 ]
@@ -44,7 +44,7 @@ def write_csv(path: Path, *, bom: bool = False) -> Path:
     captions = json.dumps(RECORDS[1]["captions"], ensure_ascii=False).replace('"', '""')
     lines = [
         "path,caption,captions,start,end,split,aesthetic",
-        "a.png, one ,,1.5,2.0,heldout,5",
+        "film.mp4, one ,,1.5,2.0,heldout,5",
         f'sub/b.png,,"{captions}",,,,6',
         "heldout/c.png,,,,,,7",
     ]
@@ -61,6 +61,7 @@ def write_parquet(path: Path, records: list[dict[str, Any]]) -> Path:
 
 def test_the_same_rows_from_jsonl_csv_and_parquet(media: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+    (media / "film.mp4").touch()  # manifests are read without opening media
     jsonl = media / "m.jsonl"
     text = "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS)
     jsonl.write_text(text, "utf-8-sig")  # with a byte order mark, as editors write it
@@ -90,7 +91,7 @@ def test_folders_globs_and_several_sources_are_numbered_on(media: Path, tmp_path
     (media / "a.txt").write_text("\ufeffshort\n")
     (media / "sub" / "b.captions.json").write_text('["x", {"text": "y", "weight": 0.5}]')
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "d.jsonl").write_text('{"path": "../media/a.png", "caption": "", "start": 1}')
+    (tmp_path / "other" / "d.jsonl").write_text('{"path": "../media/film.mp4", "caption": "", "start": 1}')
     listed = [
         ("a.png", (("short", 1.0),), "train"),
         ("heldout/c.png", (), "heldout"),
@@ -98,12 +99,13 @@ def test_folders_globs_and_several_sources_are_numbered_on(media: Path, tmp_path
     ]
     for source in (media, f"{media}/**/*", f"{media}/**/*.png"):
         assert [(row.path, row.captions, row.split) for row in read_rows(source)] == listed
+    (media / "film.mp4").touch()
     rows = read_rows([f"{media}/*.png", f"{media}/heldout/*.png", media / "sub" / "b.png", f"{tmp_path}/oth*/*.jsonl"])
     assert [(row.number, row.path, row.split) for row in rows] == [
         (0, "a.png", "train"),
         (1, "c.png", "heldout"),  # the folder that the glob names counts
         (2, "b.png", "train"),
-        (3, "../media/a.png", "train"),
+        (3, "../media/film.mp4", "train"),
     ]
     assert all(row.file.is_file() for row in rows)
 
@@ -136,9 +138,11 @@ def test_folders_globs_and_several_sources_are_numbered_on(media: Path, tmp_path
             "line 2: captions: weight: got 0, needed a fin",
         ),
         ('{"path": "a.png", "captions": [{"text": "y", "weight": NaN}]}', "line 2: captions: weight: got nan"),
+        ('{"path": "a.png", "caption": "x", "start": 0}', "line 2: start: got 0 for the image a.png, needed none"),
+        ('{"path": "a.png", "caption": "x", "end": 2.5}', "line 2: end: got 2.5 for the image a.png, needed none"),
         (
             '{"path": "sub/b.png", "caption": "z"}',
-            "sample 2 repeats sample 1: sub/b.png, start None, end None; .*capti",
+            "m.jsonl line 2 repeats .*m.jsonl line 1: sub/b.png, start None, end None; .*capti",
         ),
     ],
 )

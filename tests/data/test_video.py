@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import struct
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ltd.data.decode import Backend, decode_clip, probe
 from ltd.data.frames import FrameReader
 from ltd.data.h264 import read_head
 from ltd.data.mp4 import read_track
+from ltd.data.write import encode_image, encode_video
 
 BACKENDS: tuple[Backend, ...] = ("decord", "pyav")
 DEFAULTS = {"threads": "1", "crf": "20"}
@@ -272,11 +274,15 @@ def test_absurd_rates_and_sizes() -> None:
         changed = patched(data, b"mdhd", 12, ">I", timescale)
         try:
             info = probe(changed, "mp4")
-            assert info.fps == 0 or 0.1 <= info.fps <= 1000
+            assert timescale == 0 or 0.1 <= info.fps <= 1000
             clip = decode_clip(changed, start=0, num_frames=info.frames)
             assert clip.shape == (info.frames, 144, 176, 3)
         except BadSampleError as error:
-            assert error.cause == "undecodable"
+            assert error.cause in ("undecodable", "absurd_fps")
+    for fps, said in ((Fraction(90_000), "90000"), (Fraction(1, 1000), "0.001")):
+        with pytest.raises(BadSampleError, match=f"tells {said} frames per second; needed 0.1 to 1000") as caught:
+            probe(encode_video(np.stack(pictures()[:3]), float(fps)), "mp4")
+        assert caught.value.cause == "absurd_fps"
     huge = patched(data, b"avc1", 24, ">HH", 20_000, 20_000)  # the container's word, which the stream corrects
     assert probe(huge, "mp4").width == 176
     for backend in BACKENDS:
@@ -315,7 +321,13 @@ def test_the_head_of_a_stream_is_read_right(options: dict[str, str], pixel_forma
 
 def test_files_that_are_no_clips() -> None:
     short = encode(source=pictures()[:1])
-    assert probe(short, "mp4").frames == 1
+    with pytest.raises(BadSampleError, match="a video of one frame") as caught:
+        probe(short, "mp4")
+    assert caught.value.cause == "one_frame"
+    for kind in ("png", "jpg", "webp"):
+        with pytest.raises(BadSampleError, match=f"an? {kind.replace('jpg', 'jpeg').upper()} image, not a") as caught:
+            probe(encode_image(pictures()[0], kind), "mp4")
+        assert caught.value.cause == "wrong_kind"
     assert decode_clip(short, start=0, num_frames=1).shape == (1, 144, 176, 3)
     sound = io.BytesIO()
     with av.open(sound, "w", format="mp4") as output:

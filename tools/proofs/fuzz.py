@@ -32,7 +32,7 @@ MEDIA, TARS = 5_000, 400  # files of the proof
 FILE_LIMIT_S = 10.0
 MEMORY_LIMIT_MB = 1_000.0
 #: What a file may be refused for.
-CAUSES = ("empty", "undecodable", "too_short", "too_large")
+CAUSES = ("empty", "undecodable", "too_short", "too_large", "absurd_fps", "one_frame", "wrong_kind")
 _MAX_CRASHES = 20
 
 

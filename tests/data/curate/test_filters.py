@@ -78,7 +78,7 @@ def test_each_filter_is_counted_apart_from_what_fails(write_film: Callable[..., 
     assert [e.key[9:] for e in open_index(str(tmp_path / "out" / "train")).entries] == ["good", "long"]
     assert summary(report).endswith("left out: 1 empty; filtered: 1 min_frames, 1 min_side, 1 max_aspect")
     assert json.loads((tmp_path / "out" / "make_shards.json").read_text()) == report
-    with pytest.raises(ConfigError, match="none of the 6 samples can be made"):
+    with pytest.raises(ConfigError, match="none of the 6 samples is left: 1 empty, 5 min_side"):
         make_shards(media, tmp_path / "none", options=ShardOptions(filters=FilterOptions(min_side=1000)))
 
 
