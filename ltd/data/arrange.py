@@ -64,10 +64,11 @@ def _counts(reasons: Counter[str]) -> str:
 
 
 def _arrange_views(config: DataConfig, source: Source) -> Arrangement:
-    ids, empty = [], []
+    ids, misfits, empty = [], [], []
     for number, view in enumerate(config.views):
         fits, reasons = source.fits(view)
         ids.append(np.flatnonzero(fits))
+        misfits.append(reasons)
         if not fits.any():
             empty.append(
                 f"data.views[{number}]: got {view}, but none of the {len(source.entries)} samples fits "
@@ -76,7 +77,8 @@ def _arrange_views(config: DataConfig, source: Source) -> Arrangement:
     if len(empty) == len(config.views):
         raise ConfigError(empty[0])
     sizes = tuple(view.shape.num_cells for view in config.views)
-    return Arrangement(config.views, tuple(ids), sizes, (config.global_batch,) * len(config.views))
+    units = (config.global_batch,) * len(config.views)
+    return Arrangement(config.views, tuple(ids), sizes, units, misfits=tuple(misfits))
 
 
 def describe(config: DataConfig, source: Source, arrangement: Arrangement, report: Callable[[str], None]) -> None:
@@ -109,17 +111,16 @@ def describe(config: DataConfig, source: Source, arrangement: Arrangement, repor
     what = "data.views" if config.batching.kind == "fixed" else "bucket"
     for number, (view, ids) in enumerate(zip(arrangement.views, arrangement.ids, strict=True)):
         if not len(ids):
-            _, reasons = source.fits(view)
             logger.warning(
                 "%s[%d] %s is empty: none of the %d samples fits (%s); it is left out",
                 what,
                 number,
                 view,
                 total,
-                _counts(reasons),
+                _counts(arrangement.misfits[number]),
             )
             continue
-        left = f" (left out: {_counts(source.fits(view)[1])})" if config.batching.kind == "fixed" else ""
+        left = f" (left out: {_counts(arrangement.misfits[number])})" if arrangement.misfits else ""
         units = arrangement.units[number]
         report(f"{what}[{number}] {view}: {len(ids)} of {total} samples, {units} a step{left}")
 

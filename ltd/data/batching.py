@@ -6,7 +6,6 @@ that a plan draws. Decides from the data's own statistics and the seed alone, ne
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,8 @@ from ltd.data.entries import Entries
 from ltd.data.order import PackOrder, SampleOrder, Strand
 from ltd.data.packing import fill_packs
 from ltd.data.plan import StepKind, ViewConfig
-from ltd.shapes import Compression, VideoShape
+from ltd.shapes import Compression
 
-logger = logging.getLogger(__name__)
 _NO_VIEW = -1
 
 
@@ -119,6 +117,7 @@ class Arrangement:
     tokens: tuple[int, ...]  #: Tokens (or, with fixed views, pixels) of one sample of each view.
     units: tuple[int, ...]  #: Samples of a global batch of each view; in packs the number of packs.
     left_out: Counter[str] = field(default_factory=Counter)  #: Samples that no view takes, by reason.
+    misfits: tuple[Counter[str], ...] = ()  #: Per fixed view the samples that do not fit it, by reason.
 
     def view_of(self, count: int) -> np.ndarray:
         """Tell the view of each of ``count`` samples, int64 ``(count,)``; -1 where it has none."""
@@ -311,8 +310,3 @@ def _packed_kind(
     pairs = zip(orders, sets, strict=True)
     shares = [weight * order.num_units / order.num_samples if order else 0.0 for order, (_, _, weight) in pairs]
     return StepKind(tuple(orders), tuple(shares), batching.packs, 1.0, max(arrangement.tokens), view_of)
-
-
-def largest(arrangement: Arrangement) -> VideoShape:
-    """Tell the size of the largest sample, in pixels."""
-    return max((view.shape for view in arrangement.views), key=lambda shape: shape.num_cells)

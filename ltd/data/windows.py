@@ -175,17 +175,3 @@ def load_window(
     """
     data, captions = index.load(window.entry)
     return decode_cut(data, window.entry, window.view, window.placement, backend=backend), captions
-
-
-def read_window(index: Index, window: Window, *, backend: Backend | None = None) -> np.ndarray:
-    """Read the frames of a window.
-
-    Args:
-        index: The tars that the window was listed from.
-        window: The window.
-        backend: Video decoder; None takes the preferred one.
-
-    Returns:
-        uint8 ``(t, h, w, 3)``, RGB.
-    """
-    return load_window(index, window, backend=backend)[0]

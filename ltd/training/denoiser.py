@@ -101,7 +101,7 @@ class DenoiserStage:
         """Count the denoiser's tokens in the micro-batch."""
         patch = torch.tensor(self.run.model.patch)
         if "shapes" in tensors:
-            return int((tensors["shapes"][:, 1:].cpu() // patch).prod(dim=1).sum())
+            return int((tensors["shapes"][:, 1:] // patch).prod(dim=1).sum())
         latents = tensors["latents"]
         return len(latents) * int((torch.tensor(latents.shape[2:]) // patch).prod())
 
@@ -244,7 +244,7 @@ def pack(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         )
     packed["latents"] = torch.cat([group["latents"].flatten() for group in groups])
     shapes = [shape for group in groups for shape in [list(group["latents"].shape[1:])] * len(group["latents"])]
-    packed["shapes"] = torch.tensor(shapes, device=packed["latents"].device)
+    packed["shapes"] = torch.tensor(shapes)  # on the CPU: reading it there waits for no device
     return packed
 
 

@@ -10,7 +10,7 @@ import torch
 from ltd.config import ConfigError
 from ltd.data import Batch, DataConfig, ViewConfig, evaluation_batches
 from ltd.data.index import open_index
-from ltd.data.windows import enumerate_windows, read_window, window_starts
+from ltd.data.windows import enumerate_windows, load_window, window_starts
 
 CLIPS = ViewConfig(num_frames=5, height=24, width=32)
 STILLS = ViewConfig(num_frames=1, height=24, width=32)
@@ -79,7 +79,7 @@ def test_windows_are_listed_and_read(toy: Path) -> None:
     assert len(windows) == 2 * (13 * 2 + 11)
     assert [window.position for window in windows] == list(range(len(windows)))
     assert len({window.key for window in windows}) == len(windows)
-    plain, mirrored = read_window(index, windows[0]), read_window(index, windows[1])
+    plain, mirrored = (load_window(index, windows[n])[0] for n in (0, 1))
     assert plain.shape == (5, 24, 32, 3)
     assert torch.equal(torch.from_numpy(plain).flip(2), torch.from_numpy(mirrored))
     assert windows[0].fps == 8.0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ltd.config import ConfigError
+from ltd.data.batching import frame_steps
 from ltd.data.order import PackOrder, SampleOrder, Strand
 from ltd.data.packing import fill_packs
 from ltd.data.plan import Plan, StepKind, ViewConfig, chain_keys, random_placement
@@ -126,3 +127,10 @@ def test_key_chain_depends_on_order_and_history() -> None:
 def test_view_ranges(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ViewConfig(**{"num_frames": 1, "height": 8, "width": 8, **fields})  # type: ignore[arg-type]
+
+
+def test_frame_steps_of_many_samples_are_those_of_each() -> None:
+    fps = np.concatenate([[0.0, 12.0, 24.0, 36.0, 60.0], np.random.default_rng(0).uniform(1, 120, 300)])
+    for wanted in (None, 8.0, 24.0, 25.0):
+        view = ViewConfig(num_frames=5, height=8, width=8, fps=wanted)
+        assert frame_steps(fps, wanted).tolist() == [view.frame_step(rate) for rate in fps.tolist()]

@@ -17,7 +17,7 @@ from ltd.data.decode import decode_clip
 from ltd.data.index import open_index
 from ltd.data.latents import LatentCache
 from ltd.data.synthetic import make_toy_shards
-from ltd.data.windows import enumerate_windows, read_window
+from ltd.data.windows import enumerate_windows, load_window
 from ltd.denoisers import Conditioning
 from ltd.diffusion import GuidanceConfig, SamplerConfig
 from ltd.diffusion import sample as integrate
@@ -77,7 +77,7 @@ def test_cache_holds_what_the_autoencoder_gives(pipeline: Path) -> None:
     assert cache.manifest["autoencoder_hash"] == autoencoders.weights_hash(model)
     window = enumerate_windows(index, [_view(9)])[3]
     row = next(number for number, entry in enumerate(cache.entries) if entry.key == window.key)
-    pixels = torch.from_numpy(read_window(index, window))[None]
+    pixels = torch.from_numpy(load_window(index, window)[0])[None]
     posterior = model.encode(pixels_to_video(pixels))
     stored = cache.load(np.array([row]))
     assert stored.captions == (index.caption(window.entry),)
