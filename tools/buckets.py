@@ -110,8 +110,12 @@ def _planned(
 
 def unused(data: DataConfig, source: MixedSource, arrangement: Arrangement, *, seed: int) -> float:
     """Measure the share of the token budget that stays empty over an epoch of planned steps; 0 for fixed views."""
-    budgets, costs = zip(*_planned(data, source, arrangement, seed=seed), strict=True)
-    return 1 - sum(cost.sum() for cost in costs) / sum(budgets) if sum(budgets) else 0.0
+    return _empty(list(_planned(data, source, arrangement, seed=seed)))
+
+
+def _empty(steps: list[tuple[int, np.ndarray]]) -> float:
+    budget = sum(tokens for tokens, _ in steps)
+    return 1 - sum(float(costs.sum()) for _, costs in steps) / budget if budget else 0.0
 
 
 def summary(data: DataConfig, source: MixedSource, arrangement: Arrangement, *, seed: int, ranks: int) -> list[str]:
@@ -135,7 +139,7 @@ def summary(data: DataConfig, source: MixedSource, arrangement: Arrangement, *, 
         lines.append(f"empty: {', '.join(empty)}")
     steps = list(_planned(data, source, arrangement, seed=seed))
     if data.batching.kind != "fixed":
-        share = unused(data, source, arrangement, seed=seed)
+        share = _empty(steps)
         lines.append(f"padding: {100 * share:.2f} % of the token budget stays empty over {len(steps)} steps")
     dealt = [costs.reshape(ranks, -1).sum(axis=1) for _, costs in steps if len(costs) % ranks == 0]
     if dealt:
