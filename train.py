@@ -9,8 +9,9 @@ import sys
 
 from ltd import config
 from ltd.command import command_line
-from ltd.parallel.interface import NonFiniteError
+from ltd.parallel.interface import ProcessLostError
 from ltd.training import autoencoder, denoiser
+from ltd.training.guards import GuardError
 
 
 def main(arguments: list[str]) -> int:
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    with command_line(NonFiniteError):
+    with command_line(GuardError, ProcessLostError):
         match config.load(autoencoder.AutoencoderRun | denoiser.DenoiserRun, arguments[0], arguments[1:]):
             case autoencoder.AutoencoderRun() as run:
                 autoencoder.run(run)

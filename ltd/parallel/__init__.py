@@ -9,17 +9,18 @@ from __future__ import annotations
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
 from ltd.parallel.ema import Ema, EmaConfig
 from ltd.parallel.engine import build_engine
-from ltd.parallel.interface import Engine, MasterShard, NonFiniteError
+from ltd.parallel.interface import DiscardedStepError, Engine, MasterShard, ProcessLostError
 from ltd.parallel.layout import Layout
 
 __all__ = [
+    "DiscardedStepError",
     "Ema",
     "EmaConfig",
     "Engine",
     "Layout",
     "MasterShard",
-    "NonFiniteError",
     "OptimizerSettings",
     "ParallelConfig",
+    "ProcessLostError",
     "build_engine",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one ``save`` that every process calls, whole or not at all, and ``load`` for any layout.
+"""Checkpoints of a run: one ``Saver.save`` that every process calls, whole or not at all, and ``load`` for any layout.
 
 What lies in ``RUN/checkpoints/step-XXXXXXXX``: one shard of flat slices per process (``ltd.storage``) and, written
 last, the manifest. ``RUN/latest`` names the newest. A save that fails on any process leaves older checkpoints whole.
@@ -7,16 +7,19 @@ last, the manifest. ``RUN/latest`` names the newest. A save that fails on any pr
 from __future__ import annotations
 
 import logging
-import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ltd import storage
 from ltd.config import ConfigError
-from ltd.parallel.ema import GROUP, Ema
-from ltd.parallel.interface import Engine, assign, flat, full_shape
+from ltd.parallel.ema import Ema
+from ltd.parallel.interface import Engine, full_shape
 from ltd.parallel.layout import Layout
-from ltd.storage import Reader, Slice
+from ltd.parallel.saver import Saver, kept_buffers
+from ltd.storage import Fill, Reader, StorageError
+
+__all__ = ["Saver", "check_same_model", "load", "resolve", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,42 +34,21 @@ def save(
     *,
     keep_last: int | None = None,
 ) -> Path:
-    """Write the checkpoint of a step; called by all processes.
-
-    Where writing fails on any of them, all raise ``OSError`` naming the path, the bytes needed and the bytes free.
+    """Write one checkpoint and return when it is on disk; called by all processes. A run keeps a ``Saver`` instead.
 
     Args:
         run_dir: Directory of the run.
         step: Training steps done.
         engine: Engine whose masters, optimizer state and buffers are written.
         ema: Averaged weights, if there are any.
-        extra: Plain values for the manifest (data position, tracker id, ...); the main process's are written.
+        extra: Plain values for the manifest; the main process's are written.
         layout: This process's position.
         keep_last: Older checkpoints beyond this number are removed; None keeps all.
 
     Returns:
         Directory of the checkpoint.
     """
-    path = storage.checkpoint_path(run_dir, step)
-    _on_main(layout, path, lambda: storage.begin_directory(path))
-    failure = None
-    try:
-        storage.write_shard(
-            storage.incomplete_path(path), f"rank_{layout.global_rank:05d}", _slices(engine, ema, layout)
-        )
-    except OSError as error:
-        failure = f"process {layout.global_rank}: {error}"
-    _raise_anywhere(layout, path, failure)
-    manifest = {
-        **extra,
-        "step": step,
-        "optimizer_step": engine.applied_steps,
-        "world_size": layout.world_size,
-        "engine": engine.resolved_config(),
-        "ema": ema is not None,
-    }
-    _on_main(layout, path, lambda: _finish(Path(run_dir), path, manifest, keep_last))
-    return path
+    return Saver(run_dir, engine, ema, layout, keep_last=keep_last, background=False).save(step, extra)
 
 
 def resolve(resume: str, run_dir: str | Path) -> Path | None:
@@ -106,31 +88,54 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
     return found
 
 
-def load(path: str | Path, engine: Engine, ema: Ema | None) -> dict[str, Any]:
+def load(path: str | Path, engine: Engine, ema: Ema | None, layout: Layout | None = None) -> dict[str, Any]:
     """Restore weights, optimizer state, buffers and averages; called by all processes, whatever layout wrote them.
 
-    A checkpoint of another model raises ``ConfigError`` (``check_same_model``) before anything is changed.
+    Every byte that is read is compared with its checksum. A checkpoint of another model raises ``ConfigError``
+    (``check_same_model``) before anything is changed.
 
     Args:
         path: Checkpoint directory.
         engine: Engine of a freshly built model of the same configuration.
-        ema: Averaged weights to restore; they start from the masters if the checkpoint holds none.
+        ema: Averaged weights to restore; those that the checkpoint lacks start from the masters.
+        layout: Processes that load together, and stop together if one of them meets damage; None for one alone.
 
     Returns:
         The manifest: what ``save`` was given as ``extra``, ``step``, and how it was written.
+
+    Raises:
+        StorageError: On all processes, if a file is missing or damaged; names it, and an older checkpoint to use.
     """
-    reader = Reader(path)
+    reader = _SharedReader(path, layout)
     check_same_model(reader, engine)
     engine.load_shards(reader, int(reader.manifest["optimizer_step"]))
-    for name, buffer in _buffers(engine).items():
-        assign(buffer, reader.read("buffer", name))
+    reader.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(engine).items()])
     if ema is not None:
-        if GROUP in reader.groups():
-            ema.load(reader)
-        else:
-            logger.warning("%s holds no averaged weights; the average starts from the loaded weights", path)
-            ema.restart()
+        ema.load(reader)
     return reader.manifest
+
+
+class _SharedReader(Reader):
+    """A reader of which all processes hear of the damage that one of them met, before the next collective."""
+
+    def __init__(self, path: str | Path, layout: Layout | None) -> None:
+        self._layout = layout
+        self._together(lambda: super(_SharedReader, self).__init__(path))
+
+    def fill(self, fills: Iterable[Fill]) -> None:
+        self._together(lambda: super(_SharedReader, self).fill(fills))
+
+    def _together(self, action: Callable[[], None]) -> None:
+        problem = None
+        try:
+            action()
+        except StorageError as error:
+            problem = str(error)
+        problems = [problem] if self._layout is None else self._layout.gather_objects(problem)
+        found = list(dict.fromkeys(text for text in problems if text is not None))
+        if found:
+            more = f" ({len(found) - 1} more files are damaged)" if len(found) > 1 else ""
+            raise StorageError(f"{found[0]}{more}")
 
 
 def check_same_model(reader: Reader, engine: Engine) -> None:
@@ -148,7 +153,7 @@ def check_same_model(reader: Reader, engine: Engine) -> None:
         for name, parameter in engine.module.named_parameters()
         if parameter.requires_grad
     }
-    needed |= {("buffer", name): tuple(buffer.shape) for name, buffer in _buffers(engine).items()}
+    needed |= {("buffer", name): tuple(buffer.shape) for name, buffer in kept_buffers(engine).items()}
     stored = {
         (group, name): reader.shape(group, name)
         for group in ("master", "buffer")
@@ -166,51 +171,3 @@ def check_same_model(reader: Reader, engine: Engine) -> None:
     found = [f"{what}: {', '.join(names[:3])} ({len(names)} in all)" for what, names in problems.items() if names]
     if found:
         raise ConfigError(f"resume: {reader.directory} is a checkpoint of another model; {'; '.join(found)}")
-
-
-def _slices(engine: Engine, ema: Ema | None, layout: Layout) -> list[Slice]:
-    slices = [item for shard in engine.master_shards() if shard.owner for item in shard.slices()]
-    if ema is not None:
-        slices += ema.slices()
-    if layout.is_main:
-        slices += [Slice("buffer", name, tuple(b.shape), 0, flat(b)) for name, b in _buffers(engine).items()]
-    return slices
-
-
-def _buffers(engine: Engine) -> dict[str, Any]:
-    """List what a checkpoint keeps besides trained tensors: persistent buffers and frozen parameters."""
-    kept = engine.module.state_dict().keys()
-    frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
-    return {name: b for name, b in engine.module.named_buffers() if name in kept} | frozen
-
-
-def _finish(run_dir: Path, path: Path, manifest: dict[str, Any], keep_last: int | None) -> None:
-    storage.write_manifest(storage.incomplete_path(path), manifest)
-    storage.commit_directory(path)
-    storage.write_latest(run_dir, path)
-    if keep_last is not None:
-        for old in storage.checkpoints(run_dir)[: -max(keep_last, 1)]:
-            if old != path:
-                shutil.rmtree(old)
-
-
-def _on_main(layout: Layout, path: Path, action: Any) -> None:
-    failure = None
-    if layout.is_main:
-        try:
-            action()
-        except OSError as error:
-            failure = f"process 0: {error}"
-    _raise_anywhere(layout, path, failure)
-
-
-def _raise_anywhere(layout: Layout, path: Path, failure: str | None) -> None:
-    failures = [text for text in layout.gather_objects(failure) if text is not None]
-    if not failures:
-        return
-    if layout.is_main:
-        storage.abort_directory(path)
-    raise storage.StorageWriteError(
-        f"checkpoint {path} was not written, older ones are whole; free some space and run the same command to resume: "
-        f"{'; '.join(failures)}"
-    )

@@ -16,18 +16,29 @@ class ParallelConfig:
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     #: ZeRO stage, 0 to 3: what is sharded over all processes (1 optimizer state, 2 gradients too, 3 weights too).
     zero: int = 2
-    #: Sequence parallel degree: processes that share the tokens of one sample; divides the world size and the heads.
+    #: Sequence parallel degree: processes that share the tokens of one sample; divides the world size.
     sequence: int = 1
     #: Micro-batches per process and optimizer step; splits the global batch further, never multiplies it.
     accumulation: int = 1
     #: Dtype of forward and backward; master weights, gradient sums and optimizer state are fp32 in both.
     precision: Literal["bf16", "fp32"] = "bf16"
-    #: ``full`` recomputes blocks of the model in the backward pass instead of keeping their activations.
-    activation_checkpointing: Literal["none", "full"] = "none"
-    #: With ``full``: recompute every k-th block; 1 is every block.
+    #: ``full`` recomputes blocks of the model in the backward pass instead of keeping their activations; ``selective``
+    #: keeps what attention gave and recomputes the rest.
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    #: With ``full`` or ``selective``: recompute every k-th block; 1 is every block.
     activation_checkpointing_every: int = 1
-    #: Seconds after which a collective that some process never joins raises on the others.
+    #: ``blocks`` compiles each block of the model with torch.compile.
+    compile: Literal["none", "blocks"] = "none"
+    #: ``optimizer`` keeps masters and optimizer state in host memory and updates there (ZeRO 1 to 3); ``all`` keeps the
+    #: weights there too (ZeRO 3).
+    offload: Literal["none", "optimizer", "all"] = "none"
+    #: Seconds after which a run whose processes wait for one that does not come ends, naming it and what it was doing.
     timeout_s: float = 600.0
+    #: Seconds without progress after which the process that the others wait for is named in a warning.
+    slow_s: float = 60.0
+    #: Before the first step: compare configuration, code, packages and shard lists over processes, and measure matrix
+    #: products, links and storage of each; a world of one process skips it.
+    preflight: bool = True
     #: Merged last into the DeepSpeed configuration; refused where it contradicts a field above.
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -37,12 +48,19 @@ class ParallelConfig:
         for name in ("sequence", "accumulation", "activation_checkpointing_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name}: got {getattr(self, name)}, needs 1 or more")
-        if self.timeout_s <= 0:
-            raise ConfigError(f"parallel.timeout_s: seconds, got {self.timeout_s}, needs more than 0")
+        for name in ("timeout_s", "slow_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"parallel.{name}: seconds, got {getattr(self, name)}, needs more than 0")
+        if self.offload != "none" and (self.engine == "torch" or self.zero == 0):
+            raise ConfigError(
+                f"parallel.offload: got {self.offload}, needs parallel.engine=deepspeed and parallel.zero of 1 or more"
+            )
+        if self.offload == "all" and self.zero != 3:
+            raise ConfigError(f"parallel.offload: all needs parallel.zero=3, got {self.zero}; use optimizer")
         if self.activation_checkpointing == "none" and self.activation_checkpointing_every != 1:
             raise ConfigError(
                 f"parallel.activation_checkpointing_every: got {self.activation_checkpointing_every} while "
-                "parallel.activation_checkpointing is none; set that to full"
+                "parallel.activation_checkpointing is none; set that to full or selective"
             )
         if self.engine == "torch" and self.sequence != 1:
             raise ConfigError(f"parallel.sequence: got {self.sequence}, parallel.engine=torch is one process; needs 1")

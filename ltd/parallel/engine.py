@@ -7,6 +7,7 @@ checkpoint machinery is not used.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ltd.config import ConfigError
 from ltd.parallel import zero_views
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
-from ltd.parallel.interface import Engine, MasterShard, NonFiniteError, decay_groups, full_shape, restore_shards
+from ltd.parallel.interface import DiscardedStepError, Engine, MasterShard, decay_groups, full_shape, restore_shards
 from ltd.parallel.layout import Layout
 from ltd.parallel.optimizer import (
     build_optimizer,
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 _NAMED_FIELDS = {
     "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_optimization.offload_param": "parallel.offload",
+    "zero_optimization.cpu_offload": "parallel.offload",
     "bf16": "parallel.precision",
     "fp16": "parallel.precision",
     "gradient_accumulation_steps": "parallel.accumulation",
@@ -50,7 +54,6 @@ _NAMED_FIELDS = {
     "activation_checkpointing": "parallel.activation_checkpointing",
     "sequence_parallel_size": "parallel.sequence",
 }
-_UNPROVEN = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param", "zero_optimization.cpu_offload")
 
 
 def build_engine(
@@ -76,7 +79,8 @@ def build_engine(
             raise ConfigError(
                 f"{name}: an engine is given fp32 parameters, got {parameter.dtype}; use parallel.precision"
             )
-    module.to(layout.device)
+    if config.engine == "torch" or config.zero < 3:
+        module.to(layout.device)
     match config.engine:
         case "torch":
             return TorchEngine(module, config=config, optim=optim)
@@ -116,6 +120,7 @@ class DeepSpeedEngine:
         self._optim = optim
         self._num_backwards = num_backwards
         self._backwards = 0
+        self._offloaded = config.offload != "none"
         self._stage = max(config.zero, 1) if config.precision == "bf16" else config.zero
         if self._stage != config.zero:
             logger.info(
@@ -131,6 +136,8 @@ class DeepSpeedEngine:
         exact = {name: p.detach().clone() for name, p in self._parameters.items()} if config.precision == "bf16" else {}
         self._torch_optimizer = build_optimizer(self._parameters, decay_groups(module), optim)
         deepspeed = _import_deepspeed(layout)
+        if self._stage == 3:
+            self._partition(deepspeed, layout)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._torch_optimizer,
@@ -138,6 +145,7 @@ class DeepSpeedEngine:
             config=self._resolved,
             dist_init_required=False,
         )
+        self._gate = zero_views.NormGate(self._zero) if self._stage > 0 else None
         self._fragments = self._find_fragments()
         if exact:
             for shard in self.master_shards():
@@ -154,40 +162,48 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(self._backwards == self._num_backwards)
         self._engine.backward(loss * self._layout.world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *, limit: float = math.inf) -> float:
         """Clip, update the weights and clear the gradients.
 
         Args:
             lr: Learning rate of this step.
+            limit: Largest norm before clipping.
 
         Returns:
             Global gradient norm before clipping, the same on all processes.
 
         Raises:
-            NonFiniteError: If it is not finite; on all processes, with the weights unchanged.
+            DiscardedStepError: If it is not finite or above the limit; on all processes, with the weights unchanged.
             RuntimeError: If the step was called after another number of backward calls than announced.
         """
         if self._backwards != self._num_backwards:
             raise RuntimeError(f"step() needs {self._num_backwards} backward calls before it, got {self._backwards}")
         self._backwards = 0
         set_lr(self._zero, lr)
-        norm = 0.0
         if self._stage == 0:
             # DeepSpeed neither checks nor clips before it updates here.
             norm = clip_gradients(self._parameters.values(), self._optim.grad_clip)
-            if not math.isfinite(norm):
+            applied = math.isfinite(norm) and norm <= limit
+            if applied:
+                self._engine.step()
+            else:
                 self._engine.zero_grad()
-        if math.isfinite(norm):
+        else:
+            assert self._gate is not None
+            self._gate.set_limit(limit)
             self._engine.step()
-        if self._stage == 3:
-            zero_views.clear_stage3_gradients(self._zero)
-        if self._stage > 0:
-            norm = float(self._engine.get_global_grad_norm())
-        # ZeRO skipped the update, on every process, if the norm is not finite.
-        if not math.isfinite(norm) or (self._stage > 0 and not self._engine.was_step_applied()):
-            raise NonFiniteError(f"the summed gradient's norm is {norm}; the step was discarded on all processes")
+            applied = self._engine.was_step_applied()
+            norm = float(self._engine.get_global_grad_norm()) if applied else self._gate.norm
+            zero_views.clear_gradients(self._zero, offloaded=self._offloaded)
+        if not applied:
+            raise DiscardedStepError(norm, limit)
         self.applied_steps += 1
         return norm
+
+    def discard(self) -> None:
+        """Clear the gradients of the step without an update; called by all processes in place of ``step``."""
+        with contextlib.suppress(DiscardedStepError):
+            self.step(0.0, limit=-1.0)
 
     def master_shards(self) -> list[MasterShard]:
         """List this process's parts of the fp32 masters and moments, as views."""
@@ -236,6 +252,21 @@ class DeepSpeedEngine:
         """Describe the engine as plain values: what DeepSpeed was given."""
         return {**self._resolved, "engine": "deepspeed", "optimizer_kind": self._optim.kind}
 
+    def _partition(self, deepspeed: ModuleType, layout: Layout) -> None:
+        """Move the module to its device parameter by parameter: it need not fit there whole."""
+        if "bf16" in self._resolved:
+            for parameter in self._parameters.values():
+                parameter.data = parameter.data.bfloat16()
+        for submodule in self.module.modules():
+            for name, buffer in submodule._buffers.items():
+                submodule._buffers[name] = None if buffer is None else buffer.to(layout.device)
+        deepspeed.zero.Init(
+            module=self.module,
+            data_parallel_group=layout.world_group,
+            mem_efficient_linear=False,
+            config_dict_or_path=self._resolved,
+        )
+
     def _find_fragments(self) -> list[zero_views.Fragment]:
         match self._stage:
             case 0:
@@ -272,6 +303,13 @@ def deepspeed_config(
     }
     if config.precision == "bf16":
         resolved["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if config.offload != "none":
+        host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        resolved["zero_optimization"]["offload_optimizer"] = host
+        if config.offload == "all":
+            resolved["zero_optimization"]["offload_param"] = host
+        # torch's own fused optimizer updates on the host; DeepSpeed's is compiled at the first start.
+        resolved["zero_force_ds_cpu_optimizer"] = False
     _merge(resolved, config.deepspeed, "")
     return resolved
 
@@ -283,8 +321,6 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], prefix: str) -> None:
             raise ConfigError(
                 f"parallel.deepspeed.{path}: got {value!r}, contradicts a named field; set {_NAMED_FIELDS[path]}"
             )
-        if path in _UNPROVEN:
-            raise ConfigError(f"parallel.deepspeed.{path}: offload is not supported; remove it")
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(base[key], value, f"{path}.")
         elif key in base and base[key] != value:

@@ -6,6 +6,7 @@ global weight. No engine scales anything in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,11 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from ltd.config import ConfigError
-from ltd.storage import Reader, Slice
+from ltd.storage import Fill, Reader, Slice
 
 
-class NonFiniteError(RuntimeError):
-    """The summed gradient is not finite; raised on every process before any weight changed. The step is discarded."""
+class DiscardedStepError(RuntimeError):
+    """The summed gradient is not finite or above the limit; raised on every process before any weight changed.
+
+    Args:
+        norm: Global gradient norm before clipping.
+        limit: Largest norm that was allowed.
+    """
+
+    def __init__(self, norm: float, limit: float) -> None:
+        super().__init__(
+            f"the summed gradient's norm is {norm:g}, allowed is {limit:g}; the step was discarded on all processes"
+        )
+        self.norm = norm
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run died or no longer answers; says which, and what it was doing."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +73,22 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar loss; called ``num_backwards`` times per step."""
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *, limit: float = math.inf) -> float:
         """Clip, update the weights with this learning rate, clear the gradients.
 
-        A norm that is not finite raises ``NonFiniteError`` on all processes, with the weights unchanged.
+        A norm that is not finite or above the limit raises ``DiscardedStepError`` on all processes, with the weights
+        unchanged and the gradients cleared.
 
         Args:
             lr: Learning rate of this step, for every parameter.
+            limit: Largest norm before clipping.
 
         Returns:
             Global L2 norm of the summed gradient before clipping, the same on all processes.
         """
+
+    def discard(self) -> None:
+        """Clear the gradients of the step without an update; called by all processes in place of ``step``."""
 
     def master_shards(self) -> list[MasterShard]:
         """List this process's shards, in the same order at every call; their tensors stay valid for the run."""
@@ -93,12 +114,6 @@ class Engine(Protocol):
 def flat(tensor: Tensor) -> Tensor:
     """View a tensor as flat in logical order; copies only where its memory format forbids a view."""
     return tensor.detach().reshape(-1)
-
-
-def assign(target: Tensor, values: Tensor) -> None:
-    """Write flat values in logical order into a shard's tensor, whatever its memory format and dtype."""
-    with torch.no_grad():
-        target.copy_(values.view(target.shape))
 
 
 def decay_groups(module: nn.Module) -> dict[str, list[str]]:
@@ -143,13 +158,13 @@ def restore_shards(shards: Iterable[MasterShard], reader: Reader) -> None:
         ConfigError: If the checkpoint was written with another kind of optimizer.
     """
     stored = reader.groups()
+    fills: list[Fill] = []
     for shard in shards:
-        stop = shard.start + shard.data.numel()
-        assign(shard.data, reader.read("master", shard.name, shard.start, stop))
-        for key, tensor in shard.state.items():
+        for key, tensor in {"master": shard.data, **shard.state}.items():
             if key not in stored:
                 held = ", ".join(sorted(stored))
                 raise ConfigError(
                     f"optim.kind: the checkpoint {reader.directory} has no {key!r} state; it holds {held}"
                 )
-            assign(tensor, reader.read(key, shard.name, shard.start, stop))
+            fills.append(Fill(key, shard.name, shard.start, tensor))
+    reader.fill(fills)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
-from ltd.parallel.interface import MasterShard, NonFiniteError, decay_groups, restore_shards
+from ltd.parallel.interface import DiscardedStepError, MasterShard, decay_groups, restore_shards
 from ltd.parallel.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -58,23 +58,24 @@ class TorchEngine:
         if self._mixed:
             self._collect_gradients()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *, limit: float = math.inf) -> float:
         """Clip, update the weights and clear the gradients.
 
         Args:
             lr: Learning rate of this step.
+            limit: Largest norm before clipping.
 
         Returns:
             Global gradient norm before clipping.
 
         Raises:
-            NonFiniteError: If it is not finite; the weights are unchanged.
+            DiscardedStepError: If it is not finite or above the limit; the weights are unchanged.
         """
         self._filled_gradients()
         norm = clip_gradients(self._masters.values(), self._optim.grad_clip)
         try:
-            if not math.isfinite(norm):
-                raise NonFiniteError(f"the summed gradient's norm is {norm}; the step was discarded on all processes")
+            if not math.isfinite(norm) or norm > limit:
+                raise DiscardedStepError(norm, limit)
             set_lr(self._optimizer, lr)
             self._optimizer.step()
             self.applied_steps += 1
@@ -83,6 +84,10 @@ class TorchEngine:
         finally:
             self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def discard(self) -> None:
+        """Clear the gradients of the step without an update."""
+        self._optimizer.zero_grad(set_to_none=True)
 
     def master_shards(self) -> list[MasterShard]:
         """List every trainable tensor, whole."""

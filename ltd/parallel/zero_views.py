@@ -7,6 +7,8 @@ changes its internals fails there and not in a checkpoint. Never imports deepspe
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +116,62 @@ def flat_partitions(optimizer: Any) -> list[Tensor]:
     raise RuntimeError(f"{type(optimizer).__name__}: this version of DeepSpeed keeps its fp32 partitions elsewhere")
 
 
+class NormGate:
+    """Let an update through only if the global gradient norm is within a limit.
+
+    DeepSpeed measures the norm inside ``step`` and then updates; on one that is not finite it discards the step, on
+    every process alike. The gate makes a norm above the limit look like that.
+
+    Args:
+        optimizer: DeepSpeed's ZeRO optimizer, of stages 1 to 3.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        #: Norm of the last step, where it was above the limit; infinite where it was not finite.
+        self.norm = math.inf
+        self._limit = math.inf
+        self._optimizer = optimizer
+        # Stages 1 and 2, stage 3, and the optimizer that stage 1 has in bf16.
+        for measure, gated in (
+            ("scaled_global_norm", self._gated_norm),
+            ("_get_norm_groups", self._gated_groups),
+            ("get_grads_for_norm", self._gated_gradients),
+        ):
+            if hasattr(optimizer, measure):
+                self._measure = getattr(optimizer, measure)
+                setattr(optimizer, measure, gated)
+                return
+        raise RuntimeError(f"{type(optimizer).__name__}: this version of DeepSpeed measures gradients elsewhere")
+
+    def set_limit(self, limit: float) -> None:
+        """Set the largest norm before clipping that the next step may have."""
+        self._limit, self.norm = limit, math.inf
+
+    def _gated_norm(self) -> Any:
+        found = self._measure()
+        return found if self._within(float(found)) else math.inf
+
+    def _gated_groups(self) -> list[Any]:
+        found: list[Any] = self._measure()
+        norms = [float(norm) for norm in found]
+        total = math.hypot(*norms) if all(norm >= 0 for norm in norms) else math.inf  # -1 is its sign for not finite
+        return found if self._within(total) else [math.inf] * len(found)
+
+    def _gated_gradients(self, for_clipping: bool = False) -> Any:
+        found = self._measure(for_clipping=for_clipping)
+        if for_clipping or self._limit == math.inf:
+            return found
+        functions: Any = sys.modules[type(self._optimizer).__module__]
+        norm = functions.get_global_norm_of_tensors(
+            input_tensors=found[0], mpu=self._optimizer.mpu, norm_type=self._optimizer.norm_type
+        )
+        return found if self._within(float(norm)) else ([torch.tensor(math.inf)], found[1])
+
+    def _within(self, norm: float) -> bool:
+        self.norm = norm if math.isfinite(norm) and norm >= 0 else math.inf
+        return self.norm <= self._limit
+
+
 def refresh_stage3(optimizer: Any) -> None:
     """Copy stage 3's fp32 partitions into the forward weights, and gather the parameters that stay whole.
 
@@ -128,10 +186,22 @@ def refresh_stage3(optimizer: Any) -> None:
         persistent[0].all_gather(persistent)
 
 
-def clear_stage3_gradients(optimizer: Any) -> None:
-    """Zero stage 3's gradient partitions after a step: a parameter without gradient would meet its last one again.
+def clear_gradients(optimizer: Any, *, offloaded: bool) -> None:
+    """Forget what stays of a step's gradients: a parameter without gradient would meet its last one again.
+
+    Stages 1 and 2 keep nothing unless they are offloaded.
 
     Args:
-        optimizer: DeepSpeed's stage 3 optimizer.
+        optimizer: DeepSpeed's ZeRO optimizer, of stages 1 to 3.
+        offloaded: Whether gradients, and their norms, are collected in host memory.
     """
-    optimizer.grad_partitions_flat_buffer.zero_()
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):
+        optimizer.grad_partitions_flat_buffer.zero_()
+    if offloaded:
+        optimizer.reset_cpu_buffers()
+        # Left behind by a discarded step of stages 1 and 2: the next one would be added to it.
+        for kept in (optimizer.averaged_gradients, getattr(optimizer, "all_grad_tensors", {})):
+            kept.update(dict.fromkeys(kept))
+        for partition in flat_partitions(optimizer):
+            if partition.grad is not None:
+                partition.grad.zero_()

@@ -26,11 +26,13 @@ from ltd.data import Batch, MicroBatch, PackedBatch, evaluation_batches
 from ltd.encoders.perceptual import build_perceptual
 from ltd.evaluation.fidelity import Psnr
 from ltd.inference.media import pixels_to_video, video_to_pixels
+from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, generator
 from ltd.training.loop import fit
-from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
+from ltd.training.run import RunConfig, check_views, heldout_batches
+from ltd.training.session import Session, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class AutoencoderRun(RunConfig):
             raise ConfigError(
                 "parallel.activation_checkpointing: autoencoders have no blocks to recompute; set it to none"
             )
+        if self.parallel.compile != "none":
+            raise ConfigError("parallel.compile: autoencoders have no blocks to compile; set it to none")
         if self.parallel.sequence != 1:
             raise ConfigError(f"parallel.sequence: autoencoders train with 1, got {self.parallel.sequence}")
         if self.data.batching.kind == "packed":
@@ -141,20 +145,36 @@ class AutoencoderStage:
         return DrawRandom(self.run.seed, draws.tolist()).normal(shape, "posterior").to(video.device)
 
 
+def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Session, AutoencoderStage] | None:
+    """Build a run up to its first step, or take it up where its checkpoint stands.
+
+    Args:
+        config: The run; its ``data.shards`` are set.
+        layout: Processes of the run.
+        beat: Their heartbeat.
+
+    Returns:
+        The session, which the caller closes, and the stage; None when the run has all its steps.
+    """
+    session = start_session(config, layout, beat, lambda fresh: _build(config, fresh))
+    return None if session is None else (session, AutoencoderStage(config, session.engine, layout))
+
+
 def run(config: AutoencoderRun) -> None:
     """Train (or go on training) an autoencoder and export it with its latent statistics.
 
     Args:
         config: The run.
     """
-    with open_layout(config) as layout:
+    with open_layout(config) as (layout, beat):
         config = with_data(config, config.toy_data, layout)
-        session = start_session(config, layout, lambda fresh: _build(config, fresh))
+        started = start(config, layout, beat)
         finished = True
-        if session is not None:
-            with session:
-                finished = fit(session, AutoencoderStage(config, session.engine, layout))
+        if started is not None:
+            with started[0]:
+                finished = fit(*started)
         if finished:
+            beat.enter("evaluate", config.steps)
             _export(config, layout)
 
 

@@ -28,11 +28,13 @@ from ltd.encoders.text import (
 from ltd.inference.media import pixels_to_video
 from ltd.parallel import sequence
 from ltd.parallel.activation import checkpoint_blocks
+from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
 from ltd.training.loop import fit
-from ltd.training.run import RunConfig, check_views, heldout_batches, open_layout, start_session
+from ltd.training.run import RunConfig, check_views, heldout_batches
+from ltd.training.session import Session, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
 
 logger = logging.getLogger(__name__)
@@ -257,21 +259,38 @@ def unpack(tensors: dict[str, Tensor]) -> Tensor | list[Tensor]:
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session, DenoiserStage] | None:
+    """Build a run up to its first step, or take it up where its checkpoint stands.
+
+    Args:
+        config: The run.
+        layout: Processes of the run.
+        beat: Their heartbeat.
+
+    Returns:
+        The session, which the caller closes, and the stage; None when the run has all its steps.
+    """
+    config = with_data(config, config.toy_data, layout)
+    session = start_session(config, layout, beat, lambda fresh: _build(config, layout, fresh=fresh))
+    if session is None:
+        return None
+    stage = DenoiserStage(config, session.engine, layout)
+    _check_lineage(session.lineage, stage.inputs.lineage())
+    session.lineage |= stage.inputs.lineage()
+    return session, stage
+
+
 def run(config: DenoiserRun) -> None:
     """Train (or go on training) a denoiser.
 
     Args:
         config: The run.
     """
-    with open_layout(config) as layout:
-        config = with_data(config, config.toy_data, layout)
-        session = start_session(config, layout, lambda fresh: _build(config, layout))
-        if session is not None:
-            with session:
-                stage = DenoiserStage(config, session.engine, layout)
-                _check_lineage(session.lineage, stage.inputs.lineage())
-                session.lineage |= stage.inputs.lineage()
-                fit(session, stage)
+    with open_layout(config) as (layout, beat):
+        started = start(config, layout, beat)
+        if started is not None:
+            with started[0]:
+                fit(*started)
 
 
 def _autoencoder(run: DenoiserRun) -> autoencoders.CausalVae:
@@ -293,8 +312,12 @@ def _check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _build(config: DenoiserRun, layout: Layout) -> Dit:
-    model = build_denoiser(config.model)
+def _build(config: DenoiserRun, layout: Layout, *, fresh: bool) -> Dit:
+    # Values that a checkpoint brings are neither drawn nor allocated twice.
+    with torch.device("cpu" if fresh else "meta"):
+        model = build_denoiser(config.model)
+    if not fresh:  # at stage 3 the engine brings parameters to the device one by one
+        model.to_empty(device="cpu" if config.parallel.zero == 3 else layout.device)
     checkpoint_blocks(model, config.parallel)
     sequence.shard(model, layout)
     return model

@@ -18,7 +18,7 @@ def write_run(run_dir, model, averages):
     ]
     storage.write_shard(checkpoint, "rank-0", slices)
     config = {"kind": "denoiser", "model": configuration.to_dict(model.config), "steps": 10}
-    storage.write_manifest(checkpoint, {"step": 10, "config": config})
+    storage.write_manifest(checkpoint, {"step": 10, "config": config, "ema": list(averages)})
     return checkpoint
 
 
@@ -46,16 +46,19 @@ def test_a_run_gives_its_average_or_its_raw_weights(tmp_path, build):
 
 
 def test_an_autoencoders_run_is_refused(tmp_path, build):
-    checkpoint = write_run(tmp_path, build(), {"ema": 0.0})
-    storage.write_manifest(checkpoint, {"step": 10, "config": {"kind": "autoencoder", "model": {}}})
+    checkpoint = write_run(tmp_path, build(), {"ema_0.9": 0.0})
+    storage.write_manifest(checkpoint, {"step": 10, "config": {"kind": "autoencoder", "model": {}}, "ema": ["ema_0.9"]})
     with pytest.raises(ValueError, match="is a run of kind 'autoencoder', needed a denoiser's"):
         denoisers.load(tmp_path)
 
 
-def test_several_averages_must_be_named(tmp_path, build):
-    write_run(tmp_path, build(), {"ema_0.9": 1.0, "ema_0.99": 2.0})
-    with pytest.raises(ValueError, match=r"got 'ema', but .* holds ema_0.9, ema_0.99, master"):
-        denoisers.load(tmp_path)
+def test_of_several_averages_the_first_listed_counts_unless_one_is_named(tmp_path, build):
+    model = build()
+    write_run(tmp_path, model, {"ema_0.99": 1.0, "ema_0.9": 2.0})
+    assert equal(denoisers.load(tmp_path), model, 1.0)
+    assert equal(denoisers.load(tmp_path, weights="ema_0.9"), model, 2.0)
+    with pytest.raises(ValueError, match=r"got 'ema_0.5', but .* holds raw, ema_0.99, ema_0.9"):
+        denoisers.load(tmp_path, weights="ema_0.5")
 
 
 def test_weights_of_another_model_are_refused(tmp_path, build):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ltd.config import ConfigError
 from ltd.parallel import (
+    DiscardedStepError,
     Layout,
-    NonFiniteError,
     OptimizerSettings,
     ParallelConfig,
     build_engine,
@@ -35,8 +35,8 @@ from tests.parallel.setup import (
 from tools.proofs._parallel_worker import whole_weights
 
 
-def check_views(zero: int) -> dict[str, Any]:
-    engine, layout = build(zero)
+def check_views(zero: int, offload: str = "none") -> dict[str, Any]:
+    engine, layout = build(zero, offload=offload)
     before = [shard.data.data_ptr() for shard in engine.master_shards()]
     for step in range(2):
         engine.backward(loss(engine, part(layout, step), with_unused=True))
@@ -91,8 +91,8 @@ def check_lr(zero: int) -> dict[str, Any]:
     return {"zero": difference(start, at_zero), "quarter": difference(moved, expected)}
 
 
-def check_non_finite(zero: int, precision: str) -> dict[str, Any]:
-    engine, layout = build(zero, precision=precision)
+def check_non_finite(zero: int, precision: str, offload: str = "none") -> dict[str, Any]:
+    engine, layout = build(zero, precision=precision, offload=offload)
     norms = train(engine, layout, range(1))
     before, forward = whole_weights(engine, layout), forward_weights(engine, layout)
     raised = []
@@ -101,7 +101,7 @@ def check_non_finite(zero: int, precision: str) -> dict[str, Any]:
         engine.backward(loss(engine, part(layout, 1)) * factor)
         try:
             engine.step(LR)
-        except NonFiniteError:
+        except DiscardedStepError:
             raised.append(True)
     unchanged = difference(before, whole_weights(engine, layout)) == 0
     forward_unchanged = torch.equal(forward, forward_weights(engine, layout))
@@ -117,16 +117,49 @@ def check_non_finite(zero: int, precision: str) -> dict[str, Any]:
     }
 
 
-def check_unused(zero: int) -> dict[str, Any]:
+def check_limit(zero: int, precision: str, offload: str = "none") -> dict[str, Any]:
+    """A norm above the limit, and a discarded step, must leave no trace in weights, moments or the next gradient."""
+    engine, layout = build(zero, precision=precision, offload=offload)
+    norms = train(engine, layout, range(1))
+    before = whole_weights(engine, layout)
+    engine.backward(loss(engine, part(layout, 1)) * 100)
+    try:
+        engine.step(LR, limit=1.0)
+        norm = 0.0
+    except DiscardedStepError as error:
+        norm = error.norm
+    engine.backward(loss(engine, part(layout, 1)) * 100)
+    engine.discard()
+    unchanged = difference(before, whole_weights(engine, layout)) == 0
+    engine.backward(loss(engine, part(layout, 1)))
+    norms.append(engine.step(LR, limit=1e6))
+    reference = single(precision)
+    expected = train(reference, None, range(2))
+    return {
+        "unchanged": all(layout.gather_objects(unchanged)),
+        "norm": norm / (100 * expected[1]),
+        "norms": max(abs(a - b) / b for a, b in zip(norms, expected, strict=True)),
+        "after": difference(whole_weights(engine, layout), torch_weights(reference)),
+        "applied": engine.applied_steps,
+    }
+
+
+def check_unused(zero: int, offload: str = "none") -> dict[str, Any]:
     """A parameter that took part in step 0 only must have gradient zero in step 1, not a stale one."""
     optim = OptimizerSettings(kind="sgd", grad_clip=None)
-    engine, layout = build(zero, optim=optim)
-    engine.backward(loss(engine, part(layout, 0), with_unused=True))
-    engine.step(0.1)
+    engine, layout = build(zero, optim=optim, offload=offload)
+    reference = single(optim=optim)
+    for model, data in ((engine, part(layout, 0)), (reference, batch(0))):
+        model.backward(loss(model, data, with_unused=True))
+        model.step(0.1)
     before = whole_weights(engine, layout)["unused"]
     engine.backward(loss(engine, part(layout, 1)))
-    engine.step(0.1)
-    return {"moved": float((whole_weights(engine, layout)["unused"] - before).abs().max())}
+    reference.backward(loss(reference, batch(1)))
+    norm, expected = engine.step(0.1), reference.step(0.1)
+    return {
+        "moved": float((whole_weights(engine, layout)["unused"] - before).abs().max()),
+        "norm": abs(norm - expected) / expected,
+    }
 
 
 def check_accumulation_count(zero: int) -> dict[str, Any]:

@@ -61,8 +61,15 @@ def loss(model: Callable[..., Tensor], data: tuple[Tensor, Tensor], **kwargs: An
     return (model(data[0], **kwargs).float() - data[1]).square().sum() / 4
 
 
-def build(zero: int, *, precision: str = "fp32", accumulation: int = 1, optim: OptimizerSettings = OPTIM) -> tuple:
-    config = ParallelConfig(zero=zero, precision=precision, accumulation=accumulation, timeout_s=100)
+def build(
+    zero: int,
+    *,
+    precision: str = "fp32",
+    accumulation: int = 1,
+    optim: OptimizerSettings = OPTIM,
+    offload: str = "none",
+) -> tuple:
+    config = ParallelConfig(zero=zero, precision=precision, accumulation=accumulation, timeout_s=100, offload=offload)
     layout = Layout.from_environment(config)
     engine = build_engine(tiny(), config=config, optim=optim, layout=layout, num_backwards=accumulation)
     return engine, layout

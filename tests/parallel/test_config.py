@@ -69,8 +69,9 @@ def test_extra_deepspeed_field_that_contradicts_is_refused(extra: dict[str, Any]
 
 
 def test_ema_decay_warms_up() -> None:
-    config = EmaConfig(decay=0.9)
-    assert [config.decay_at(step) for step in (0, 1, 1000)] == [0.1, 2 / 11, 0.9]
-    assert EmaConfig(decay=0.9, warmup=False).decay_at(0) == 0.9
-    with pytest.raises(ConfigError, match=r"ema\.decay"):
-        EmaConfig(decay=1.0)
+    config = EmaConfig(decays=(0.9,))
+    assert [config.decay_at(step, 0.9) for step in (0, 1, 1000)] == [0.1, 2 / 11, 0.9]
+    assert EmaConfig(decays=(0.9,), warmup=False).decay_at(0, 0.9) == 0.9
+    for wrong in ((1.0,), (0.9, -0.1), (0.9, 0.9), ()):
+        with pytest.raises(ConfigError, match=r"ema\.decays"):
+            EmaConfig(decays=wrong)

@@ -69,7 +69,8 @@ def test_learning_rate_reaches_the_update(results: dict[str, Any], zero: int) ->
 
 @pytest.mark.parametrize("zero", STAGES)
 def test_unused_parameter_has_gradient_zero(results: dict[str, Any], zero: int) -> None:
-    assert get(results, f"unused-{zero}")["moved"] == 0.0
+    found = get(results, f"unused-{zero}")
+    assert found["moved"] == 0.0 and found["norm"] < 1e-5
 
 
 @pytest.mark.parametrize("zero", STAGES)
@@ -87,6 +88,30 @@ def test_non_finite_gradient_stops_all_before_the_update(results: dict[str, Any]
     # AdamW, so the weights of bf16 runs differ by rounding of gradients near zero
     assert found["after"] < (1e-6 if precision == "fp32" else 1e-3)
     assert found["norms"] < (1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", STAGES)
+def test_gradient_above_the_limit_leaves_no_trace(results: dict[str, Any], zero: int, precision: str) -> None:
+    found = get(results, f"limit-{zero}-{precision}")
+    assert found["unchanged"]
+    assert found["norm"] == pytest.approx(1.0, rel=1e-5 if precision == "fp32" else 2e-2)
+    assert found["applied"] == 2
+    assert found["after"] < (1e-6 if precision == "fp32" else 1e-3)
+    assert found["norms"] < (1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize(("zero", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")])
+def test_offloaded_engine_keeps_the_contract(results: dict[str, Any], zero: int, offload: str) -> None:
+    name = f"offload-{zero}-{offload}"
+    views = get(results, f"{name}-views")
+    assert views["wrong"] == [] and views["covered"] and views["stable"]
+    unused = get(results, f"{name}-unused")
+    assert unused["moved"] == 0.0 and unused["norm"] < 1e-5
+    for precision, tolerance in (("fp32", 1e-6), ("bf16", 1e-3)):
+        limit, non_finite = (get(results, f"{name}-{check}-{precision}") for check in ("limit", "non_finite"))
+        assert limit["unchanged"] and limit["applied"] == 2 and limit["after"] < tolerance
+        assert non_finite["unchanged"] and non_finite["raised"] == [2, 2] and non_finite["after"] < tolerance
 
 
 @pytest.mark.parametrize("zero", STAGES)

@@ -21,6 +21,7 @@ from tests.parallel.engine_checks import (
     check_accumulation_count,
     check_bf16,
     check_layout,
+    check_limit,
     check_lr,
     check_non_finite,
     check_unused,
@@ -54,8 +55,16 @@ def checks(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         }.items():
             found[f"{name}-{zero}"] = lambda f=function, z=zero: f(z)
         for precision in ("fp32", "bf16"):
+            found[f"limit-{zero}-{precision}"] = lambda z=zero, p=precision: check_limit(z, p)
             found[f"non_finite-{zero}-{precision}"] = lambda z=zero, p=precision: check_non_finite(z, p)
             found[f"resume-{zero}-{precision}"] = lambda z=zero, p=precision: check_resume(z, p, folder)
+    for zero, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
+        name = f"offload-{zero}-{offload}"
+        found[f"{name}-views"] = lambda z=zero, o=offload: check_views(z, o)
+        found[f"{name}-unused"] = lambda z=zero, o=offload: check_unused(z, o)
+        for precision in ("fp32", "bf16"):
+            found[f"{name}-limit-{precision}"] = lambda z=zero, p=precision, o=offload: check_limit(z, p, o)
+            found[f"{name}-non_finite-{precision}"] = lambda z=zero, p=precision, o=offload: check_non_finite(z, p, o)
     for index, case in enumerate(PROOF_ROWS):
         found[f"proof-{index}"] = lambda c=case: run_case(c)
     found["recompute-0"] = lambda: check_recompute(0)

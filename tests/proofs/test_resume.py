@@ -16,4 +16,4 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert found.resumed_at == 8
     assert found.rows == 24
     assert not found.different_rows and not found.different_shards
-    assert {"master", "exp_avg", "exp_avg_sq", "ema"} <= set(found.groups)
+    assert {"master", "exp_avg", "exp_avg_sq", "ema_0.95"} <= set(found.groups)

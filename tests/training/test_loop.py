@@ -40,10 +40,11 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
 
 
-def weights(run_dir: Path, group: str = "master") -> dict[str, Tensor]:
+def weights(run_dir: Path, group: str = "raw") -> dict[str, Tensor]:
     checkpoint = storage.latest_checkpoint(run_dir)
     assert checkpoint is not None
-    return storage.Reader(checkpoint).read_full(group)
+    reader = storage.Reader(checkpoint)
+    return reader.read_full(storage.weights_group(reader, group))
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

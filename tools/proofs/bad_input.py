@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ from unittest import mock
 
 import sample
 import train
-from ltd import storage
 from ltd.data.synthetic import make_toy_shards
 from tools.proofs.table import Proof
 
@@ -250,15 +250,15 @@ def _damaged_checkpoint(folder: Path) -> Outcome:
 def _full_disk(folder: Path) -> Outcome:
     """Let the disk fill up at the second checkpoint; the first stays whole and the run goes on from it."""
     toy(folder)
-    genuine = storage.save_file
+    genuine = os.fsync
 
-    def full(tensors: object, file: Path) -> None:
-        if "step-00000004" in str(file):
-            Path(file).write_bytes(b"half")
+    def full(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "step-00000004" in name and name.endswith(".safetensors"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        genuine(tensors, file)  # type: ignore[arg-type]
+        genuine(descriptor)
 
-    with mock.patch.object(storage, "save_file", full):
+    with mock.patch.object(os, "fsync", full):
         outcome = train_toy(folder, "checkpoint.every=2", steps=4)
     left = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
     again = train_toy(folder, "checkpoint.every=2", steps=4)

@@ -1,0 +1,352 @@
+"""A run under way: where it starts, what it builds, what it says at start, what it saves, how it goes back.
+
+The order of building: module (without values, on the meta device, where a checkpoint brings them), activation
+checkpointing, sequence sharding, compilation (all three by the stage), engine, averages, checkpoint. Knows no model and
+no loss; a stage brings those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltd import config as config_io
+from ltd import storage
+from ltd.config import ConfigError
+from ltd.data import Loader, build_loader
+from ltd.parallel import checkpoint as checkpoints
+from ltd.parallel import preflight
+from ltd.parallel.checkpoint import Saver
+from ltd.parallel.ema import Ema
+from ltd.parallel.engine import build_engine
+from ltd.parallel.heartbeat import Heartbeat, is_lost_peer
+from ltd.parallel.interface import Engine, ProcessLostError
+from ltd.parallel.layout import Layout
+from ltd.rng import derive_seed
+from ltd.tracking.tracker import Tracker
+from ltd.training.guards import GuardError, Guards, Incident
+from ltd.training.optim import learning_rate
+from ltd.training.run import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """Everything a loop needs besides the stage."""
+
+    run: RunConfig
+    layout: Layout
+    beat: Heartbeat
+    engine: Engine
+    ema: Ema
+    saver: Saver
+    guards: Guards
+    loader: Loader
+    tracker: Tracker
+    #: Optimizer steps done before the loader's next batch.
+    start_step: int
+    #: What the model depends on besides its weights (hashes, statistics), as the checkpoint has it; saved with each.
+    lineage: dict[str, Any]
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.saver.close()
+        self.loader.close()
+        self.tracker.finish()
+
+    def save(self, step: int, data_state: dict[str, Any]) -> None:
+        """Begin to save a checkpoint after ``step`` optimizer steps; every rank calls this.
+
+        Args:
+            step: Optimizer steps done.
+            data_state: State of the loader after that step.
+        """
+        self.beat.enter("save", step)
+        extra = {
+            "data": data_state,
+            "tracker": self.tracker.state(),
+            "guards": self.guards.state(),
+            "config": config_io.to_dict(self.run),
+            "lineage": self.lineage,
+        }
+        self.saver.save(step, extra)
+
+    def record_incident(self, step: int, incident: Incident, keys: list[str]) -> None:
+        """List the samples of a step that was not taken in the quarantine file."""
+        record = {"cause": incident.cause, "message": incident.message, "policy": incident.policy, "keys": keys}
+        self.tracker.quarantine(step, [record])
+        logger.warning("step %d: %s; policy %s, %d samples", step, incident.message, incident.policy, len(keys))
+
+    def rewind(self, incident: Incident, step: int, keys: list[str]) -> None:
+        """Go back to the last checkpoint; what the guards exclude stays excluded. Called by all processes.
+
+        Args:
+            incident: Why.
+            step: Step that was not taken.
+            keys: Samples at fault.
+
+        Raises:
+            GuardError: If there is no checkpoint yet.
+        """
+        self.beat.enter("save", step)
+        self.saver.wait()
+        found = self.layout.broadcast_object(storage.latest_checkpoint(self.run.run_dir))
+        if found is None:
+            raise GuardError(
+                f"step {step}: {incident.message}; guards say rewind, but there is no checkpoint to go back to yet; "
+                f"lower checkpoint.every. Samples: {', '.join(keys[:8])}"
+            )
+        self.loader.close()
+        self.tracker.finish()
+        manifest = checkpoints.load(found, self.engine, self.ema, self.layout)
+        self.guards.restore(manifest["guards"])
+        self.start_step = int(manifest["step"])
+        self.loader = _build_loader(self.run, self.layout, manifest)
+        self.tracker = _build_tracker(self.run, self.layout, self.start_step, manifest)
+        self.tracker.quarantine(
+            self.start_step + 1,
+            [
+                {
+                    "cause": incident.cause,
+                    "message": f"step {step}: {incident.message}",
+                    "policy": "rewind",
+                    "to": self.start_step,
+                    "keys": keys,
+                }
+            ],
+        )
+        logger.warning("step %d: %s; going on from step %d", step, incident.message, self.start_step)
+
+
+@contextlib.contextmanager
+def open_layout(run: RunConfig) -> Iterator[tuple[Layout, Heartbeat]]:
+    """Join the process group and watch over it; only the main process keeps logging what is not an error.
+
+    Args:
+        run: Configuration of the run.
+
+    Yields:
+        The layout, closed at the end, and its heartbeat.
+
+    Raises:
+        ProcessLostError: If another process died or stopped answering; says which and where.
+    """
+    layout = Layout.from_environment(run.parallel)
+    if not layout.is_main:
+        logging.getLogger("ltd").setLevel(logging.ERROR)
+    try:
+        with Heartbeat(layout, slow_s=run.parallel.slow_s, timeout_s=run.parallel.timeout_s) as beat:
+            try:
+                yield layout, beat
+            except RuntimeError as error:
+                if layout.world_size == 1 or not is_lost_peer(error):
+                    raise
+                raise ProcessLostError(beat.explain()) from error
+    finally:
+        layout.close()
+
+
+def start_session(
+    run: RunConfig, layout: Layout, beat: Heartbeat, build_module: Callable[[bool], nn.Module]
+) -> Session | None:
+    """Write the configuration, build the module, engine, EMA and loader, and restore them from a checkpoint.
+
+    Args:
+        run: Configuration of the run; its ``data.shards`` are set.
+        layout: Processes of the run.
+        beat: Their heartbeat.
+        build_module: Makes the module; told whether its values count (no checkpoint replaces them).
+
+    Returns:
+        The session, or None when the run had already done its steps.
+
+    Raises:
+        ConfigError: If the checkpoint is of another model, or ``resume`` names none.
+    """
+    beat.enter("start", 0)
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
+    start = _find_start(run)
+    if start is None:
+        return None
+    if run.evaluation.every and run.evaluation.shards is None:
+        logger.warning("evaluation.shards is null: nothing is evaluated in training")
+    if start.checkpoint is None:  # a run that goes on replaces its configuration only once its checkpoint is accepted
+        _save_config(run, layout)
+    loader = _build_loader(run, layout, start.manifest)
+    _preflight(run, layout, loader)
+    torch.manual_seed(derive_seed(run.seed, "initialization"))
+    module = build_module(start.checkpoint is None)
+    _announce(run, layout, module, loader)
+    engine = build_engine(
+        module,
+        config=run.parallel,
+        optim=run.optim.settings(),
+        layout=layout,
+        num_backwards=run.parallel.accumulation * run.parallel.sequence,
+    )
+    ema = Ema(engine, run.ema)
+    if start.checkpoint is not None:
+        checkpoints.load(start.checkpoint, engine, ema, layout)
+        _save_config(run, layout)
+    if layout.is_main and run.parallel.engine == "deepspeed":
+        storage.write_json(Path(run.run_dir) / "deepspeed.json", engine.resolved_config())
+    keep = run.checkpoint
+    saver = Saver(
+        run.run_dir,
+        engine,
+        ema,
+        layout,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        background=keep.background,
+    )
+    return Session(
+        run=run,
+        layout=layout,
+        beat=beat,
+        engine=engine,
+        ema=ema,
+        saver=saver,
+        guards=Guards(run.guards, start.manifest.get("guards")),
+        loader=loader,
+        tracker=_build_tracker(run, layout, start.step, start.manifest if start.own else {}),
+        start_step=start.step,
+        lineage=dict(start.manifest.get("lineage", {})),
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run starts: nowhere, at its own latest checkpoint, or at another run's."""
+
+    checkpoint: Path | None
+    manifest: dict[str, Any]
+    own: bool
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest.get("step", 0))
+
+
+def _find_start(run: RunConfig) -> _Start | None:
+    """Find the checkpoint to start from; None when the run has all its steps already."""
+    run_dir = Path(run.run_dir)
+    found = checkpoints.resolve(run.resume, run_dir)
+    own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
+    start = _Start(found, storage.read_manifest(found) if found else {}, own)
+    before, now = start.manifest.get("config", {}).get("kind"), getattr(run, "kind", None)
+    if found and before != now:
+        raise ConfigError(f"run_dir: {found} is a checkpoint of kind {before!r}, this run is of kind {now!r}")
+    if found and start.step >= run.steps:
+        if not own:
+            raise ConfigError(
+                f"steps: got {run.steps}, but resume = {run.resume} has {start.step} already; raise steps"
+            )
+        logger.info("%s already has its %d steps; nothing to train (raise steps to go on)", run_dir, run.steps)
+        return None
+    _announce_resume(found, start.manifest, run)
+    return start
+
+
+def _save_config(run: RunConfig, layout: Layout) -> None:
+    if layout.is_main:
+        config_io.save(run, Path(run.run_dir) / "config.yaml")
+    layout.barrier()
+
+
+def _build_loader(run: RunConfig, layout: Layout, manifest: dict[str, Any]) -> Loader:
+    return build_loader(
+        run.data,
+        seed=run.seed,
+        global_rank=layout.global_rank,
+        world_size=layout.world_size,
+        accumulation=run.parallel.accumulation,
+        state=manifest.get("data"),
+    )
+
+
+def _build_tracker(run: RunConfig, layout: Layout, start_step: int, manifest: dict[str, Any]) -> Tracker:
+    return Tracker(
+        run.run_dir,
+        run.tracking,
+        is_main=layout.is_main,
+        run_config=config_io.to_dict(run),
+        start_step=start_step + 1,
+        state=manifest.get("tracker"),
+    )
+
+
+def _preflight(run: RunConfig, layout: Layout, loader: Loader) -> None:
+    """Compare what all processes must agree on, and measure their hosts."""
+    if not run.parallel.preflight or layout.world_size == 1:
+        return
+    digests = {
+        "configuration": config_io.digest(config_io.to_dict(run)),
+        "shard list": loader.state["plan"],
+    }
+    for name, value in preflight.check(layout, digests, storage_dir=Path(run.run_dir)).items():
+        logger.info("%s %.4g", name, value)
+
+
+def _announce_resume(found: Path | None, manifest: dict[str, Any], run: RunConfig) -> None:
+    if found is None:
+        logger.info("starting anew in %s", run.run_dir)
+        return
+    logger.info("resuming from %s at step %d", found, manifest["step"])
+    before, now = _flat(manifest["config"]), _flat(config_io.to_dict(run))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and key != "resume":
+            logger.warning("%s was %r in the checkpoint and is %r now", key, before.get(key), now.get(key))
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {key: value for name, item in tree.items() for key, value in _flat(item, f"{path}.{name}").items()}
+    return {path.removeprefix("."): tree}
+
+
+def _announce(run: RunConfig, layout: Layout, module: nn.Module, loader: Loader) -> None:
+    """Say in words what the numbers of the configuration amount to."""
+    if not layout.is_main:
+        return
+    parallel, optim = run.parallel, run.optim
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    logger.info("%s: %.2fM trained parameters", type(module).__name__, trained / 1e6)
+    engine = f"deepspeed, ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "torch"
+    for units in sorted({kind.units for kind in loader.plan.kinds}):
+        logger.info(
+            "global batch %d %s = %d per process x %d processes x %d accumulation; sequence groups of %d; %s, %s",
+            units,
+            "packs" if run.data.batching.kind == "packed" else "samples",
+            units // (layout.world_size * parallel.accumulation),
+            layout.world_size,
+            parallel.accumulation,
+            parallel.sequence,
+            engine,
+            parallel.precision,
+        )
+    for dataset, (units_seen, epochs) in zip(run.data.sets, loader.plan.progress(run.steps), strict=True):
+        what = "epochs" if run.data.mode == "epochs" else "times its size, with replacement,"
+        logger.info("%d steps see %.4g %s of %s (%d units)", run.steps, epochs, what, dataset.shards, units_seen)
+    last = learning_rate(optim, run.steps - 1, run.steps)
+    logger.info(
+        "learning rate: %d warm-up steps to %.3g (never scaled by batch or world), %s to %.3g",
+        optim.warmup_steps,
+        optim.lr,
+        optim.schedule,
+        last,
+    )
