@@ -26,7 +26,7 @@ from ltd.shapes import VideoShape
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Define and read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("run", help="run directory of a denoiser")
+    parser.add_argument("run", help="run directory of a denoiser, or the folder that a checkpoint was converted to")
     parser.add_argument("--prompts", required=True, type=Path, help="text file, one prompt per line")
     parser.add_argument("--out", required=True, type=Path, help="directory for the files, samples.jsonl and grid.png")
     parser.add_argument("--seed", type=int, default=0)
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     with command_line():
         requests = plan(args)
-        journal = Journal(args, storage.latest_checkpoint(args.run))
+        journal = Journal(args, identify(args.run))
         sampler = SamplerConfig(
             kind=args.solver,
             steps=args.steps,
@@ -118,21 +118,29 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def identify(run: str) -> str:
+    """Name the weights of a run's latest checkpoint, or of a converted one, by a hash of what it holds."""
+    if storage.is_export(run):
+        return storage.sha256_file(Path(run) / "config.yaml")
+    checkpoint = storage.latest_checkpoint(run)
+    return storage.fingerprint(checkpoint) if checkpoint else ""
+
+
 class Journal:
     """Samples on disk: one file and one row of samples.jsonl each, kept when the same command runs again.
 
     Args:
         args: The command's arguments.
-        checkpoint: Whose weights are sampled from.
+        weights: Says whose weights are sampled from.
     """
 
-    def __init__(self, args: argparse.Namespace, checkpoint: Path | None) -> None:
+    def __init__(self, args: argparse.Namespace, weights: str) -> None:
         self.args, self.out = args, args.out
         self.file = args.out / "samples.jsonl"
         self.count = 0
         what = {name: str(value) for name, value in vars(args).items() if name not in ("out", "device")}
         what["prompts"] = args.prompts.read_text("utf-8")
-        what["checkpoint"] = storage.fingerprint(checkpoint) if checkpoint else ""
+        what["checkpoint"] = weights
         self.out.mkdir(parents=True, exist_ok=True)
         marker = self.out / "request.json"
         if not marker.is_file() or json.loads(marker.read_text("utf-8")) != what:

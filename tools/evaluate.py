@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shards", help="held-out tars for the autoencoder")
     parser.add_argument("--size", default="17x64x112", help="FRAMESxHEIGHTxWIDTH of the held-out clips")
     parser.add_argument("--windows-per-clip", type=int, default=2, help="held-out windows of each clip, at most")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="weights of the autoencoder")
+    parser.add_argument("--weights", default="ema", help="of the autoencoder: ema, raw, or the name of one average")
     parser.add_argument("--samples", type=Path, help="directory that sample.py wrote")
     parser.add_argument("--reference", help="tars that the denoiser was trained on")
     parser.add_argument("--prompts", type=Path, help="measure only samples of these prompts, one per line")

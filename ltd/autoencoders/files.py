@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def save(model: CausalVae, directory: str | Path, *, lineage: Mapping[str, Any] 
 def load(
     path: str | Path,
     *,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: str = "ema",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> CausalVae:
@@ -45,7 +45,8 @@ def load(
     Args:
         path: Exported folder; run directory (its export ``model/`` if that is of the latest checkpoint and ``weights``
             is "ema", else the latest checkpoint); or a checkpoint inside a run directory.
-        weights: Which weights of a checkpoint: their moving average, where it was kept, or the raw ones.
+        weights: Which weights of a checkpoint: ``ema``, the first average that the run lists; ``raw``; or the name of
+            one average, such as ``ema_0.9999``.
         device: Where to; CPU by default.
         dtype: Floating type of parameters and buffers; as stored by default.
 
@@ -59,7 +60,7 @@ def load(
     if not path.is_dir():
         raise ConfigError(f"{path}: no such directory; needed an exported autoencoder or a run directory")
     if weights == "ema":
-        path = _newest_export(path) or path
+        path = newest_export(path) or path
     if (path / "model.safetensors").is_file():
         tensors, tree = storage.load_model(path)
         if tree.get("family") != "autoencoder":
@@ -95,8 +96,8 @@ def _plain(model: CausalVae) -> dict[str, Any]:
     return ltd_config.to_dict(model.config)
 
 
-def _newest_export(run_dir: Path) -> Path | None:
-    """Find the export of a run's latest checkpoint; None where training went on since, or never ended."""
+def newest_export(run_dir: Path) -> Path | None:
+    """Find the export that a run made of its latest checkpoint; None where training went on since, or never ended."""
     export, checkpoint = run_dir / "model", storage.latest_checkpoint(run_dir)
     if not (export / "model.safetensors").is_file():
         return None

@@ -47,8 +47,8 @@ def load(
 
     Args:
         path: Exported folder, run directory (its latest checkpoint is taken), or one checkpoint inside a run directory.
-        weights: ``"ema"``, ``"raw"``, or the name of a group of the checkpoint, such as ``"ema_0.999"``; an exported
-            folder holds one set only.
+        weights: Which weights of a checkpoint: ``ema``, the first average that the run lists; ``raw``; or the name of
+            one average, such as ``ema_0.9999``. An exported folder holds one set only.
         device: Where to put it; the CPU by default.
         dtype: Dtype of the parameters; as stored by default.
 

@@ -55,7 +55,7 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
     """Read from a run's latest checkpoint what sampling needs besides the denoiser.
 
     Args:
-        run_dir: Run directory of a denoiser.
+        run_dir: Run directory of a denoiser, or the folder that ``tools/convert_checkpoint.py`` made of one.
 
     Returns:
         Autoencoder path, text encoder and views.
@@ -63,11 +63,7 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
     Raises:
         ConfigError: If it is no denoiser's run, or it trained on an untrained autoencoder.
     """
-    checkpoint = storage.latest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise ConfigError(f"{run_dir}: holds no whole checkpoint; needed the run directory of a denoiser")
-    manifest = storage.read_manifest(checkpoint)
-    config = manifest["config"]
+    config, lineage = _read_description(run_dir)
     if config.get("kind") != "denoiser":
         raise ConfigError(f"{run_dir}: is a run of kind {config.get('kind')!r}, needed the run directory of a denoiser")
     if config["autoencoder"] is None:
@@ -78,8 +74,25 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
         text=from_dict(TextEncoderConfig, config["text"]),
         views=views,
         shift=from_dict(ShiftConfig, config["objective"]["shift"]),
-        lineage=manifest.get("lineage", {}),
+        lineage=lineage,
     )
+
+
+def _read_description(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a run's configuration and lineage out of its latest checkpoint, or out of a converted one."""
+    if storage.is_export(run_dir):
+        exported = storage.read_export_config(run_dir)
+        if "run" not in exported:
+            raise ConfigError(
+                f"{run_dir}: does not say what its denoiser was trained with; needed the run directory, or a folder "
+                "that tools/convert_checkpoint.py made of it"
+            )
+        return exported["run"], exported["lineage"]
+    checkpoint = storage.latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise ConfigError(f"{run_dir}: holds no whole checkpoint; needed the run directory of a denoiser")
+    manifest = storage.read_manifest(checkpoint)
+    return manifest["config"], manifest.get("lineage", {})
 
 
 class Generator:

@@ -8,6 +8,8 @@ uses it holds the operation as an *attribute* (never a global), whose default is
 - ``shard_tokens(x)``: tokens ``(b, n, ...)`` -> this process's part of axis 1, on the denoiser.
 - ``gather_tokens(x)``: the inverse, on the denoiser.
 - ``shard_lengths(lengths)``: tokens of each sample of a pack -> those of them in this process's part, on the denoiser.
+- ``needs_all_tokens``: True on a module that mixes tokens in another way than ``attend`` (expert choice, token dropping):
+  sequence parallelism has no rule for it and refuses the model.
 - ``reduce_mean(x)``: mean over processes, for statistics of a batch.
 """
 

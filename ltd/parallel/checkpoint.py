@@ -48,7 +48,11 @@ def save(
     Returns:
         Directory of the checkpoint.
     """
-    return Saver(run_dir, engine, ema, layout, keep_last=keep_last, background=False).save(step, extra)
+    saver = Saver(run_dir, engine, ema, layout, keep_last=keep_last, background=False)
+    path = saver.save(step, extra)
+    saver.wait()
+    saver.close()
+    return path
 
 
 def resolve(resume: str, run_dir: str | Path) -> Path | None:
@@ -131,7 +135,9 @@ class _SharedReader(Reader):
             action()
         except StorageError as error:
             problem = str(error)
-        problems = [problem] if self._layout is None else self._layout.gather_objects(problem)
+        problems = [problem]
+        if self._layout is not None and self._layout.any(problem is not None):
+            problems = self._layout.gather_objects(problem)
         found = list(dict.fromkeys(text for text in problems if text is not None))
         if found:
             more = f" ({len(found) - 1} more files are damaged)" if len(found) > 1 else ""

@@ -93,6 +93,9 @@ class Ema:
 
         Args:
             decay: Of one average only; all by default.
+
+        Returns:
+            Slices, as views where memory formats allow.
         """
         return [
             Slice(group_of(one), shard.name, shard.shape, shard.start, flat(average))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,8 @@ from ltd.config import ConfigError
 from ltd.parallel.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
+
+_STORE_TIMEOUT = timedelta(seconds=10)
 
 
 class Layout:
@@ -55,7 +58,8 @@ class Layout:
         self.sequence_rank = global_rank % config.sequence
         self.is_main = global_rank == 0
         self.device = _pick_device(local_rank)
-        self.timeout = timedelta(seconds=config.timeout_s)
+        # The heartbeat ends a run that hangs at timeout_s, with the name of the culprit; collectives only after it.
+        self.timeout = timedelta(seconds=1.25 * config.timeout_s + 15)
         #: Group of all processes with this run's time-out; None where nothing was initialised.
         self.world_group: dist.ProcessGroup | None = None
         #: Group of the neighbours that share a sample's tokens; None at degree 1.
@@ -150,18 +154,54 @@ class Layout:
         dist.all_gather(parts, tensor, group=self.sequence_group)
         return parts
 
-    def swap_sequence(self, tensor: Tensor) -> Tensor:
-        """Exchange equal chunks of axis 0 within the sequence group: chunk i goes to member i (an all-to-all).
+    def swap_sequence(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Exchange parts of axis 0 within the sequence group (an all-to-all).
 
         Args:
-            tensor: ``(sequence, ...)``, contiguous.
+            tensor: ``(sum(send), ...)``, contiguous.
+            send: Rows that go to each member, in order.
+            receive: Rows that come from each member.
 
         Returns:
-            Same shape; chunk i came from member i.
+            ``(sum(receive), ...)``; the parts by member.
+        """
+        received = tensor.new_empty(sum(receive), *tensor.shape[1:])
+        dist.all_to_all_single(received, tensor, list(receive), list(send), group=self.sequence_group)
+        return received
+
+    def pass_on(self, tensor: Tensor) -> Tensor:
+        """Send a tensor to the next process and receive the previous one's, all around the world.
+
+        Args:
+            tensor: Contiguous, same shape and dtype everywhere, on ``device``.
+
+        Returns:
+            The previous process's tensor.
         """
         received = torch.empty_like(tensor)
-        dist.all_to_all_single(received, tensor, group=self.sequence_group)
+        following, previous = (self.global_rank + 1) % self.world_size, (self.global_rank - 1) % self.world_size
+        transfers = [
+            dist.P2POp(dist.isend, tensor, following, self.world_group),
+            dist.P2POp(dist.irecv, received, previous, self.world_group),
+        ]
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
         return received
+
+    def open_store(self, prefix: str) -> Store | None:
+        """Connect to the rendezvous store once more, for a thread of its own.
+
+        Args:
+            prefix: Keys of this use are kept apart from others', and from those of earlier attempts of the launcher.
+
+        Returns:
+            The store; None in a world of one process.
+        """
+        if self.world_size == 1:
+            return None
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT)  # type: ignore[attr-defined]
+        return PrefixStore(f"{_attempt()}/{prefix}", store)
 
     def close(self) -> None:
         """Leave the process group, if this layout made it."""
@@ -190,7 +230,22 @@ class Layout:
         if self.world_size == 1:
             return dist.HashStore()  # type: ignore[attr-defined]
         store, _, _ = next(iter(rendezvous("env://", timeout=self.timeout)))
-        return PrefixStore(f"ltd/restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return PrefixStore(_attempt(), store)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Write sorted ranks in short: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _attempt() -> str:
+    return f"ltd/restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _pick_device(local_rank: int) -> torch.device:

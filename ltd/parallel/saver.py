@@ -105,13 +105,14 @@ class Saver:
         slices = shard_slices(self._engine, self._ema, self._layout)
         self._agree_to_start(step, path, self._prepare(path, slices))
         assert self._image is not None
-        self._image.fill(slices)
-        if self._layout.device.type == "cuda":
+        on_gpu = self._layout.device.type == "cuda"
+        self._image.fill(slices, at_write=not self._background and not on_gpu)
+        if on_gpu:
             torch.cuda.current_stream().synchronize()
         job = self._writer.submit(self._attempt, lambda: self._write(path))
         self._flight = _Flight(step, path, self._manifest(step, extra), "write", job)
         if not self._background:
-            self.wait()
+            self._finish_flight()
         self.blocked_s = time.perf_counter() - began
         return path
 
@@ -163,6 +164,12 @@ class Saver:
         if self._removal is not None:
             self._removal.result()
 
+    def close(self) -> None:
+        """End this process's threads, without a word to the others; a save that is not committed yet is abandoned."""
+        for pool in (self._writer, self._remover):
+            pool.shutdown(cancel_futures=True)
+        self._flight = None
+
     def _finish_flight(self) -> None:
         # Looks are short collectives, so that a write that takes longer than the time-out does not end the run.
         while self._flight is not None:
@@ -184,19 +191,23 @@ class Saver:
 
     def _agree_to_start(self, step: int, path: Path, failure: str | None) -> None:
         """Start only where all processes save the same step and are ready to."""
+        size = self._layout.world_size
+        numbers = torch.tensor([step, step * step, failure is not None], device=self._layout.device)
         try:
-            found = self._layout.gather_objects({"step": step, "failure": failure})
+            steps, squares, failed = self._layout.sum_(numbers).tolist()
         except RuntimeError as error:
             raise RuntimeError(
                 f"save of step {step}: not every process took part; all must call save() after the same step ({error})"
             ) from error
-        steps = [item.get("step") if isinstance(item, dict) else None for item in found]
-        if len(set(steps)) != 1:
+        # Equal numbers, and no others, have this sum of squares.
+        if size * squares != steps * steps:
+            found = self._layout.gather_objects(step)
             if self._layout.is_main:
                 storage.abort_directory(path)
-            by_process = ", ".join(f"process {rank}: {number}" for rank, number in enumerate(steps))
+            by_process = ", ".join(f"process {rank}: {number}" for rank, number in enumerate(found))
             raise RuntimeError(f"save: all processes must save the same step, got {by_process}")
-        self._raise_failures(path, [item["failure"] for item in found])
+        if failed:
+            self._fail(path, failure)
 
     def _manifest(self, step: int, extra: dict[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(extra) | {
@@ -232,12 +243,8 @@ class Saver:
         return None
 
     def _fail(self, path: Path, failure: str | None) -> None:
-        self._raise_failures(path, self._layout.gather_objects(failure))
-
-    def _raise_failures(self, path: Path, failures: list[str | None]) -> None:
-        found = [text for text in failures if text is not None]
-        if not found:
-            return
+        """Raise on all processes what failed on some of them."""
+        found = [text for text in self._layout.gather_objects(failure) if text is not None]
         if self._layout.is_main:
             storage.abort_directory(path)
         raise StorageWriteError(

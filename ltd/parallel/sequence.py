@@ -1,10 +1,10 @@
 """Sequence parallelism at the seams (Ulysses): the processes of a group share the tokens of one sample.
 
 Everything outside attention works on a slice of the tokens; inside, an all-to-all trades the slice of all heads for
-all tokens of a slice of the heads. Two collectives per attention: one for the stacked q, k and v, one for the output.
-A token count that does not divide is padded behind; the padding is cut off before attention. A pack of samples is one
-sequence like any other: attention has all its tokens and so its segments, the rest asks for this process's part of
-each sample (``TokenSeam.lengths``). The group's members read
+all tokens of a share of the heads (``deal_heads``: any number of heads). Two collectives per attention: one for q, k
+and v together, one for the output. A token count that does not divide is padded behind; the padding is cut off before
+attention. A pack of samples is one sequence like any other: attention has all its keys and so its segments, the rest
+asks for this process's part of each sample (``TokenSeam.lengths``). The group's members read
 different samples, ``exchange`` them, and train on each in turn, so the plain SUM of gradients over all processes is
 the single process's: each member's gradient holds its own tokens' part.
 
@@ -14,7 +14,8 @@ Reference: Jacobs et al. (2023), arXiv 2309.14509, Section 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -42,7 +43,7 @@ def shard(model: nn.Module, layout: Layout) -> int:
         Number of attentions that were swapped.
 
     Raises:
-        ConfigError: If the model has no such seams, or a head count does not divide.
+        ConfigError: If the model has no such seams, or a module declares that it needs all tokens.
     """
     if layout.sequence == 1:
         return 0
@@ -51,10 +52,12 @@ def shard(model: nn.Module, layout: Layout) -> int:
         raise ConfigError(
             f"parallel.sequence: got {layout.sequence}, but {type(model).__name__} has no token seams; needs 1"
         )
-    for name, module in attentions.items():
-        heads = getattr(module, "num_heads", None)
-        if heads is not None:
-            _check_heads(heads, layout.sequence, name)
+    for name, module in model.named_modules():
+        if getattr(module, "needs_all_tokens", False):
+            raise ConfigError(
+                f"parallel.sequence: got {layout.sequence}, but {name} ({type(module).__name__}) works on all tokens "
+                "at once and has no rule for a part of them; needs 1"
+            )
     seam = TokenSeam(layout)
     seams: Any = model
     seams.shard_tokens, seams.gather_tokens = seam, seam.gather
@@ -64,6 +67,38 @@ def shard(model: nn.Module, layout: Layout) -> int:
         attention: Any = module
         attention.attend = functools.partial(seam.attend, attention.attend)
     return len(attentions)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one member of a sequence group computes in attention."""
+
+    #: Heads, of which it has the keys of all tokens.
+    heads: range
+    #: Members whose tokens are its queries: all, unless several members share a head.
+    queries: range
+
+
+@functools.lru_cache(maxsize=64)
+def deal_heads(num_heads: int, degree: int) -> tuple[Share, ...]:
+    """Deal the work of one attention to the members of a group, as evenly as it can be cut.
+
+    With at least as many heads as members, each gets whole heads, some one more than others. With fewer, each member
+    gets one head, and the members of a head share its queries.
+
+    Args:
+        num_heads: Attention heads.
+        degree: Members of the group.
+
+    Returns:
+        One share per member; every head meets every query once.
+    """
+    if num_heads >= degree:
+        return tuple(Share(heads, range(degree)) for heads in _cut(num_heads, degree))
+    shares = []
+    for head, members in enumerate(_cut(degree, num_heads)):
+        shares += [Share(range(head, head + 1), queries) for queries in _cut(degree, len(members))]
+    return tuple(shares)
 
 
 class TokenSeam:
@@ -114,10 +149,9 @@ class TokenSeam:
         total = sum(lengths)
         size = -(-total // self.layout.sequence)
         first = self.layout.sequence_rank * size
-        ends = list(accumulate(lengths))
-        ends[-1] = size * self.layout.sequence  # padding is never attended to and is cut off: any sample may own it
-        starts = [0, *ends[:-1]]
-        return tuple(max(0, min(e, first + size) - max(s, first)) for s, e in zip(starts, ends, strict=True))
+        # Padding is never attended to and is cut off: any sample may own it.
+        padding = size * self.layout.sequence - total
+        return _overlaps((*lengths[:-1], lengths[-1] + padding), first, size)
 
     def attend(
         self,
@@ -141,13 +175,20 @@ class TokenSeam:
         Returns:
             ``(b, n_local, heads, head_dim)``.
         """
-        _check_heads(q.shape[2], self.layout.sequence, "attend")
-        qkv = self._to_heads(torch.stack((q, k, v)))  # (3, b, n, heads / s, head_dim)
+        me, degree = self.layout.sequence_rank, self.layout.sequence
+        shares = deal_heads(q.shape[2], degree)
+        mine = shares[me]
+        q, k, v = self._to_heads(q, k, v, shares)
+        first = mine.queries.start * self._local()
+        num_queries = max(0, min(q.shape[1], self.num_tokens - first))
+        q, k, v = q[:, :num_queries], k[:, : self.num_tokens], v[:, : self.num_tokens]
         if key_mask is not None:
             key_mask = torch.cat(self.layout.gather_sequence(key_mask.contiguous()), 1)[:, : self.num_tokens]
-        packed = {} if segments is None else {"segments": segments}
-        out = local(qkv[0], qkv[1], qkv[2], key_mask=key_mask, **packed)
-        return self._to_tokens(out)
+        out = q  # without queries, in a part that is all padding, there is nothing to attend
+        if num_queries:
+            packed = {} if segments is None else {"segments": _narrow(segments, first, num_queries)}
+            out = local(q, k, v, key_mask=key_mask, **packed)
+        return self._to_tokens(out, shares)
 
     def pin(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Bind a function to the token count of the running forward pass, for when it is called again later."""
@@ -165,22 +206,32 @@ class TokenSeam:
     def _local(self) -> int:
         return -(-self.num_tokens // self.layout.sequence)
 
-    def _to_heads(self, x: Tensor) -> Tensor:
-        degree = self.layout.sequence
-        three, b, n_local, heads, dim = x.shape
-        # one chunk of heads for each member, first axis
-        chunks = x.view(three, b, n_local, degree, heads // degree, dim).permute(3, 0, 1, 2, 4, 5)
-        parts = _swap(chunks, self.layout)  # (s, 3, b, n_local, heads / s, dim): chunk i holds member i's tokens
-        whole = parts.permute(1, 2, 0, 3, 4, 5).reshape(three, b, degree * n_local, heads // degree, dim)
-        return whole.narrow(2, 0, self.num_tokens)
+    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor, shares: Sequence[Share]) -> tuple[Tensor, Tensor, Tensor]:
+        """Trade this member's tokens of all heads for its share: ``(b, n_local, heads, d)`` -> ``(b, n, share, d)``."""
+        me = self.layout.sequence_rank
+        mine, num_heads = shares[me], len(shares[me].heads)
+        q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # heads b n_local d
+        rows = []
+        for share in shares:
+            heads = slice(share.heads.start, share.heads.stop)
+            rows += [x[heads] for x in ((q, k, v) if me in share.queries else (k, v))]
+        send = [len(share.heads) * (3 if me in share.queries else 2) for share in shares]
+        receive = [num_heads * (3 if member in mine.queries else 2) for member in range(len(shares))]
+        received = _swap(torch.cat(rows), self.layout, send, receive).split(receive)
+        queries = [part[:num_heads] for member, part in enumerate(received) if member in mine.queries]
+        keys = [part[-2 * num_heads : -num_heads] for part in received]
+        values = [part[-num_heads:] for part in received]
+        return _join_tokens(queries), _join_tokens(keys), _join_tokens(values)
 
-    def _to_tokens(self, x: Tensor) -> Tensor:
-        degree = self.layout.sequence
-        b, _, heads_local, dim = x.shape
-        padded = _pad_tokens(x, self._local() * degree)
-        chunks = padded.view(b, degree, self._local(), heads_local, dim).transpose(0, 1)
-        parts = _swap(chunks, self.layout)  # (s, b, n_local, heads / s, dim): chunk i holds member i's heads
-        return parts.permute(1, 2, 0, 3, 4).reshape(b, self._local(), degree * heads_local, dim)
+    def _to_tokens(self, x: Tensor, shares: Sequence[Share]) -> Tensor:
+        """Trade this member's share of the output for its tokens of all heads: the way back of ``_to_heads``."""
+        me = self.layout.sequence_rank
+        mine, num_heads = shares[me], len(shares[me].heads)
+        padded = _pad_tokens(x, self._local() * len(mine.queries)).permute(2, 0, 1, 3)  # heads b n d
+        send = [num_heads if member in mine.queries else 0 for member in range(len(shares))]
+        receive = [len(share.heads) if me in share.queries else 0 for share in shares]
+        chunks = torch.cat(padded.split(self._local(), 2))
+        return _swap(chunks, self.layout, send, receive).permute(1, 2, 0, 3)
 
 
 def exchange(tensors: Mapping[str, Tensor], layout: Layout) -> list[dict[str, Tensor]]:
@@ -223,16 +274,16 @@ def exchange(tensors: Mapping[str, Tensor], layout: Layout) -> list[dict[str, Te
 
 
 class _Swap(torch.autograd.Function):
-    """All-to-all of axis 0; its own inverse, so the backward pass is the same exchange."""
+    """All-to-all of parts of axis 0; the backward pass is the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return layout.swap_sequence(x.contiguous())
+    def forward(ctx: Any, x: Tensor, layout: Layout, send: list[int], receive: list[int]) -> Tensor:
+        ctx.layout, ctx.send, ctx.receive = layout, send, receive
+        return layout.swap_sequence(x.contiguous(), send, receive)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.layout.swap_sequence(gradients[0].contiguous()), None
+        return ctx.layout.swap_sequence(gradients[0].contiguous(), ctx.receive, ctx.send), None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -248,9 +299,15 @@ class _Join(torch.autograd.Function):
         return gradients[0].narrow(1, ctx.start, ctx.length), None
 
 
-def _swap(x: Tensor, layout: Layout) -> Tensor:
-    swapped: Tensor = _Swap.apply(x, layout)
+def _swap(x: Tensor, layout: Layout, send: list[int], receive: list[int]) -> Tensor:
+    """Send ``(sum(send), b, n, d)`` in parts by member, receive ``(sum(receive), b, n, d)`` likewise."""
+    swapped: Tensor = _Swap.apply(x, layout, send, receive)
     return swapped
+
+
+def _join_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """Join ``(heads, b, n_local, d)`` of several members to ``(b, n, heads, d)``."""
+    return torch.cat(tuple(parts), 2).permute(1, 2, 0, 3)
 
 
 def _pad_tokens(x: Tensor, length: int) -> Tensor:
@@ -258,12 +315,22 @@ def _pad_tokens(x: Tensor, length: int) -> Tensor:
     return x if missing == 0 else torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), 1)
 
 
-def _check_heads(heads: int, sequence: int, name: str) -> None:
-    if heads % sequence:
-        raise ConfigError(
-            f"parallel.sequence: must divide the attention heads, got sequence {sequence} and {heads} heads ({name}); "
-            "change parallel.sequence or the model's number of heads"
-        )
+def _narrow(segments: Segments, first: int, length: int) -> Segments:
+    """Keep the queries ``[first, first + length)`` of a pack; its keys stay whole."""
+    return Segments(_overlaps(segments.q_lengths, first, length), segments.k_lengths)
+
+
+def _overlaps(lengths: Sequence[int], first: int, size: int) -> tuple[int, ...]:
+    """Count the tokens of each sample of a pack that lie in ``[first, first + size)``."""
+    ends = list(accumulate(lengths))
+    starts = [0, *ends[:-1]]
+    return tuple(max(0, min(e, first + size) - max(s, first)) for s, e in zip(starts, ends, strict=True))
+
+
+def _cut(number: int, parts: int) -> list[range]:
+    """Cut ``range(number)`` into consecutive parts whose lengths differ by one at most, the longer ones first."""
+    ends = list(accumulate(number // parts + (part < number % parts) for part in range(parts)))
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _num_bytes(shape: list[int], dtype: torch.dtype) -> int:

@@ -24,10 +24,10 @@ CHUNK_BYTES = 16 * 2**20
 #: Hash of new files: 128 bits, not cryptographic, as fast as memory.
 KIND = "xxh3_128"
 _HASHES: dict[str, Callable[[], Any]] = {KIND: xxhash.xxh3_128, "sha256": hashlib.sha256}
-_SCRATCH_BYTES = 2**20
-#: Buffers per system call; Linux takes 1024.
+#: Bytes and buffers per system call: what was just read is hashed while it is in the cache; Linux takes 1024 buffers.
+_PIECE_BYTES = 2**20
 _MAX_BUFFERS = 1000
-_READERS = 4
+_READERS = 2
 
 
 @dataclass(frozen=True)
@@ -189,26 +189,28 @@ def _buffers(first: int, last: int, parts: Sequence[Span]) -> Iterable[memoryvie
     position = first
     for part in [*parts, Span(last, memoryview(b""))]:
         while position < part.start:
-            scratch = scratch or memoryview(bytearray(min(_SCRATCH_BYTES, last - first)))
+            scratch = scratch or memoryview(bytearray(min(_PIECE_BYTES, last - first)))
             piece = scratch[: min(len(scratch), part.start - position)]
             position += piece.nbytes
             yield piece
-        if part.memory.nbytes:
-            position = part.stop
-            yield part.memory
+        for begin in range(0, part.memory.nbytes, _PIECE_BYTES):
+            yield part.memory[begin : begin + _PIECE_BYTES]
+        position = part.stop
 
 
 def _batches(buffers: Iterable[memoryview]) -> Iterable[list[memoryview]]:
     """Group buffers for one system call each; scratch memory is hashed before it is filled anew."""
     batch: list[memoryview] = []
-    used: set[int] = set()
+    num_bytes, has_scratch = 0, False
     for buffer in buffers:
-        memory = id(buffer.obj)
-        if batch and (len(batch) == _MAX_BUFFERS or (isinstance(buffer.obj, bytearray) and memory in used)):
+        is_scratch = isinstance(buffer.obj, bytearray)
+        full = len(batch) == _MAX_BUFFERS or num_bytes + buffer.nbytes > _PIECE_BYTES
+        if batch and (full or (is_scratch and has_scratch)):
             yield batch
-            batch, used = [], set()
-        used.add(memory)
+            batch, num_bytes, has_scratch = [], 0, False
         batch.append(buffer)
+        num_bytes += buffer.nbytes
+        has_scratch |= is_scratch
     if batch:
         yield batch
 

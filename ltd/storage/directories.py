@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +12,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+PAGE_BYTES = 4096
+"""Files opened past the page cache are written in whole pages, out of memory that begins at one."""
 
 
 @contextlib.contextmanager
@@ -108,3 +113,47 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_for_writing(file: Path) -> int:
+    """Make an empty file and open it past the page cache (O_DIRECT), where the file system can.
+
+    Large files written once are on disk sooner that way, and push nothing out of the cache.
+
+    Args:
+        file: File to make; an existing one is emptied.
+
+    Returns:
+        The descriptor.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(file, flags, 0o666)
+
+
+def write_at(descriptor: int, data: memoryview, position: int) -> None:
+    """Write all bytes at a position of a file that ``open_for_writing`` opened.
+
+    Args:
+        descriptor: The open file.
+        data: Whole pages, beginning at a page in memory.
+        position: Multiple of the page.
+    """
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(descriptor, data[done:], position + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not is_direct(descriptor):
+                raise
+            # A file system with larger pages, or a write that stopped within one: go on through the cache.
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+def is_direct(descriptor: int) -> bool:
+    """Say whether an open file is written past the page cache."""
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))

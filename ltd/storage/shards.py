@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ltd.storage.chunks import CHUNK_BYTES, KIND, Checksums, digest
-from ltd.storage.directories import write_json
+from ltd.storage.directories import PAGE_BYTES, open_for_writing, write_at, write_json
 from ltd.storage.errors import StorageError
 from ltd.storage.tensor_file import bytes_of, describe_write_errors, lay_out
+
+_WRITERS = 2
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,13 @@ class ShardImage:
         if len(entries) != len(ordered):
             raise ValueError(f"{len(ordered) - len(entries)} slices have the name of another")
         size = len(head) + sum(entry.num_bytes for entry in entries.values())
-        self._image = torch.zeros(size, dtype=torch.uint8, pin_memory=pin)
+        # Room to begin at a page and to end at one: what O_DIRECT wants.
+        memory = torch.zeros(-(-size // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES, dtype=torch.uint8, pin_memory=pin)
+        self._padded = memory[-memory.data_ptr() % PAGE_BYTES :][: -(-size // PAGE_BYTES) * PAGE_BYTES]
+        self._image = self._padded[:size]
         self._image[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         self._views: dict[str, Tensor] = {}
+        self._waiting: dict[str, Tensor] = {}
         #: What the record says of each slice, by its name in the file.
         self.records: dict[str, dict[str, Any]] = {}
         for item in ordered:
@@ -75,13 +82,14 @@ class ShardImage:
         """Size of the file."""
         return self._image.numel()
 
-    def fill(self, slices: Sequence[Slice]) -> None:
+    def fill(self, slices: Sequence[Slice], *, at_write: bool = False) -> None:
         """Copy the slices' present values in.
 
-        Copies from a GPU into pinned memory are queued: synchronise with the device before the image is read.
+        Copies from a GPU into pinned memory are queued: synchronise with the device before the image is written.
 
         Args:
             slices: The same slices as at construction, in any order.
+            at_write: Leave the copying to ``write``, chunk by chunk; until then the slices must not change.
         """
         if {item.key for item in slices} != self._views.keys():
             raise ValueError("a shard's image is filled with the slices it was laid out for")
@@ -91,12 +99,48 @@ class ShardImage:
                 raise ValueError(
                     f"{item.key}: got {item.data.dtype} {tuple(item.data.shape)}, laid out as {view.dtype}"
                 )
-            view.copy_(item.data.detach(), non_blocking=True)
+            if at_write:
+                self._waiting[item.key] = item.data.detach()
+            else:
+                view.copy_(item.data.detach(), non_blocking=True)
 
-    def chunks(self) -> list[memoryview]:
-        """Cut the file's bytes into the pieces that are hashed and written."""
-        whole = bytes_of(self._image)
-        return [whole[start : start + CHUNK_BYTES] for start in range(0, len(whole), CHUNK_BYTES)]
+    def _fill_chunk(self, start: int) -> None:
+        """Copy what ``fill`` left to be copied into one chunk."""
+        stop = start + CHUNK_BYTES
+        for key, data in self._waiting.items():
+            view, offset = self._views[key], self.records[key]["offset"]
+            first = max(start - offset, 0) // data.itemsize
+            last = min(stop - offset, view.nbytes) // data.itemsize
+            if first < last:
+                view[first:last].copy_(data[first:last])
+
+    def write(self, file: Path) -> Checksums:
+        """Write the file, flush it to disk, and hash each chunk on the way.
+
+        Args:
+            file: File to make.
+
+        Returns:
+            The hashes of its chunks.
+        """
+        padded, size = bytes_of(self._padded), self.num_bytes
+
+        def write_chunk(start: int) -> str:
+            self._fill_chunk(start)
+            hashed = digest(padded[start : min(start + CHUNK_BYTES, size)])
+            write_at(descriptor, padded[start : start + CHUNK_BYTES], start)
+            return hashed
+
+        descriptor = open_for_writing(file)
+        try:
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                hashes = tuple(pool.map(write_chunk, range(0, size, CHUNK_BYTES)))
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+            self._waiting.clear()
+        return Checksums(KIND, CHUNK_BYTES, hashes)
 
 
 def write_image(directory: str | Path, shard_name: str, image: ShardImage) -> None:
@@ -112,16 +156,8 @@ def write_image(directory: str | Path, shard_name: str, image: ShardImage) -> No
     """
     directory = Path(directory)
     file = directory / f"{shard_name}.safetensors"
-    hashes = []
     with describe_write_errors(file, image.num_bytes):
-        with open(file, "wb", buffering=0) as opened:
-            for chunk in image.chunks():
-                hashes.append(digest(chunk))
-                position = 0
-                while position < len(chunk):
-                    position += opened.write(chunk[position:])
-            os.fsync(opened.fileno())
-        checksums = Checksums(KIND, CHUNK_BYTES, tuple(hashes))
+        checksums = image.write(file)
         record = {"bytes": image.num_bytes, "checksums": checksums.to_plain(), "slices": image.records}
         write_json(directory / f"{shard_name}.json", record)
 

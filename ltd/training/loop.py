@@ -17,7 +17,7 @@ from ltd.data import StepInfo
 from ltd.progress import Progress
 from ltd.training.data_wait import DataWait
 from ltd.training.guards import GuardError
-from ltd.training.session import Session
+from ltd.training.session import Session, explain_loss
 from ltd.training.step import RewindError, Stage, StepResult, take_step
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def fit(session: Session, stage: Stage) -> bool:
 
     Raises:
         GuardError: If a step must not be taken and ``guards`` say stop; a checkpoint of the steps before is written.
+        ProcessLostError: If another process died or stopped answering.
     """
     with (
         StopSignal() as stop,
@@ -72,6 +73,10 @@ def fit(session: Session, stage: Stage) -> bool:
             except RewindError as error:
                 session.rewind(error.incident, error.step, error.keys)
                 progress.update(session.start_step - error.step + 1, "rewound")
+            except RuntimeError as error:
+                # Here, where a launcher's SIGTERM does not end this process before it has said whom it lost.
+                explain_loss(session.layout, session.beat, error)
+                raise
 
 
 class _Loop:

@@ -152,11 +152,25 @@ def open_layout(run: RunConfig) -> Iterator[tuple[Layout, Heartbeat]]:
             try:
                 yield layout, beat
             except RuntimeError as error:
-                if layout.world_size == 1 or not is_lost_peer(error):
-                    raise
-                raise ProcessLostError(beat.explain()) from error
+                explain_loss(layout, beat, error)
+                raise
     finally:
         layout.close()
+
+
+def explain_loss(layout: Layout, beat: Heartbeat, error: RuntimeError) -> None:
+    """Turn the error of a collective whose peer is gone into one that says which.
+
+    Args:
+        layout: Processes of the run.
+        beat: Their heartbeat.
+        error: What was raised; nothing happens if it is of another kind.
+
+    Raises:
+        ProcessLostError: If another process died or stopped answering.
+    """
+    if layout.world_size > 1 and is_lost_peer(error):
+        raise ProcessLostError(beat.explain()) from error
 
 
 def start_session(
@@ -298,8 +312,8 @@ def _preflight(run: RunConfig, layout: Layout, loader: Loader) -> None:
         "configuration": config_io.digest(config_io.to_dict(run)),
         "shard list": loader.state["plan"],
     }
-    for name, value in preflight.check(layout, digests, storage_dir=Path(run.run_dir)).items():
-        logger.info("%s %.4g", name, value)
+    found = preflight.check(layout, digests, storage_dir=Path(run.run_dir))
+    logger.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
 
 
 def _announce_resume(found: Path | None, manifest: dict[str, Any], run: RunConfig) -> None:

@@ -23,12 +23,12 @@ from ltd.parallel import (
 class Tokens(nn.Module):
     """One attention between the token seams."""
 
-    def __init__(self, heads: int = 2) -> None:
+    def __init__(self, heads: int = 2, head_dim: int = 6) -> None:
         super().__init__()
         torch.manual_seed(5)
         self.shard_tokens = seams.shard_tokens
         self.gather_tokens = seams.gather_tokens
-        self.blocks = nn.ModuleList([TokenBlock(heads)])
+        self.blocks = nn.ModuleList([TokenBlock(heads, heads * head_dim)])
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.shard_tokens(x)
@@ -39,10 +39,10 @@ class Tokens(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, width: int) -> None:
         super().__init__()
-        self.attention = SelfAttention(12, heads, qk_norm=False)
-        self.gain = nn.Parameter(torch.ones(12))
+        self.attention = SelfAttention(width, heads, qk_norm=False)
+        self.gain = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         attention = self.attention
@@ -50,31 +50,43 @@ class TokenBlock(nn.Module):
         return x + attention.out(attention.attend(q, k, v, key_mask=mask).flatten(2)) * self.gain
 
 
-def check_sequence() -> dict[str, Any]:
-    config = ParallelConfig(zero=0, sequence=2, precision="fp32", activation_checkpointing="full")
+def check_sequence(degree: int = 2) -> dict[str, Any]:
+    config = ParallelConfig(zero=0, sequence=degree, precision="fp32", activation_checkpointing="full")
     layout = Layout.from_environment(config)
     figures = {}
-    for num_tokens in (1, 4, 5):
-        for masked in (False, True):
-            figures[f"{num_tokens}{' masked' if masked else ''}"] = token_difference(layout, config, num_tokens, masked)
-    figures["5 bf16"] = half_difference(layout)
-    counts = count_collectives(layout)
+    for heads in (1, 2, 3, 4, 5, 7):
+        for num_tokens in (1, 4, 5, 45):
+            for masked in (False, True):
+                name = f"{heads} heads, {num_tokens}{' masked' if masked else ''} tokens"
+                figures[name] = token_difference(layout, config, heads, num_tokens, masked)
+    if degree == 2:
+        figures["5 bf16"] = half_difference(layout)
+    return {
+        "differences": figures,
+        "collectives": [count_collectives(layout, heads) for heads in (1, 2, 3)],
+        "refused": refusal(layout),
+        "exchanged": check_exchange(layout),
+    }
+
+
+def refusal(layout: Layout) -> str:
+    model = Tokens()
+    model.blocks[0].needs_all_tokens = True
     try:
-        sequence.shard(Tokens(heads=3), layout)
-        heads = ""
+        sequence.shard(model, layout)
     except ConfigError as error:
-        heads = str(error)
-    return {"differences": figures, "collectives": counts, "heads": heads, "exchanged": check_exchange(layout)}
+        return str(error)
+    return ""
 
 
-def token_difference(layout: Layout, config: ParallelConfig, num_tokens: int, masked: bool) -> float:
+def token_difference(layout: Layout, config: ParallelConfig, heads: int, num_tokens: int, masked: bool) -> float:
     generator = torch.Generator().manual_seed(num_tokens)
-    x = torch.randn(2, num_tokens, 12, generator=generator)
-    later = torch.randn(2, 9, 12, generator=generator)
+    x = torch.randn(2, num_tokens, 6 * heads, generator=generator)
+    later = torch.randn(2, 9, 6 * heads, generator=generator)
     mask = torch.ones(2, num_tokens, dtype=torch.bool) if masked else None
     if mask is not None and num_tokens > 1:
         mask[:, 1] = False
-    plain, parallel = Tokens(), Tokens()
+    plain, parallel = Tokens(heads), Tokens(heads)
     activation.checkpoint_blocks(parallel, config)
     sequence.shard(parallel, layout)
     # Two forward passes of different lengths before one backward: recomputation must not mix their token counts up.
@@ -83,8 +95,13 @@ def token_difference(layout: Layout, config: ParallelConfig, num_tokens: int, ma
         (a.square().sum() + b.square().sum()).backward()
     errors = [float((outputs[0][0] - outputs[1][0]).detach().abs().max())]
     for p, q in zip(plain.parameters(), parallel.parameters(), strict=True):
-        errors.append(float((p.grad - layout.sum_(q.grad)).abs().max() / p.grad.abs().max()))
+        # each group holds the whole gradient, in parts
+        errors.append(float((p.grad - group_sum(layout, q.grad)).abs().max() / p.grad.abs().max()))
     return max(errors)
+
+
+def group_sum(layout: Layout, x: Tensor) -> Tensor:
+    return layout.sum_(x) / (layout.world_size // layout.sequence)
 
 
 def half_difference(layout: Layout) -> float:
@@ -113,16 +130,17 @@ def check_recompute(zero: int) -> dict[str, Any]:
     return {"gradient": worst, "blocks": num_blocks}
 
 
-def count_collectives(layout: Layout) -> dict[str, int]:
-    """Count what one attention sends in a forward pass."""
-    model = Tokens()
+def count_collectives(layout: Layout, heads: int) -> dict[str, int]:
+    """Count what one attention sends in a forward pass: collectives, and elements that leave this process."""
+    model = Tokens(heads)
     sequence.shard(model, layout)
-    counts = {"all_to_all": 0, "gather": 0}
+    counts = {"all_to_all": 0, "gather": 0, "sent": 0}
     swap, gather = layout.swap_sequence, layout.gather_sequence
 
-    def counted_swap(x: Tensor) -> Tensor:
+    def counted_swap(x: Tensor, send: Any, receive: Any) -> Tensor:
         counts["all_to_all"] += 1
-        return swap(x)
+        counts["sent"] += (sum(send) - send[layout.sequence_rank]) * x[0].numel()
+        return swap(x, send, receive)
 
     def counted_gather(x: Tensor) -> list[Tensor]:
         counts["gather"] += 1
@@ -130,7 +148,7 @@ def count_collectives(layout: Layout) -> dict[str, int]:
 
     layout.swap_sequence, layout.gather_sequence = counted_swap, counted_gather
     with torch.no_grad():
-        model(torch.zeros(1, 5, 12))
+        model(torch.zeros(1, 8, 6 * heads))
     layout.swap_sequence, layout.gather_sequence = swap, gather
     return counts
 
@@ -146,7 +164,7 @@ def check_exchange(layout: Layout) -> bool:
         }
 
     received = sequence.exchange(own(layout.sequence_rank), layout)
-    return len(received) == 2 and all(
+    return len(received) == layout.sequence and all(
         torch.equal(got, want)
         for member, batches in enumerate(received)
         for got, want in zip(batches.values(), own(member).values(), strict=True)

@@ -39,7 +39,7 @@ def get(results: dict[str, Any], name: str) -> dict[str, Any]:
 def test_layout(results: dict[str, Any]) -> None:
     found = get(results, "layout")
     assert found["group"], "DeepSpeed reduces over another group than the layout's, with torch's own time-out"
-    assert found["timeout_s"] == 77
+    assert found["timeout_s"] == 77 * 1.25 + 15, "the heartbeat speaks first"
     assert found["any"] == [True, False]
     assert found["broadcast"] == {"rank": 0}
     assert found["gather"] == [0, 1]
@@ -164,11 +164,15 @@ def test_checkpoint_of_another_model_is_refused(results: dict[str, Any]) -> None
 
 def test_sequence_parallel_equals_whole(results: dict[str, Any]) -> None:
     found = get(results, "sequence")
+    assert len(found["differences"]) == 49
     for case, figure in found["differences"].items():
-        assert figure < 1e-5, f"{case} tokens"
-    assert found["collectives"] == {"all_to_all": 2, "gather": 1}
+        assert figure < 1e-5, case
+    for counts in found["collectives"]:
+        assert (counts["all_to_all"], counts["gather"]) == (2, 1)
+    # 8 tokens, 2 heads of 6 on 2 processes: 4 tokens of 1 head leave 4 times (q, k, v, output), nothing padded
+    assert found["collectives"][1]["sent"] == 4 * 4 * 6
     assert found["exchanged"]
-    assert "parallel.sequence" in found["heads"] and "3 heads" in found["heads"]
+    assert "parallel.sequence" in found["refused"] and "blocks.0 (TokenBlock)" in found["refused"]
 
 
 @pytest.mark.parametrize("zero", [0, 3])

@@ -122,7 +122,7 @@ class Bench:
     def systems(self) -> list[System]:
         """List everything that is timed."""
         found = [
-            System("save, on disk", "ltd", self._clean, self._save_ours, _nothing),
+            System("save, on disk", "ltd", self._clean, self._save_ours, lambda turn: self.blocking.wait()),
             System("save, on disk", "DCP save", self._clean, lambda turn: self._save_dcp(1), _nothing),
             System("save, on disk", "DCP save, 2 threads", self._clean, lambda turn: self._save_dcp(2), _nothing),
             System("save, time blocked", "ltd", _nothing, self._begin_ours, self._end_ours),
@@ -186,8 +186,8 @@ class Bench:
     def _before_load(self, cold: bool) -> None:
         for value in self.tensors.values():
             _local(value).zero_()
-        if cold:
-            _drop([self.loaded, self.folder / "dcp-load"])
+        folders = [self.loaded, self.folder / "dcp-load"]
+        _drop(folders) if cold else _read(folders)
 
     def _load_ours(self, turn: int) -> None:
         checkpoint.load(self.loaded, self.state, self.ema, self.layout)
@@ -208,8 +208,17 @@ def _nothing(turn: int) -> None:
     return None
 
 
+def _files(folders: list[Path]) -> list[Path]:
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+def _read(folders: list[Path]) -> None:
+    for file in _files(folders):
+        file.read_bytes()
+
+
 def _drop(folders: list[Path]) -> None:
-    for file in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+    for file in _files(folders):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)

@@ -1,0 +1,84 @@
+"""Compilation of a model's blocks with torch.compile: which are compiled, and how many graphs that took so far."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from ltd.config import ConfigError
+from ltd.parallel.config import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+#: Graphs after which the shapes of the data, not the model, must be what asks for more; torch then stops compiling.
+MAX_GRAPHS = 16
+
+
+class Compiled:
+    """The compiled modules of a model, and the count of their graphs.
+
+    Args:
+        modules: Names of the compiled modules; none when nothing is compiled.
+    """
+
+    def __init__(self, modules: tuple[str, ...] = ()) -> None:
+        self.modules = modules
+        self._num_graphs = 0
+
+    def num_graphs(self) -> int:
+        """Count the graphs that were compiled so far; blocks of one kind share theirs."""
+        return self._num_graphs
+
+    def compile_graph(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        """Compile a graph with inductor and count it: the backend given to ``torch.compile``.
+
+        Args:
+            graph: Graph module that was traced.
+            inputs: Example inputs.
+
+        Returns:
+            The compiled function.
+        """
+        self._num_graphs += 1
+        if self._num_graphs == MAX_GRAPHS + 1:
+            logger.warning(
+                "parallel.compile: %d graphs were compiled by now, one for each new shape of the data: use fewer sizes "
+                "(data.batching: buckets) or set parallel.compile to none",
+                self._num_graphs,
+            )
+        inductor = torch._dynamo.lookup_backend("inductor")
+        compiled: Callable[..., Any] = inductor(graph, inputs)
+        return compiled
+
+
+def compile_blocks(model: nn.Module, config: ParallelConfig) -> Compiled:
+    """Compile the forward pass of every block of ``model.blocks``, each at its first call.
+
+    Call it last of what changes a model (activation checkpointing, sequence sharding, this, engine).
+
+    Args:
+        model: Model with an iterable ``blocks`` of modules; changed in place, its state dict stays as it is.
+        config: ``compile`` is read, and ``zero``.
+
+    Returns:
+        What is compiled; empty when nothing is.
+
+    Raises:
+        ConfigError: If it is asked for and the model has no ``blocks``.
+    """
+    if config.compile == "none":
+        return Compiled()
+    blocks = getattr(model, "blocks", None)
+    if blocks is None:
+        raise ConfigError(f"parallel.compile: {type(model).__name__} has no blocks; set it to none")
+    names = {id(module): name for name, module in model.named_modules()}
+    compiled = Compiled(tuple(names[id(block)] for block in blocks))
+    for block in blocks:
+        # The forward pass alone, not the module: hooks that an engine puts on the block stay outside of the graph.
+        block.forward = torch.compile(block.forward, backend=compiled.compile_graph)
+    return compiled

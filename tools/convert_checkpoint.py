@@ -1,0 +1,218 @@
+"""Turn a run's checkpoint into one exported folder: python tools/convert_checkpoint.py RUN OUT --to safetensors.
+
+The folder holds one set of weights in ``model.safetensors``, and in ``config.yaml`` all that loading and sampling need.
+Every byte is checked against the checkpoint's checksums; tensors pass through memory a few at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ltd import autoencoders, denoisers, storage
+from ltd.autoencoders.files import newest_export
+from ltd.command import command_line
+from ltd.config import ConfigError, from_dict
+from ltd.storage import Fill, Reader, StorageError
+
+logger = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+#: Bytes of tensors held at a time.
+_BATCH_BYTES = 64 * 2**20
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Define and read the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="run directory (its latest checkpoint is taken), or one checkpoint")
+    parser.add_argument("out", type=Path, help="folder to make; an exported folder that is there is replaced")
+    parser.add_argument("--to", required=True, choices=("safetensors",), help="format of the exported folder")
+    parser.add_argument("--weights", default="ema", help="ema (the first average), raw, or one average: ema_0.999")
+    return parser.parse_args(arguments)
+
+
+def convert(source: Path, out: Path, weights: str) -> Shapes:
+    """Write the exported folder of a checkpoint.
+
+    Args:
+        source: Run directory or checkpoint.
+        out: Folder to make.
+        weights: Which weights, as in ``storage.weights_group``.
+
+    Returns:
+        What was written: dtype and shape by name.
+
+    Raises:
+        ConfigError: If the tensors are not those of the model, or ``out`` is in the way.
+    """
+    if out.exists() and not storage.is_export(out):
+        raise ConfigError(f"{out}: exists and is no exported folder; name another, or remove it")
+    if storage.is_export(source):
+        raise ConfigError(f"{source}: is an exported folder already; needed a run directory or a checkpoint")
+    reader = storage.open_run(source)
+    group = storage.weights_group(reader, weights)
+    config = storage.model_config(reader)
+    tensors = _Tensors(reader, group, _statistics(source, reader, config, weights))
+    check_fits(tensors.shapes, expected_shapes(config), reader.directory)
+    storage.stream_model(out, tensors.shapes, tensors.read, export_config(reader, group, config))
+    return tensors.shapes
+
+
+def export_config(reader: Reader, group: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect the plain values of the exported folder.
+
+    Args:
+        reader: The checkpoint.
+        group: Group of the exported weights.
+        config: The run's configuration.
+
+    Returns:
+        What ``denoisers.load``, ``autoencoders.load`` and ``sample.py`` read.
+    """
+    step, content = int(reader.manifest["step"]), storage.fingerprint(reader.directory)
+    source = {"checkpoint": str(reader.directory), "step": step, "group": group, "fingerprint": content}
+    plain = {"family": config["kind"], "model": config["model"], "source": source}
+    if config["kind"] == "autoencoder":
+        return plain | {"lineage": {"run": config["run_dir"], "step": step, "weights": content}}
+    lineage = dict(reader.manifest.get("lineage") or {})
+    time = lineage.get("time", denoisers.TIME_CONVENTION)
+    return plain | {"time": time, "lineage": lineage, "run": dict(config)}
+
+
+def expected_shapes(config: Mapping[str, Any]) -> Shapes:
+    """List the tensors of the model that a configuration describes, without making them.
+
+    Args:
+        config: The run's configuration.
+
+    Returns:
+        Dtype and shape by name.
+
+    Raises:
+        ConfigError: If the run trains no model that can be exported.
+    """
+    with torch.device("meta"):
+        match config["kind"]:
+            case "denoiser":
+                model: torch.nn.Module = denoisers.build_denoiser(from_dict(denoisers.DitConfig, config["model"]))
+            case "autoencoder":
+                built = from_dict(autoencoders.CausalVaeConfig, config["model"])
+                model = autoencoders.build_autoencoder(built)
+            case kind:
+                raise ConfigError(f"kind: got {kind!r}, needed the run of a denoiser or an autoencoder")
+    return {name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
+
+
+def check_fits(found: Shapes, expected: Shapes, directory: Path) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the model's.
+
+    Args:
+        found: Of the checkpoint.
+        expected: Of the model.
+        directory: The checkpoint, for the message.
+
+    Raises:
+        ConfigError: If names, shapes or dtypes differ; names up to three of each.
+    """
+    both = found.keys() & expected.keys()
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(name for name in both if found[name][1] != expected[name][1]),
+        "of another dtype": sorted(name for name in both if found[name][0] != expected[name][0]),
+    }
+    told = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names]
+    if told:
+        raise ConfigError(
+            f"{directory}: its tensors are not the model's of its configuration: {'; '.join(told)}; "
+            "convert it with the version of ltd that wrote it"
+        )
+
+
+class _Tensors:
+    """The tensors to export, read a few at a time in the order they are asked for.
+
+    Args:
+        reader: The checkpoint.
+        group: Group of the weights.
+        replaced: Small tensors that take the place of stored ones.
+    """
+
+    def __init__(self, reader: Reader, group: str, replaced: Mapping[str, Tensor]) -> None:
+        self._reader, self._replaced = reader, replaced
+        self._groups = {name: part for part in (group, "buffer") for name in _names(reader, part)}
+        self.shapes: Shapes = {
+            name: (reader.dtype(part, name), reader.shape(part, name)) for name, part in self._groups.items()
+        }
+        self._order = sorted(self.shapes, key=lambda name: -self.shapes[name][0].itemsize)
+        self._held: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor:
+        """Give the tensor of a name; each once."""
+        if name not in self._held:
+            self._fetch(name)
+        return self._held.pop(name)
+
+    def _fetch(self, first: str) -> None:
+        num_bytes = 0
+        for name in self._order[self._order.index(first) :]:
+            dtype, shape = self.shapes[name]
+            num_bytes += prod(shape) * dtype.itemsize
+            if self._held and num_bytes > _BATCH_BYTES:
+                break
+            self._held[name] = torch.empty(shape, dtype=dtype)
+        self._reader.fill([Fill(self._groups[name], name, 0, value) for name, value in self._held.items()])
+        self._held |= {name: value for name, value in self._replaced.items() if name in self._held}
+
+
+def _names(reader: Reader, group: str) -> list[str]:
+    return reader.names(group) if group in reader.groups() else []
+
+
+def _statistics(source: Path, reader: Reader, config: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
+    """Take an autoencoder's latent statistics from the run's own export: they are measured after the last step."""
+    if config["kind"] != "autoencoder":
+        return {}
+    export = newest_export(source) if weights == "ema" else None
+    if export is None:
+        logger.warning("%s has no latent statistics: latents of the export are not brought to unit scale", source)
+        return {}
+    tensors, _ = storage.load_model(export)
+    return {name: value for name, value in tensors.items() if name.startswith("latent_norm.")}
+
+
+def _check_written(out: Path, shapes: Shapes) -> None:
+    """Read the file back the way others will."""
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if found != {name: shape for name, (_, shape) in shapes.items()}:
+        raise StorageError(f"{out / 'model.safetensors'}: holds other tensors than were written; the disk is at fault")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert, and say what was written; returns the exit code."""
+    args = parse(arguments)
+    with command_line():
+        shapes = convert(args.source, args.out, args.weights)
+        _check_written(args.out, shapes)
+    for dtype in dict.fromkeys(dtype for dtype, _ in shapes.values()):
+        same = [prod(shape) for found, shape in shapes.values() if found == dtype]
+        print(f"{str(dtype).removeprefix('torch.')}: {len(same)} tensors, {sum(same):,} values")
+    print(f"{args.out}: {args.weights} of {args.source}; names, shapes and dtypes are the model's")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
