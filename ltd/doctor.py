@@ -40,6 +40,7 @@ CORE = tuple(
         ("einops", "einops"),
         ("PIL", "pillow"),
         ("tqdm", "tqdm"),
+        ("xxhash", "xxhash"),
     )
 )
 TRAINING = (

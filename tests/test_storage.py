@@ -272,3 +272,27 @@ def test_reads_and_writes_that_stop_early_are_continued(tmp_path: Path, monkeypa
     tensor = torch.randn(50_000)
     write(tmp_path / "c", [20_000], {"a": tensor})
     assert torch.equal(Reader(tmp_path / "c").read("master", "a", 3, 49_000), tensor[3:49_000])
+
+
+@pytest.mark.parametrize("chunk_bytes", [4096, 8192, 2**24])
+def test_values_copied_while_writing_make_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(shards, "CHUNK_BYTES", chunk_bytes)
+    kinds = [(700, torch.float32), (0, torch.float32), (3000, torch.float64), (5, torch.int8), (4097, torch.bfloat16)]
+    slices = [
+        Slice(group, f"{size}", (size,), 0, torch.randn(size).mul(50).to(dtype))
+        for group in ("master", "ema")
+        for size, dtype in kinds
+    ]
+    image = storage.ShardImage(slices)
+    for name, at_write in (("now", False), ("late", True), ("again", True)):
+        image.fill(slices, at_write=at_write)
+        storage.write_image(tmp_path, name, image)
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("now", "late", "again")]
+    assert files[0] == files[1] == files[2]
+    late = storage.ShardImage(slices)
+    late.fill(slices, at_write=True)
+    storage.write_image(tmp_path, "fresh", late)
+    assert (tmp_path / "fresh.safetensors").read_bytes() == files[0]
+    assert (tmp_path / "fresh.json").read_bytes() == (tmp_path / "now.json").read_bytes()

@@ -161,3 +161,20 @@ def test_what_is_not_there_is_said_without_blaming_the_disk(run_dir: Path) -> No
         reader.read("master", "x")
     with pytest.raises(StorageError, match="no group 'ema'; it holds master$"):
         reader.read_full("ema")
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "told"),
+    [
+        ("config.yaml", b"a: [1", "cannot be read"),
+        ("config.yaml", b"\xff\xfe\x00", "cannot be read"),
+        ("config.yaml", b"- 1\n", "no format number"),
+        ("config.yaml", b"format: 7\n", "format 7, this version of ltd reads 1"),
+        ("model.safetensors", b"\x00" * 20, "damaged"),
+    ],
+)
+def test_damaged_exports_are_named(tmp_path: Path, file: str, data: bytes, told: str) -> None:
+    storage.save_model(tmp_path / "export", {"a": torch.ones(3)}, {"family": "x"})
+    (tmp_path / "export" / file).write_bytes(data)
+    with pytest.raises(StorageError, match=told):
+        storage.load_model(tmp_path / "export")

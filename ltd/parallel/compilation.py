@@ -15,7 +15,7 @@ from ltd.parallel.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
-#: Graphs after which the shapes of the data, not the model, must be what asks for more; torch then stops compiling.
+#: Graphs of one block, whose copies share them, after which torch compiles no more and runs new shapes as they are.
 MAX_GRAPHS = 16
 
 
@@ -34,48 +34,56 @@ class Compiled:
         """Count the graphs that were compiled so far; blocks of one kind share theirs."""
         return self._num_graphs
 
-    def compile_graph(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+    def compile_graph(self, graph: Any, inputs: Any, **options: Any) -> Callable[..., Any]:
         """Compile a graph with inductor and count it: the backend given to ``torch.compile``.
 
         Args:
             graph: Graph module that was traced.
             inputs: Example inputs.
+            options: What torch.compile passes on.
 
         Returns:
             The compiled function.
         """
         self._num_graphs += 1
-        if self._num_graphs == MAX_GRAPHS + 1:
+        if self._num_graphs == MAX_GRAPHS:
             logger.warning(
-                "parallel.compile: %d graphs were compiled by now, one for each new shape of the data: use fewer sizes "
-                "(data.batching: buckets) or set parallel.compile to none",
-                self._num_graphs,
+                "parallel.compile: %d graphs were compiled by now, for as many kinds of input; further ones run without "
+                "compilation. Use fewer sizes (data.batching: buckets, no packs), or set parallel.compile to none",
+                MAX_GRAPHS,
             )
-        inductor = torch._dynamo.lookup_backend("inductor")
-        compiled: Callable[..., Any] = inductor(graph, inputs)
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)
         return compiled
 
 
 def compile_blocks(model: nn.Module, config: ParallelConfig) -> Compiled:
     """Compile the forward pass of every block of ``model.blocks``, each at its first call.
 
-    Call it last of what changes a model (activation checkpointing, sequence sharding, this, engine).
+    Call it last of what changes a model: activation checkpointing, sequence sharding, compilation, engine.
 
     Args:
         model: Model with an iterable ``blocks`` of modules; changed in place, its state dict stays as it is.
-        config: ``compile`` is read, and ``zero``.
+        config: ``compile`` and ``zero`` are read.
 
     Returns:
         What is compiled; empty when nothing is.
 
     Raises:
-        ConfigError: If it is asked for and the model has no ``blocks``.
+        ConfigError: If it is asked for and the model has no ``blocks``, or at ZeRO stage 3.
     """
     if config.compile == "none":
         return Compiled()
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         raise ConfigError(f"parallel.compile: {type(model).__name__} has no blocks; set it to none")
+    if config.engine == "deepspeed" and config.zero == 3:
+        # Right, but in 32 pieces per block, or not compiled at all where blocks are recomputed.
+        raise ConfigError(
+            "parallel.compile: blocks needs parallel.zero of 0, 1 or 2, got 3: DeepSpeed gathers weights inside the "
+            "blocks there, which leaves next to nothing to compile; set parallel.compile to none or lower parallel.zero"
+        )
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(MAX_GRAPHS, getattr(torch._dynamo.config, limit)))
     names = {id(module): name for name, module in model.named_modules()}
     compiled = Compiled(tuple(names[id(block)] for block in blocks))
     for block in blocks:

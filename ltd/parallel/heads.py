@@ -1,263 +1,170 @@
-"""How attention is dealt to a sequence group whose degree does not divide the heads, and moved there and back.
+"""Who computes what of one attention in a sequence group, and how it gets there and back: one all-to-all each way.
 
-The heads of all queries lie on one line, and every member computes an equal part of it: some heads whole, of its first
-and last perhaps only some queries. A head of which several members compute queries is sent to each of them; its keys'
-and values' gradients come back from each and are summed. Only real tokens are sent, all in one all-to-all.
+Every head is cut into as many parts of its queries as there are members, along their tokens. All heads' parts lie on
+one line, and every member takes an equal run of it: whole heads where the degree divides them, else at the ends of its
+run some queries of a head that it shares. The keys and values of a shared head go to all that share it, and their
+gradients come back from each and are summed.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from ltd.nn.packing import Segments
 from ltd.parallel.layout import Layout
 
-Span = tuple[int, int]
-
 
 @dataclass(frozen=True)
-class Unit:
-    """Neighbouring heads of which a member computes the same queries; without queries it needs no keys."""
+class Share:
+    """Neighbouring heads of which one member computes the same queries."""
 
-    heads: Span
-    """First head and the one after the last."""
-    queries: Span
-    """First query and the one after the last."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some tokens and heads of the ``index``-th of several tensors ``(b, n, heads, head_dim)``."""
-
-    index: int
-    tokens: Span
-    heads: Span
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """View the piece of these tensors."""
-        whole = tensors[self.index]
-        return whole[:, self.tokens[0] : self.tokens[1], self.heads[0] : self.heads[1]]
-
-    def numel(self, row: int) -> int:
-        """Count its elements, ``row`` of them for each token and head."""
-        return row * (self.tokens[1] - self.tokens[0]) * (self.heads[1] - self.heads[0])
+    #: Heads, of which it has the keys of all tokens.
+    heads: range
+    #: Members whose tokens are its queries.
+    queries: range
 
 
-@dataclass(frozen=True)
-class Route:
-    """One exchange of pieces of tensors within a sequence group."""
-
-    sent: tuple[tuple[Piece, ...], ...]
-    """For each member, what of the tensors here goes there."""
-    received: tuple[tuple[Piece, ...], ...]
-    """For each member, where in the new tensors its pieces go, in the order in which it sends them."""
-    before: tuple[Span, ...]
-    """Tokens and heads of each tensor here."""
-    after: tuple[Span, ...]
-    """Tokens and heads of each new tensor."""
-    sums: bool = False
-    """Whether pieces that meet are summed: what is sent to several members comes back from each."""
-
-    def back(self) -> Route:
-        """Reverse the exchange: the route of the gradients."""
-        return Route(self.received, self.sent, self.after, self.before, not self.sums)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one member computes of an attention, and how it gets there."""
-
-    units: tuple[Unit, ...]
-    """At least one, if only an empty one: every member takes part in every exchange, forward and backward."""
-    to_heads: Route
-    """From this member's tokens of q, k and v to q, k and v of each unit."""
-    to_tokens: Route
-    """From the output of each unit to this member's tokens of all heads."""
-
-
-def deal(num_heads: int, num_tokens: int, degree: int) -> tuple[tuple[Unit, ...], ...]:
-    """Cut the line of all heads' queries into equal parts, and each part where heads begin.
+def deal_heads(num_heads: int, degree: int) -> tuple[tuple[Share, ...], ...]:
+    """Deal the work of one attention to the members of a group.
 
     Args:
-        num_heads: Heads of the attention.
-        num_tokens: Queries of each.
+        num_heads: Attention heads.
         degree: Members of the group.
 
     Returns:
-        Each member's units; as many queries for each as for any other, but for one.
+        Each member's shares, one to three; every head meets every query once, and every member gets the same work.
     """
-    total = num_heads * num_tokens
-    bounds = [total * member // degree for member in range(degree + 1)]
-    return tuple(tuple(_units(first, end, num_tokens)) for first, end in pairwise(bounds))
+    dealt = []
+    for member in range(degree):
+        shares, part, end = [], member * num_heads, (member + 1) * num_heads
+        while part < end:
+            head, first = divmod(part, degree)
+            whole = 0 if first else (end - part) // degree
+            stop = degree if whole else min(degree, first + end - part)
+            shares.append(Share(range(head, head + max(whole, 1)), range(first, stop)))
+            part += whole * degree or stop - first
+        dealt.append(tuple(shares))
+    return tuple(dealt)
 
 
-def _units(first: int, end: int, num_tokens: int) -> Iterable[Unit]:
-    if first == end:
-        yield Unit((first // num_tokens, first // num_tokens), (0, 0))
-    while first < end:
-        head, query = divmod(first, num_tokens)
-        whole = 0 if query else (end - first) // num_tokens
-        if whole:
-            yield Unit((head, head + whole), (0, num_tokens))
-            first += whole * num_tokens
-        else:
-            stop = min(num_tokens, query + end - first)
-            yield Unit((head, head + 1), (query, stop))
-            first += stop - query
-
-
-@functools.lru_cache(maxsize=64)
-def plan(num_heads: int, num_tokens: int, degree: int, rank: int) -> Plan:
-    """Lay out one attention for one member.
+class HeadExchange:
+    """Trade tokens of all heads for heads of all tokens, within the sequence group of a process.
 
     Args:
-        num_heads: Heads of the attention.
-        num_tokens: Tokens of the whole sequence.
-        degree: Members of the group; each holds ``ceil(num_tokens / degree)`` tokens, the last ones fewer real ones.
-        rank: Which member.
-
-    Returns:
-        The plan; the members' routes fit each other.
-    """
-    dealt = deal(num_heads, num_tokens, degree)
-    size = -(-num_tokens // degree)
-    held = [(min(num_tokens, i * size), min(num_tokens, (i + 1) * size)) for i in range(degree)]
-    mine = dealt[rank]
-    sides = [(unit.queries, keys, keys) for unit in mine for keys in [_keys(unit, num_tokens)]]  # of q, k, v
-    sizes = [(end - first, unit.heads[1] - unit.heads[0]) for unit, three in zip(mine, sides, strict=True)
-             for first, end in three]  # fmt: skip
-    to_heads = Route(
-        sent=tuple(
-            tuple(
-                Piece(index, _meet(span, held[rank], origin=rank * size), unit.heads)
-                for unit in units
-                for index, span in enumerate((unit.queries, _keys(unit, num_tokens), _keys(unit, num_tokens)))
-            )
-            for units in dealt
-        ),
-        received=tuple(
-            tuple(
-                Piece(3 * i + index, _meet(span, tokens, origin=span[0]), (0, sizes[3 * i][1]))
-                for i, three in enumerate(sides)
-                for index, span in enumerate(three)
-            )
-            for tokens in held
-        ),
-        before=((size, num_heads),) * 3,
-        after=tuple(sizes),
-    )
-    queries = _only_queries(to_heads)
-    return Plan(mine, to_heads, Route(queries.received, queries.sent, queries.after, queries.before))
-
-
-def _only_queries(route: Route) -> Route:
-    """Take keys and values out of ``Plan.to_heads``: what is left is the way of the output, backwards."""
-    sent = tuple(tuple(piece for piece in pieces if piece.index == 0) for pieces in route.sent)
-    received = tuple(
-        tuple(Piece(piece.index // 3, piece.tokens, piece.heads) for piece in pieces if piece.index % 3 == 0)
-        for pieces in route.received
-    )
-    return Route(sent, received, route.before[:1], route.after[::3])
-
-
-def _keys(unit: Unit, num_tokens: int) -> Span:
-    return (0, num_tokens if unit.queries[0] < unit.queries[1] else 0)
-
-
-def _meet(a: Span, b: Span, *, origin: int) -> Span:
-    first = max(a[0], b[0])
-    end = max(first, min(a[1], b[1]))
-    return (first - origin, end - origin) if first < end else (0, 0)
-
-
-class _Move(torch.autograd.Function):
-    """Exchange pieces; the backward pass is the same along the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, route: Route, layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.route, ctx.layout = route, layout
-        batch, dim = tensors[0].shape[0], tensors[0].shape[3]
-        sent, received = (
-            [[piece.numel(batch * dim) for piece in pieces] for pieces in side] for side in (route.sent, route.received)
-        )
-        buffer = tensors[0].new_empty(sum(map(sum, sent)))
-        for piece, part in _parts(route.sent, sent, buffer):
-            source = piece.of(tensors)
-            part.view(source.shape).copy_(source)
-        buffer = layout.swap_sequence_parts(buffer, [sum(sizes) for sizes in sent], [sum(sizes) for sizes in received])
-        outputs = [buffer.new_zeros(batch, *size, dim) for size in route.after]
-        for piece, part in _parts(route.received, received, buffer):
-            target = piece.of(outputs)
-            if route.sums:
-                target.add_(part.view(target.shape))
-            else:
-                target.copy_(part.view(target.shape))
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return None, None, *_Move.apply(ctx.route.back(), ctx.layout, *gradients)
-
-
-def _parts(
-    pieces: Sequence[Sequence[Piece]], sizes: Sequence[Sequence[int]], buffer: Tensor
-) -> Iterable[tuple[Piece, Tensor]]:
-    flat = [piece for member in pieces for piece in member]
-    ends = list(accumulate(size for member in sizes for size in member))
-    for piece, first, end in zip(flat, [0, *ends], ends, strict=False):
-        yield piece, buffer[first:end]
-
-
-def attend(
-    local: Callable[..., Tensor],
-    layout: Layout,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    num_tokens: int,
-    key_mask: Tensor | None,
-    segments: Segments | None,
-) -> Tensor:
-    """Attend over all tokens with this member's part of the heads and queries.
-
-    Args:
-        local: The single-device operation.
         layout: This process's position in its sequence group.
-        q: ``(b, ceil(num_tokens / sequence), heads, head_dim)``; ``k`` and ``v`` alike.
-        k: Keys.
-        v: Values.
-        num_tokens: Tokens of the whole sequence.
-        key_mask: bool ``(b, num_tokens)``, True = keep.
-        segments: Samples of the whole sequence of a pack.
-
-    Returns:
-        Like ``q``; zeros behind the last token.
     """
-    own = plan(q.shape[2], num_tokens, layout.sequence, layout.sequence_rank)
-    received: tuple[Tensor, ...] = _Move.apply(own.to_heads, layout, q, k, v)
-    outputs = []
-    for unit, queries, keys, values in zip(own.units, received[::3], received[1::3], received[2::3], strict=True):
-        if queries.shape[1] == 0:
-            outputs.append(queries)  # nothing to compute, but a way for the gradient: the others wait for it
-            continue
-        packed = {} if segments is None else {"segments": _cut(segments, unit.queries)}
-        outputs.append(local(queries, keys, values, key_mask=key_mask, **packed))
-    joined: tuple[Tensor] = _Move.apply(own.to_tokens, layout, *outputs)
-    return joined[0]
+
+    def __init__(self, layout: Layout) -> None:
+        self.me, self.degree = layout.sequence_rank, layout.sequence
+        self._layout = layout
+        self._handle = id(layout)
+        _LAYOUTS[self._handle] = layout
+
+    def shares(self, num_heads: int) -> tuple[Share, ...]:
+        """List what this member computes."""
+        return deal_heads(num_heads, self.degree)[self.me]
+
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Trade this member's tokens of all heads for all tokens of its shares.
+
+        Args:
+            q: ``(b, n_local, heads, head_dim)``, as many tokens on all members; ``k`` and ``v`` alike.
+            k: Keys.
+            v: Values.
+
+        Returns:
+            Of each share, queries ``(b, len(queries) * n_local, len(heads), head_dim)``, keys and values of all tokens.
+        """
+        dealt = deal_heads(q.shape[2], self.degree)
+        mine = dealt[self.me]
+        q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # heads b n_local d
+        rows = [_rows((q, k, v), shares, self.me) for shares in dealt]
+        sizes = [[size for share in mine for size in _sizes(share, member)] for member in range(self.degree)]
+        received = self._swap(rows, [sum(member) for member in sizes])
+        parts = received.split([size for member in sizes for size in member])
+        every = 3 * len(mine)
+        return [
+            (
+                _join_tokens([parts[member * every + 3 * index] for member in share.queries]),
+                _join_tokens(parts[3 * index + 1 :: every]),
+                _join_tokens(parts[3 * index + 2 :: every]),
+            )
+            for index, share in enumerate(mine)
+        ]
+
+    def to_tokens(self, outputs: Sequence[Tensor], num_heads: int) -> Tensor:
+        """Trade the outputs of this member's shares for its tokens of all heads: the way back of the queries.
+
+        Args:
+            outputs: Of each share, ``(b, len(queries) * n_local, len(heads), head_dim)``.
+            num_heads: Attention heads.
+
+        Returns:
+            ``(b, n_local, num_heads, head_dim)``.
+        """
+        dealt = deal_heads(num_heads, self.degree)
+        rows: list[list[Tensor]] = [[] for _ in range(self.degree)]
+        for output, share in zip(outputs, dealt[self.me], strict=True):
+            chunks = output.permute(2, 0, 1, 3).chunk(len(share.queries), 2)  # heads b n_local d
+            for member, chunk in zip(share.queries, chunks, strict=True):
+                rows[member].append(chunk)
+        receive = [sum(len(share.heads) for share in shares if self.me in share.queries) for shares in dealt]
+        # Of one member's tokens the heads come in order: they follow each other on the line that was dealt.
+        return self._swap(rows, receive).permute(1, 2, 0, 3)
+
+    def _swap(self, rows: Sequence[Sequence[Tensor]], receive: list[int]) -> Tensor:
+        """Send every member its rows, each ``(heads, b, n, d)``; receive ``(sum(receive), b, n, d)``, by member."""
+        send = [sum(len(row) for row in member) for member in rows]
+        swapped: Tensor = _exchange(torch.cat([row for member in rows for row in member]), self._handle, send, receive)
+        return swapped
 
 
-def _cut(segments: Segments, queries: Span) -> Segments:
-    """Keep the queries of a span, and all keys."""
-    ends = list(accumulate(segments.q_lengths))
-    lengths = (
-        max(0, min(end, queries[1]) - max(first, queries[0])) for first, end in zip([0, *ends], ends, strict=False)
-    )
-    return Segments(tuple(lengths), segments.k_lengths)
+def _rows(qkv: tuple[Tensor, Tensor, Tensor], shares: Sequence[Share], me: int) -> list[Tensor]:
+    """List what goes to the member of these shares, each ``(heads, b, n_local, d)``."""
+    rows: list[Tensor] = []
+    for share in shares:
+        sent = qkv if me in share.queries else qkv[1:]
+        rows += [x[share.heads.start : share.heads.stop] for x in sent]
+    return rows
+
+
+def _sizes(share: Share, member: int) -> tuple[int, int, int]:
+    """Count the heads of q, k and v that come from a member for a share."""
+    num_heads = len(share.heads)
+    return num_heads if member in share.queries else 0, num_heads, num_heads
+
+
+def _join_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """Join ``(heads, b, n_local, d)`` of several members to ``(b, n, heads, d)``."""
+    return torch.cat(tuple(parts), 2).permute(1, 2, 0, 3)
+
+
+# An operation of torch's own kind, not an autograd function: torch.compile leaves it as it is and gets its gradient
+# right, so that a block with it in the middle is one graph. Such operations take numbers, not objects.
+_LAYOUTS: WeakValueDictionary[int, Layout] = WeakValueDictionary()
+
+
+@torch.library.custom_op("ltd::exchange", mutates_args=())
+def _exchange(x: Tensor, handle: int, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    return _LAYOUTS[handle].swap_sequence(x.contiguous(), send, receive)
+
+
+@_exchange.register_fake
+def _(x: Tensor, handle: int, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    return x.new_empty(sum(receive), *x.shape[1:])
+
+
+def _keep_sizes(context: Any, inputs: tuple[Tensor, int, list[int], list[int]], output: Tensor) -> None:
+    context.handle, context.send, context.receive = inputs[1:]
+
+
+def _send_back(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return _exchange(gradient, context.handle, context.receive, context.send), None, None, None
+
+
+_exchange.register_autograd(_send_back, setup_context=_keep_sizes)

@@ -1,9 +1,8 @@
 """Who is alive, where each process is, and whom the others wait for; beside the collectives, never through them.
 
-A thread of each process tells the rendezvous store once a second which phase of which step its training is in. A
-process whose own training does not move reads what the others said: those that entered the fewest phases are the ones
-waited for, and one whose thread says nothing new any more is dead or cut off. ``slow_s`` names it, ``timeout_s`` ends
-the run with its name. A process that ends by an error leaves a last word, so that the others end with it at once.
+A thread of each process tells the rendezvous store about once a second which phase of which step its training is in.
+When training does not move, what the others said tells whom it waits for: ``slow_s`` names that process, ``timeout_s``
+ends the run with its name. A process that ends by an error leaves a last word, and the others end with it.
 """
 
 from __future__ import annotations
@@ -12,54 +11,37 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
-from ltd.parallel.layout import Layout, name_ranks
+from ltd.parallel.layout import Layout
+from ltd.parallel.pulse import Pulse, Verdict, judge, locate
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two publications; longer in large worlds, so that the store has at most 500 to take per second.
+#: Longest time between two publications, in seconds; longer in a very large world, to spare the store.
 _EVERY_S = 1.0
-#: Seconds that one exchange with the store may take before it counts as unreachable.
-_STORE_S = 10.0
+#: Publications per second that the store is asked to take.
+_STORE_RATE = 2000
+#: Publications that a process may miss before it counts as silent.
+_MISSED = 4
+#: Seconds without an answer after which the store counts as unreachable.
+_STALE_S = 10.0
+#: Seconds that a process has, after another's last word, to end by itself.
+_GRACE_S = 3.0
+_LAST_WORD = "last word"
 #: What gloo says when a peer is gone or late.
 _MARKS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection refused")
-#: Seconds that a process has, after another's last word, to end by itself.
-_GRACE_S = 5.0
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """What a process said of itself."""
-
-    #: Publications so far: a process that lives says more.
-    beats: int
-    #: Phases entered so far: of processes that wait for each other, the slowest has the fewest.
-    entered: int
-    phase: str
-    step: int
-    #: Seconds in the phase when it was said.
-    seconds: float
-    host: str
-    local_rank: int
-    pid: int
-
-    @property
-    def place(self) -> str:
-        """Name the phase and its step."""
-        return f"`{self.phase}` of step {self.step}" if self.step else f"`{self.phase}`"
 
 
 class Heartbeat:
-    """Watch over the processes of a run.
+    """Watch over the processes of a run; entered by the thread that trains.
 
     Args:
         layout: This process's position.
@@ -69,15 +51,21 @@ class Heartbeat:
 
     def __init__(self, layout: Layout, *, slow_s: float, timeout_s: float) -> None:
         self.layout, self.slow_s, self.timeout_s = layout, slow_s, timeout_s
-        self._every_s = max(_EVERY_S, layout.world_size / 500)
-        self._beats, self._warned = 0, -1
         self._now: tuple[int, str, int, float] = (0, "start", 0, time.monotonic())
+        self._training = threading.get_ident()
+        every_s = max(min(_EVERY_S, slow_s / 4), layout.world_size / _STORE_RATE)
+        self._every_s = every_s
+        self._talk = _Talk(layout, self._pulse, every_s=every_s) if layout.world_size > 1 else None
+        # The main process decides first and leaves its verdict; the others only if it does not, and not all at once.
+        self._patience_s = timeout_s + (0 if layout.is_main else (_MISSED + 2) * every_s + layout.global_rank / 500)
+        self._read_from_s = min(slow_s, timeout_s / 2) if layout.is_main else self._patience_s
+        self._read_from_s -= (_MISSED + 2) * every_s
+        self._warned, self._heard, self._heard_at = -1, -1, 0.0
         self._stop = threading.Event()
-        self._store: Any = layout.open_store("heartbeat")
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def enter(self, phase: str, step: int) -> None:
-        """Note that training goes on with another phase; costs about a microsecond.
+        """Note that training goes on with another phase; costs less than a microsecond.
 
         Args:
             phase: ``start``, ``data``, ``forward``, ``backward``, ``optimizer``, ``evaluate`` or ``save``.
@@ -86,18 +74,18 @@ class Heartbeat:
         self._now = (self._now[0] + 1, phase, step, time.monotonic())
 
     def __enter__(self) -> Heartbeat:
-        if self._store is not None:
-            self._publish()
-        self._thread.start()
+        self._training = threading.get_ident()
+        if self._talk is not None:
+            self._talk.start()
+        self._watching.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._store is not None:
-            self._say_last_word(error)
         self._stop.set()
-        self._thread.join(timeout=_STORE_S)
+        if self._talk is not None:
+            self._talk.leave(self._last_word(error))
 
     def explain(self) -> str:
         """Say which process was lost, after a collective failed; looks for a few seconds.
@@ -105,153 +93,196 @@ class Heartbeat:
         Returns:
             One or two sentences.
         """
-        pulses, dead, word = self._look()
-        if pulses is None:
-            return self._unreachable()
-        if word is not None and not dead:
-            return word
-        return describe(pulses, dead, self.layout.global_rank)
+        talk = self._talk
+        if talk is None:
+            return "there is no other process"
+        deadline = time.monotonic() + 2 * _MISSED * self._every_s
+        talk.keep_reading = True
+        verdict = self._judge(talk)
+        while verdict.kind != "lost" and not talk.word and not talk.unreachable(self.timeout_s):
+            if time.monotonic() > deadline:
+                return f"a collective failed, but all processes answer: {verdict.message}"
+            time.sleep(self._every_s / 4)
+            verdict = self._judge(talk)
+        if verdict.kind == "lost" or talk.word:
+            return verdict.message if verdict.kind == "lost" else talk.word
+        return f"{_unreachable()}; this process was in {self._pulse().place}"
 
     def _watch(self) -> None:
         while not self._stop.wait(self._every_s):
-            entered, phase, step, since = self._now
+            entered, _, _, since = self._now
             idle_s = time.monotonic() - since
-            if self._store is None:
-                self._watch_alone(entered, phase, step, idle_s)
+            if self._talk is None:
+                self._warn_alone(entered, idle_s)
                 continue
-            reachable = self._within(self._publish)
-            word = self._within(self._last_word) if reachable else None
-            if word:
-                self._end_after(word, entered)
-            elif idle_s > self.timeout_s:
-                self._end_if_waiting(entered)
-            elif idle_s > self.slow_s and self.layout.is_main and self._warned != entered:
-                self._warned = entered
-                pulses, dead, _ = self._look()
-                logger.warning("%s", self._unreachable() if pulses is None else describe(pulses, dead, 0))
+            self._talk.reading = idle_s > self._read_from_s
+            if self._talk.word:
+                self._end_after_word(self._talk.word, entered)
+            if idle_s > self._patience_s:
+                self._end_if_waiting(self._talk, entered)
+            elif self.layout.is_main and idle_s > self.slow_s:
+                self._warn(self._talk, entered)
 
-    def _watch_alone(self, entered: int, phase: str, step: int, idle_s: float) -> None:
+    def _warn_alone(self, entered: int, idle_s: float) -> None:
         if idle_s > self.slow_s and self._warned != entered:
             self._warned = entered
-            logger.warning("no progress for %.0f s: training is in `%s` of step %d", idle_s, phase, step)
+            pulse = self._pulse()
+            logger.warning("no progress for %.0f s: training is in %s (%s)", idle_s, pulse.place, pulse.where)
 
-    def _end_after(self, word: str, entered: int) -> None:
-        """End this process if it still hangs in a collective some seconds after another said its last word."""
-        if not self._stop.wait(_GRACE_S) and self._now[0] == entered:
-            _end(word)
-
-    def _end_if_waiting(self, entered: int) -> None:
-        pulses, dead, word = self._look()
-        if self._stop.is_set() or self._now[0] != entered:
+    def _warn(self, talk: _Talk, entered: int) -> None:
+        """Name whom the others wait for, once per stop of training."""
+        if self._warned == entered:
             return
-        if pulses is None:
-            _end(f"no progress for {self.timeout_s:g} s: {self._unreachable()}")
-        elif word is not None:
+        self._warned = entered
+        if talk.unreachable(self.timeout_s):
+            logger.warning("%s", _unreachable())
+            return
+        verdict = self._judge(talk)
+        logger.log(logging.INFO if verdict.kind == "busy" else logging.WARNING, "%s", verdict.message)
+
+    def _end_after_word(self, word: str, entered: int) -> None:
+        """End this process if it still stands where it stood some seconds ago, when another's last word was heard."""
+        if self._heard != entered:
+            self._heard, self._heard_at = entered, time.monotonic()
+        elif time.monotonic() - self._heard_at > _GRACE_S:
             _end(word)
-        elif dead or len({pulse.entered for pulse in pulses.values()}) > 1:
-            _end(
-                f"no progress for parallel.timeout_s = {self.timeout_s:g} s: "
-                f"{describe(pulses, dead, self.layout.global_rank)}"
-            )
-        # All alive and in one phase: a long evaluation or compilation, or a collective that its own time-out ends.
 
-    def _look(self) -> tuple[dict[int, Pulse] | None, set[int], str | None]:
-        """Read all processes twice; None for the pulses where the store does not answer."""
-        before = self._within(self._read)
-        if before is None:
-            return None, set(), None
-        deadline = time.monotonic() + 3 * self._every_s
-        while time.monotonic() < deadline:  # this process's own thread may be the one that is looking
-            time.sleep(self._every_s / 2)
-            self._within(self._publish)
-        after = self._within(self._read)
-        if after is None:
-            return None, set(), None
-        dead = {rank for rank, pulse in after.items() if rank in before and pulse.beats == before[rank].beats}
-        # Where they were when training stood still: it may go on while this looks.
-        return before, dead - {self.layout.global_rank}, self._within(self._last_word) or None
+    def _end_if_waiting(self, talk: _Talk, entered: int) -> None:
+        limit = f"no progress for parallel.timeout_s = {self.timeout_s:g} s: "
+        if talk.unreachable(self.timeout_s):
+            _end(limit + f"{_unreachable()}; this process is in {self._pulse().place}")
+        verdict = self._judge(talk)
+        if verdict.kind == "busy" or self._stop.is_set() or self._now[0] != entered:
+            return  # a long evaluation or compilation of all processes
+        talk.leave(f"process {self.layout.global_rank} ended the run: {limit}{verdict.message}")
+        _end(limit + verdict.message)
 
-    def _publish(self) -> bool:
+    def _judge(self, talk: _Talk) -> Verdict:
+        return judge(talk.pulses(), talk.silent())
+
+    def _pulse(self) -> Pulse:
         entered, phase, step, since = self._now
-        self._beats += 1
-        seconds = time.monotonic() - since
-        pulse = Pulse(
-            self._beats, entered, phase, step, seconds, socket.gethostname(), self.layout.local_rank, os.getpid()
+        where, waits = locate(self._training)
+        return Pulse(
+            beats=0,
+            entered=entered,
+            collectives=self.layout.collectives,
+            phase=phase,
+            step=step,
+            seconds=time.monotonic() - since,
+            waits=waits,
+            where=where,
+            host=socket.gethostname(),
+            local_rank=self.layout.local_rank,
+            pid=os.getpid(),
         )
-        self._store.set(str(self.layout.global_rank), json.dumps(asdict(pulse)))
-        return True
 
-    def _read(self) -> dict[int, Pulse]:
-        ranks = [rank for rank in range(self.layout.world_size) if self._store.check([str(rank)])]
-        values = self._store.multi_get([str(rank) for rank in ranks])
-        return {rank: Pulse(**json.loads(value)) for rank, value in zip(ranks, values, strict=True)}
-
-    def _last_word(self) -> str:
-        return self._store.get("last word").decode() if self._store.check(["last word"]) else ""
-
-    def _say_last_word(self, error: BaseException) -> None:
-        first_line = (str(error).splitlines() or [""])[0][:500]
-        _, phase, step, _ = self._now
-        pulse = Pulse(0, 0, phase, step, 0.0, socket.gethostname(), self.layout.local_rank, os.getpid())
-        word = (
-            f"process {self.layout.global_rank} ({_where(pulse)}) ended in {pulse.place} with "
+    def _last_word(self, error: BaseException | None) -> str:
+        """Say what this process ended with; nothing if by its own will, or only because another was lost."""
+        if error is None or is_lost_peer(error) or (isinstance(error, SystemExit) and not error.code):
+            return ""
+        first_line = (str(error).splitlines() or [""])[0][:1000]
+        pulse = self._pulse()
+        return (
+            f"process {self.layout.global_rank} ({pulse.process}) ended in {pulse.place} with "
             f"{type(error).__name__}: {first_line}"
         )
-        self._within(lambda: self._store.compare_set("last word", "", word))
-
-    def _within(self, action: Callable[[], Any]) -> Any:
-        """Run an exchange with the store in a thread of its own: one whose host is cut off would block for ever."""
-        result: list[Any] = []
-
-        def run() -> None:
-            try:
-                result.append(action())
-            except Exception as error:  # whatever the store's client raises, it did not answer
-                logger.debug("heartbeat: %s", error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(_STORE_S)
-        return result[0] if result else None
-
-    def _unreachable(self) -> str:
-        return (
-            f"the rendezvous store at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} does not answer: "
-            "that host, the one of process 0, is dead or cut off from here"
-        )
 
 
-def describe(pulses: Mapping[int, Pulse], dead: Iterable[int], global_rank: int) -> str:
-    """Say who is dead or behind, where, and who waits.
+class _Talk:
+    """The one thread that talks to the store: it alone blocks when the store's host is cut off.
 
     Args:
-        pulses: What each process said last.
-        dead: Processes that say nothing new.
-        global_rank: This process, which is alive.
-
-    Returns:
-        One or two sentences.
+        layout: Opens the store.
+        describe: Gives this process's state.
+        every_s: Seconds between two exchanges.
     """
-    dead = sorted(dead)
-    if dead:
-        shown = "; ".join(f"process {rank} ({_where(pulses[rank])}) in {pulses[rank].place}" for rank in dead[:4])
-        more = f" and {len(dead) - 4} more ({name_ranks(dead[4:])})" if len(dead) > 4 else ""
-        return f"lost (dead, frozen or cut off), last seen: {shown}{more}"
-    least = min(pulse.entered for pulse in pulses.values())
-    behind = sorted(rank for rank, pulse in pulses.items() if pulse.entered == least)
-    if len(behind) == len(pulses):
-        pulse = pulses[global_rank]
-        return f"no process has made progress for {pulse.seconds:.0f} s: all are in {pulse.place}"
-    shown = "; ".join(
-        f"process {rank} ({_where(pulses[rank])}) has been in {pulses[rank].place} for {pulses[rank].seconds:.0f} s"
-        for rank in behind[:4]
-    )
-    more = f" and {len(behind) - 4} more ({name_ranks(behind[4:])})" if len(behind) > 4 else ""
-    waiting: dict[str, list[int]] = {}
-    for rank in sorted(pulses.keys() - set(behind)):
-        waiting.setdefault(pulses[rank].place, []).append(rank)
-    waits = ", ".join(f"{name_ranks(ranks)} in {place}" for place, ranks in waiting.items())
-    return f"{shown}{more}; waiting for it: {waits}"
+
+    def __init__(self, layout: Layout, describe: Callable[[], Pulse], *, every_s: float) -> None:
+        #: Whether the other processes' states are wanted, now or until the end.
+        self.reading = self.keep_reading = False
+        #: First last word of any process; empty while there is none.
+        self.word = ""
+        self._layout, self._describe, self._every_s = layout, describe, every_s
+        self._beats, self._parting = 0, ""
+        self._answered_at = time.monotonic()
+        # By rank: what it said last, and when, on this host's clock, a read first showed it.
+        self._heard: dict[int, tuple[Pulse, float]] = {}
+        self._first_read_at: float | None = None
+        self._last_read_at = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat store", daemon=True)
+
+    def start(self) -> None:
+        """Publish a first state and go on doing so."""
+        self._thread.start()
+
+    def leave(self, word: str) -> None:
+        """Publish that this process ends, with a last word if it is not empty, and stop."""
+        self._parting = word
+        self._stop.set()
+        self._thread.join(timeout=_GRACE_S)
+
+    def pulses(self) -> dict[int, Pulse]:
+        """Look up what each process said last; this one says it now."""
+        said = {rank: pulse for rank, (pulse, _) in self._heard.copy().items()}
+        return said | {self._layout.global_rank: self._describe()}
+
+    def silent(self) -> set[int]:
+        """List the processes that said nothing new for some beats before the last read, by this host's clock."""
+        if self._first_read_at is None:
+            return set()
+        limit, heard = self._last_read_at - _MISSED * self._every_s, self._heard.copy()
+        silent = {rank for rank, (_, first_seen_at) in heard.items() if first_seen_at < limit}
+        if self._first_read_at < limit:
+            silent |= set(range(self._layout.world_size)) - heard.keys()
+        return silent - {self._layout.global_rank}
+
+    def unreachable(self, timeout_s: float) -> bool:
+        """Say whether the store has not answered for some seconds; fewer where the run's time-out is short."""
+        return time.monotonic() - self._answered_at > max(min(_STALE_S, timeout_s / 2), 2 * self._every_s)
+
+    def _run(self) -> None:
+        store: Any = None
+        while True:
+            ending = self._stop.is_set()
+            try:
+                store = store or self._layout.open_store("heartbeat")
+                self._exchange(store, ending)
+                self._answered_at = time.monotonic()
+                if ending:
+                    return
+            except Exception as error:  # whatever the store's client raises, it did not answer: connect anew
+                logger.debug("heartbeat: %s", error)
+                store = None
+            if ending:
+                time.sleep(self._every_s)
+            else:
+                self._stop.wait(self._every_s)
+
+    def _exchange(self, store: Any, ending: bool) -> None:
+        if ending and self._parting:
+            store.compare_set(_LAST_WORD, "", self._parting)  # the first one of a run stays
+        self._beats += 1
+        pulse = replace(self._describe(), beats=self._beats, ended=ending)
+        store.set(str(self._layout.global_rank), json.dumps(asdict(pulse)))
+        if not self.word and store.check([_LAST_WORD]):
+            self.word = store.get(_LAST_WORD).decode()
+        if self.reading or self.keep_reading:
+            self._read(store)
+
+    def _read(self, store: Any) -> None:
+        keys = [str(rank) for rank in range(self._layout.world_size)]
+        if not store.check(keys):  # some process has not come so far
+            keys = [key for key in keys if store.check([key])]
+        values, now = store.multi_get(keys), time.monotonic()
+        for key, value in zip(keys, values, strict=True):
+            pulse, known = Pulse(**json.loads(value)), self._heard.get(int(key))
+            if known is None or known[0].beats != pulse.beats:
+                self._heard[int(key)] = (pulse, now)
+        self._last_read_at = now
+        if self._first_read_at is None:
+            self._first_read_at = now
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -260,15 +291,22 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(mark in text for mark in _MARKS)
 
 
-def _where(pulse: Pulse) -> str:
-    return f"host {pulse.host}, local rank {pulse.local_rank}, pid {pulse.pid}"
+def _unreachable() -> str:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"the rendezvous store at {address} does not answer: process 0 or its host is dead, or cut off from this host"
+    )
 
 
 def _end(message: str) -> None:
     """End the process from the watching thread: the training thread hangs and cannot."""
-    logger.error("%s", message)
-    for handler in [*logger.handlers, *logging.getLogger().handlers]:
-        handler.flush()
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
+
+    def log() -> None:
+        logger.error("%s", message)
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+
+    logging_thread = threading.Thread(target=log, daemon=True)  # the training thread may hang with a handler's lock
+    logging_thread.start()
+    logging_thread.join(timeout=_GRACE_S)
     os._exit(1)

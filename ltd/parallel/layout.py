@@ -64,6 +64,8 @@ class Layout:
         self.world_group: dist.ProcessGroup | None = None
         #: Group of the neighbours that share a sample's tokens; None at degree 1.
         self.sequence_group: dist.ProcessGroup | None = None
+        #: Collectives begun so far; the same on all processes once they stand at the same place.
+        self.collectives = 0
         self._owns_process_group = False
         if config.engine == "deepspeed":
             self._make_groups()
@@ -98,6 +100,7 @@ class Layout:
         Returns:
             The same tensor.
         """
+        self.collectives += 1
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self.world_group)
         return tensor
@@ -129,6 +132,7 @@ class Layout:
         """
         if self.world_size == 1:
             return [value]
+        self.collectives += 1
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.world_group)
         return values
@@ -150,6 +154,7 @@ class Layout:
         """
         if self.sequence_group is None:
             return [tensor]
+        self.collectives += 1
         parts = [torch.empty_like(tensor) for _ in range(self.sequence)]
         dist.all_gather(parts, tensor, group=self.sequence_group)
         return parts
@@ -165,6 +170,7 @@ class Layout:
         Returns:
             ``(sum(receive), ...)``; the parts by member.
         """
+        self.collectives += 1
         received = tensor.new_empty(sum(receive), *tensor.shape[1:])
         dist.all_to_all_single(received, tensor, list(receive), list(send), group=self.sequence_group)
         return received
@@ -178,6 +184,7 @@ class Layout:
         Returns:
             The previous process's tensor.
         """
+        self.collectives += 1
         received = torch.empty_like(tensor)
         following, previous = (self.global_rank + 1) % self.world_size, (self.global_rank - 1) % self.world_size
         transfers = [

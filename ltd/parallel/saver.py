@@ -221,12 +221,13 @@ class Saver:
     def _write(self, path: Path) -> None:
         assert self._image is not None
         began = time.perf_counter()
-        storage.write_image(storage.incomplete_path(path), f"rank_{self._layout.global_rank:05d}", self._image)
+        storage.write_image(storage.incomplete_path(path), _shard_name(self._layout.global_rank), self._image)
         self.write_s = time.perf_counter() - began
 
     def _commit(self, flight: _Flight) -> None:
         incomplete = storage.incomplete_path(flight.path)
-        storage.write_manifest(incomplete, flight.manifest)
+        names = [_shard_name(rank) for rank in range(self._layout.world_size)]
+        storage.write_manifest(incomplete, flight.manifest, shard_names=names)
         storage.commit_directory(flight.path)
         storage.write_latest(self.run_dir, flight.path)
         old = storage.expired(self.run_dir, flight.path, keep_last=self._keep_last, keep_every=self._keep_every)
@@ -277,6 +278,10 @@ def kept_buffers(engine: Engine) -> dict[str, Tensor]:
     kept = engine.module.state_dict().keys()
     frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
     return {name: b for name, b in engine.module.named_buffers() if name in kept} | frozen
+
+
+def _shard_name(global_rank: int) -> str:
+    return f"rank_{global_rank:05d}"
 
 
 def _remove_all(paths: list[Path]) -> None:

@@ -1,12 +1,12 @@
 """Sequence parallelism at the seams (Ulysses): the processes of a group share the tokens of one sample.
 
 Everything outside attention works on a slice of the tokens; inside, an all-to-all trades the slice of all heads for
-all tokens of a share of the heads (``deal_heads``: any number of heads). Two collectives per attention: one for q, k
-and v together, one for the output. A token count that does not divide is padded behind; the padding is cut off before
-attention. A pack of samples is one sequence like any other: attention has all its keys and so its segments, the rest
-asks for this process's part of each sample (``TokenSeam.lengths``). The group's members read
-different samples, ``exchange`` them, and train on each in turn, so the plain SUM of gradients over all processes is
-the single process's: each member's gradient holds its own tokens' part.
+all tokens of a share of the heads, of which there may be any number (``heads``). Two collectives per attention: one for
+q, k and v together, one for the output. A token count that does not divide is padded behind; the padding is cut off
+before attention. A pack of samples is one sequence like any other: attention has all its keys and so its segments, the
+rest asks for this process's part of each sample (``TokenSeam.lengths``). The group's members read different samples,
+``exchange`` them, and train on each in turn, so the plain SUM of gradients over all processes is the single process's:
+each member's gradient holds its own tokens' part.
 
 Reference: Jacobs et al. (2023), arXiv 2309.14509, Section 3.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from ltd.config import ConfigError
 from ltd.nn.packing import Segments
+from ltd.parallel.heads import HeadExchange
 from ltd.parallel.layout import Layout
 
 _MAX_NDIM = 8
@@ -69,38 +69,6 @@ def shard(model: nn.Module, layout: Layout) -> int:
     return len(attentions)
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one member of a sequence group computes in attention."""
-
-    #: Heads, of which it has the keys of all tokens.
-    heads: range
-    #: Members whose tokens are its queries: all, unless several members share a head.
-    queries: range
-
-
-@functools.lru_cache(maxsize=64)
-def deal_heads(num_heads: int, degree: int) -> tuple[Share, ...]:
-    """Deal the work of one attention to the members of a group, as evenly as it can be cut.
-
-    With at least as many heads as members, each gets whole heads, some one more than others. With fewer, each member
-    gets one head, and the members of a head share its queries.
-
-    Args:
-        num_heads: Attention heads.
-        degree: Members of the group.
-
-    Returns:
-        One share per member; every head meets every query once.
-    """
-    if num_heads >= degree:
-        return tuple(Share(heads, range(degree)) for heads in _cut(num_heads, degree))
-    shares = []
-    for head, members in enumerate(_cut(degree, num_heads)):
-        shares += [Share(range(head, head + 1), queries) for queries in _cut(degree, len(members))]
-    return tuple(shares)
-
-
 class TokenSeam:
     """What the seams of one model share: the layout, and the token count of the forward pass that is running.
 
@@ -110,6 +78,7 @@ class TokenSeam:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.heads = HeadExchange(layout)
         self.num_tokens = 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -175,20 +144,21 @@ class TokenSeam:
         Returns:
             ``(b, n_local, heads, head_dim)``.
         """
-        me, degree = self.layout.sequence_rank, self.layout.sequence
-        shares = deal_heads(q.shape[2], degree)
-        mine = shares[me]
-        q, k, v = self._to_heads(q, k, v, shares)
-        first = mine.queries.start * self._local()
-        num_queries = max(0, min(q.shape[1], self.num_tokens - first))
-        q, k, v = q[:, :num_queries], k[:, : self.num_tokens], v[:, : self.num_tokens]
         if key_mask is not None:
             key_mask = torch.cat(self.layout.gather_sequence(key_mask.contiguous()), 1)[:, : self.num_tokens]
-        out = q  # without queries, in a part that is all padding, there is nothing to attend
-        if num_queries:
-            packed = {} if segments is None else {"segments": _narrow(segments, first, num_queries)}
-            out = local(q, k, v, key_mask=key_mask, **packed)
-        return self._to_tokens(out, shares)
+        outputs = []
+        shares = self.heads.shares(q.shape[2])
+        for share, (queries, keys, values) in zip(shares, self.heads.to_heads(q, k, v), strict=True):
+            first = share.queries.start * self._local()
+            length = max(0, min(queries.shape[1], self.num_tokens - first))
+            if length == 0:  # all padding: there is nothing to attend, but the gradient has to pass
+                outputs.append(queries)
+                continue
+            packed = {} if segments is None else {"segments": _narrow(segments, first, length)}
+            keys, values = keys[:, : self.num_tokens], values[:, : self.num_tokens]
+            output = local(queries[:, :length], keys, values, key_mask=key_mask, **packed)
+            outputs.append(_pad_tokens(output, queries.shape[1]))
+        return self.heads.to_tokens(outputs, q.shape[2])
 
     def pin(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Bind a function to the token count of the running forward pass, for when it is called again later."""
@@ -205,33 +175,6 @@ class TokenSeam:
 
     def _local(self) -> int:
         return -(-self.num_tokens // self.layout.sequence)
-
-    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor, shares: Sequence[Share]) -> tuple[Tensor, Tensor, Tensor]:
-        """Trade this member's tokens of all heads for its share: ``(b, n_local, heads, d)`` -> ``(b, n, share, d)``."""
-        me = self.layout.sequence_rank
-        mine, num_heads = shares[me], len(shares[me].heads)
-        q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # heads b n_local d
-        rows = []
-        for share in shares:
-            heads = slice(share.heads.start, share.heads.stop)
-            rows += [x[heads] for x in ((q, k, v) if me in share.queries else (k, v))]
-        send = [len(share.heads) * (3 if me in share.queries else 2) for share in shares]
-        receive = [num_heads * (3 if member in mine.queries else 2) for member in range(len(shares))]
-        received = _swap(torch.cat(rows), self.layout, send, receive).split(receive)
-        queries = [part[:num_heads] for member, part in enumerate(received) if member in mine.queries]
-        keys = [part[-2 * num_heads : -num_heads] for part in received]
-        values = [part[-num_heads:] for part in received]
-        return _join_tokens(queries), _join_tokens(keys), _join_tokens(values)
-
-    def _to_tokens(self, x: Tensor, shares: Sequence[Share]) -> Tensor:
-        """Trade this member's share of the output for its tokens of all heads: the way back of ``_to_heads``."""
-        me = self.layout.sequence_rank
-        mine, num_heads = shares[me], len(shares[me].heads)
-        padded = _pad_tokens(x, self._local() * len(mine.queries)).permute(2, 0, 1, 3)  # heads b n d
-        send = [num_heads if member in mine.queries else 0 for member in range(len(shares))]
-        receive = [len(share.heads) if me in share.queries else 0 for share in shares]
-        chunks = torch.cat(padded.split(self._local(), 2))
-        return _swap(chunks, self.layout, send, receive).permute(1, 2, 0, 3)
 
 
 def exchange(tensors: Mapping[str, Tensor], layout: Layout) -> list[dict[str, Tensor]]:
@@ -273,19 +216,6 @@ def exchange(tensors: Mapping[str, Tensor], layout: Layout) -> list[dict[str, Te
     return batches
 
 
-class _Swap(torch.autograd.Function):
-    """All-to-all of parts of axis 0; the backward pass is the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, send: list[int], receive: list[int]) -> Tensor:
-        ctx.layout, ctx.send, ctx.receive = layout, send, receive
-        return layout.swap_sequence(x.contiguous(), send, receive)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.layout.swap_sequence(gradients[0].contiguous(), ctx.receive, ctx.send), None, None, None
-
-
 class _Join(torch.autograd.Function):
     """All-gather along axis 1 whose backward pass takes the process's own slice."""
 
@@ -297,17 +227,6 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0].narrow(1, ctx.start, ctx.length), None
-
-
-def _swap(x: Tensor, layout: Layout, send: list[int], receive: list[int]) -> Tensor:
-    """Send ``(sum(send), b, n, d)`` in parts by member, receive ``(sum(receive), b, n, d)`` likewise."""
-    swapped: Tensor = _Swap.apply(x, layout, send, receive)
-    return swapped
-
-
-def _join_tokens(parts: Sequence[Tensor]) -> Tensor:
-    """Join ``(heads, b, n_local, d)`` of several members to ``(b, n, heads, d)``."""
-    return torch.cat(tuple(parts), 2).permute(1, 2, 0, 3)
 
 
 def _pad_tokens(x: Tensor, length: int) -> Tensor:
@@ -325,12 +244,6 @@ def _overlaps(lengths: Sequence[int], first: int, size: int) -> tuple[int, ...]:
     ends = list(accumulate(lengths))
     starts = [0, *ends[:-1]]
     return tuple(max(0, min(e, first + size) - max(s, first)) for s, e in zip(starts, ends, strict=True))
-
-
-def _cut(number: int, parts: int) -> list[range]:
-    """Cut ``range(number)`` into consecutive parts whose lengths differ by one at most, the longer ones first."""
-    ends = list(accumulate(number // parts + (part < number % parts) for part in range(parts)))
-    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _num_bytes(shape: list[int], dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from yaml import YAMLError
 
 from ltd.storage.directories import atomic_directory
 from ltd.storage.errors import StorageError
@@ -77,9 +78,14 @@ def read_export_config(directory: str | Path) -> dict[str, Any]:
     for name in (TENSORS, CONFIG):
         if not (directory / name).is_file():
             raise StorageError(f"{directory / name}: not found; {directory} is no exported folder")
-    config: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG))
-    if config.get("format") != EXPORT_FORMAT:
-        raise StorageError(f"{directory}: format {config.get('format')}, this version of ltd reads {EXPORT_FORMAT}")
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG))
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{directory / CONFIG}: cannot be read ({error})") from error
+    if not isinstance(config, dict) or "format" not in config:
+        raise StorageError(f"{directory / CONFIG}: has no format number; {directory} is no exported folder")
+    if config["format"] != EXPORT_FORMAT:
+        raise StorageError(f"{directory}: format {config['format']}, this version of ltd reads {EXPORT_FORMAT}")
     found: dict[str, Any] = config
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,24 @@ FORMAT = 2
 """Format number of checkpoints; raised with a migration when what lies on disk changes."""
 
 
-def write_manifest(directory: str | Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(
+    directory: str | Path, manifest: Mapping[str, Any], *, shard_names: Sequence[str] | None = None
+) -> None:
     """Write the checkpoint's manifest; written last, it marks the checkpoint as whole.
 
     Args:
         directory: Holds all shards and their records, which the manifest lists.
         manifest: Plain values.
+        shard_names: The shards there must be; by default those whose records are seen, which on a network file system
+            may not be all that other hosts wrote.
     """
     directory = Path(directory)
+    if shard_names is None:
+        shard_names = [path.stem for path in sorted(directory.glob("*.json")) if path.name != MANIFEST]
     shards = {}
-    for record in sorted(directory.glob("*.json")):
-        if record.name != MANIFEST:
-            data = record.read_bytes()
-            shards[record.stem] = {"bytes": json.loads(data)["bytes"], "record": digest(data)}
+    for name in shard_names:
+        data = (directory / f"{name}.json").read_bytes()
+        shards[name] = {"bytes": json.loads(data)["bytes"], "record": digest(data)}
     plain = {**manifest, "format": FORMAT, "ltd": __version__, "shards": shards}
     write_json(directory / MANIFEST, {**plain, "checksum": _checksum(plain)})
 

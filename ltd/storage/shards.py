@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,7 @@ class ShardImage:
                 "offset": entry.offset,
                 "length": item.data.numel(),
             }
+        self._placed = sorted((entry.offset, key) for key, entry in entries.items() if entry.num_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -107,8 +109,13 @@ class ShardImage:
     def _fill_chunk(self, start: int) -> None:
         """Copy what ``fill`` left to be copied into one chunk."""
         stop = start + CHUNK_BYTES
-        for key, data in self._waiting.items():
-            view, offset = self._views[key], self.records[key]["offset"]
+        if not self._waiting:
+            return
+        first_key = max(bisect.bisect_right(self._placed, (start,)) - 1, 0)
+        for offset, key in self._placed[first_key:]:
+            if offset >= stop:
+                break
+            view, data = self._views[key], self._waiting[key]
             first = max(start - offset, 0) // data.itemsize
             last = min(stop - offset, view.nbytes) // data.itemsize
             if first < last:

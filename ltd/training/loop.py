@@ -87,6 +87,8 @@ class _Loop:
         self.data_wait = DataWait(session.run.data)
         #: State of the loader after the last step that was taken; None before the first.
         self.data_state: dict[str, Any] | None = None
+        #: Seconds that the save after the step before kept training waiting.
+        self.save_blocked_s = 0.0
 
     def run(self) -> bool:
         session, run = self.session, self.session.run
@@ -108,6 +110,7 @@ class _Loop:
             self._log(done, result, info, time.perf_counter() - began, data_s)
             if every(done, run.checkpoint.every) or done == run.steps or stopping:
                 session.save(done, info.state)
+                self.save_blocked_s = session.saver.blocked_s
             if stopping and done < run.steps:
                 session.saver.wait()
                 logger.warning(
@@ -123,9 +126,11 @@ class _Loop:
             f"loss/{stage.name if name == 'loss' else name}": value for name, value in result.means.items()
         }
         row |= {"optim/grad_norm": result.grad_norm, "optim/lr": result.lr}
-        row |= {"time/step_s": step_s, "time/data_s": data_s, "time/save_blocked_s": session.saver.blocked_s}
+        row |= {"time/step_s": step_s, "time/data_s": data_s, "time/save_blocked_s": self.save_blocked_s}
         row |= {"perf/tokens_per_s": result.tokens / step_s, **self.data_wait.add(result.waits_s, step_s)}
         row |= info.metrics
+        if session.compiled.modules:
+            row["perf/compiled_graphs"] = session.compiled.num_graphs()
         if session.guards.num_discarded:
             row["guards/discarded"] = session.guards.num_discarded
         evaluated = _evaluation_due(session, done)
@@ -134,6 +139,7 @@ class _Loop:
             row |= stage.heldout()
         if evaluated or result.skipped or every(done, session.run.log_every) or done == session.run.steps:
             session.tracker.log(done, {**row, "data/keys_hash": info.keys_hash})
+        self.save_blocked_s = 0.0
         self.progress.update(1, f"loss {result.means['loss']:.4f}")
 
     def _save_before(self, step: int) -> None:

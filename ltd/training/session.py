@@ -1,8 +1,8 @@
 """A run under way: where it starts, what it builds, what it says at start, what it saves, how it goes back.
 
 The order of building: module (without values, on the meta device, where a checkpoint brings them), activation
-checkpointing, sequence sharding, compilation (all three by the stage), engine, averages, checkpoint. Knows no model and
-no loss; a stage brings those.
+checkpointing, sequence sharding (these by the stage), compilation, engine, averages, checkpoint. Knows no model and no
+loss; a stage brings those.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ltd.data import Loader, build_loader
 from ltd.parallel import checkpoint as checkpoints
 from ltd.parallel import preflight
 from ltd.parallel.checkpoint import Saver
+from ltd.parallel.compilation import Compiled, compile_blocks
 from ltd.parallel.ema import Ema
 from ltd.parallel.engine import build_engine
 from ltd.parallel.heartbeat import Heartbeat, is_lost_peer
@@ -46,6 +47,7 @@ class Session:
     run: RunConfig
     layout: Layout
     beat: Heartbeat
+    compiled: Compiled
     engine: Engine
     ema: Ema
     saver: Saver
@@ -204,6 +206,9 @@ def start_session(
     _preflight(run, layout, loader)
     torch.manual_seed(derive_seed(run.seed, "initialization"))
     module = build_module(start.checkpoint is None)
+    compiled = compile_blocks(module, run.parallel)
+    if compiled.modules:
+        logger.info("compiled with torch.compile at their first call: %s", ", ".join(compiled.modules))
     _announce(run, layout, module, loader)
     engine = build_engine(
         module,
@@ -232,6 +237,7 @@ def start_session(
         run=run,
         layout=layout,
         beat=beat,
+        compiled=compiled,
         engine=engine,
         ema=ema,
         saver=saver,

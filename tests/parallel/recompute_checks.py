@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltd.parallel import Layout, OptimizerSettings, ParallelConfig, activation, build_engine, sequence
+from ltd.denoisers import Conditioning
+from ltd.parallel import Layout, OptimizerSettings, ParallelConfig, activation, build_engine, compilation, sequence
 from tests.parallel.packed_check import packed_batch, packed_model
 from tools.proofs._parallel_worker import whole_weights
 
@@ -47,3 +48,33 @@ def check_modes(degree: int, zero: int, precision: str) -> dict[str, Any]:
         weights = trained(mode, every, degree, zero, precision)
         found[f"{mode} {every}"] = max(float((weights[name] - plain[name]).abs().max()) for name in plain)
     return found
+
+
+def stepped(compile: str, zero: int) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the second step over a split sequence of recomputed blocks, and the number of graphs."""
+    config = ParallelConfig(
+        zero=zero, sequence=2, precision="fp32", activation_checkpointing="selective", compile=compile
+    )
+    layout = Layout.from_environment(config)
+    model = packed_model(config, None)
+    activation.checkpoint_blocks(model, config)
+    sequence.shard(model, layout)
+    compiled = compilation.compile_blocks(model, config)
+    optim = OptimizerSettings(kind="sgd", grad_clip=1.0)
+    engine = build_engine(model, config=config, optim=optim, layout=layout, num_backwards=1)
+    gradients: dict[str, Tensor] = {}
+    for step in range(2):
+        draw = torch.Generator().manual_seed(step)
+        x, t = torch.randn(2, 2, 1, 3, 3, generator=draw), torch.rand(2, generator=draw)
+        cond = Conditioning(torch.randn(2, 4, 3, generator=draw), torch.rand(2, 4, generator=draw) < 0.6)
+        engine.backward(engine(x, t, cond).square().mean())
+        gradients = engine.gradients()
+        engine.step(1e-2)
+    return gradients, compiled.num_graphs()
+
+
+def check_compiled(zero: int) -> dict[str, Any]:
+    (eager, none), (compiled, num_graphs) = stepped("none", zero), stepped("blocks", zero)
+    error = torch.stack([(compiled[name] - value).norm() for name, value in eager.items()]).norm()
+    total = torch.stack([value.norm() for value in eager.values()]).norm()
+    return {"gradient": float(error / total), "graphs": [none, num_graphs]}

@@ -195,10 +195,18 @@ def check_failed_commit(layout: Layout, folder: Path) -> dict[str, Any]:
     with mock.patch.object(storage, "write_manifest", no_space):
         saver.save(2, {})
         message = error_of(lambda: steps(saver, layout))
+    with writing(layout, lambda write: None, rank=1):  # as on a disk that the hosts do not share
+        saver.save(2, {})
+        unseen = error_of(lambda: steps(saver, layout))
     with mock.patch.object(storage, "begin_directory", no_space):
         start = error_of(lambda: saver.save(3, {}))
     layout.barrier()
-    return {"messages": layout.gather_objects(message), "starts": layout.gather_objects(start), "left": names(folder)}
+    return {
+        "messages": layout.gather_objects(message),
+        "unseen": layout.gather_objects(unseen),
+        "starts": layout.gather_objects(start),
+        "left": names(folder),
+    }
 
 
 def check_different_steps(layout: Layout, folder: Path) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def test_all_processes_hear_of_a_failed_write_and_can_save_later(results: dict[s
 
 def test_all_processes_hear_that_the_commit_failed(results: dict[str, Any]) -> None:
     found = get(results, "failed_commit")
-    for messages, step in ((found["messages"], 2), (found["starts"], 3)):
+    assert all("rank_00001.json" in text for text in found["unseen"])
+    for messages, step in ((found["messages"], 2), (found["unseen"], 2), (found["starts"], 3)):
         assert all(f"step-0000000{step} was not written" in text and "process 0: " in text for text in messages)
     assert found["left"] == ["step-00000001"]
 

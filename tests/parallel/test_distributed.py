@@ -182,6 +182,20 @@ def test_recomputed_blocks_with_own_parameters(results: dict[str, Any], zero: in
     assert found["gradient"] < 1e-5
 
 
+@pytest.mark.parametrize("case", ["2-0-fp32", "1-2-bf16", "2-3-fp32", "2-3-bf16"])
+def test_recomputation_changes_no_bit_of_the_weights(results: dict[str, Any], case: str) -> None:
+    found = get(results, f"modes-{case}")
+    assert found["moved"] > 1e-3
+    assert found["full 1"] == found["selective 1"] == found["selective 2"] == 0.0
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_compiled_blocks_of_a_split_sequence(results: dict[str, Any], zero: int) -> None:
+    found = get(results, f"compiled-{zero}")
+    assert found["graphs"] == [0, 1]
+    assert found["gradient"] < 1e-5
+
+
 @pytest.mark.parametrize(("degree", "zero"), [(1, 2), (2, 0), (2, 3)])
 def test_packed_samples_equal_one_by_one_in_a_plain_process(results: dict[str, Any], degree: int, zero: int) -> None:
     found = get(results, f"packed-{degree}-{zero}")

@@ -28,6 +28,7 @@ from tests.parallel.engine_checks import (
     check_views,
 )
 from tests.parallel.packed_check import check_packed
+from tests.parallel.recompute_checks import check_compiled, check_modes
 from tests.parallel.sequence_checks import check_recompute, check_sequence
 from tools.proofs._parallel_worker import Case, run_case
 
@@ -73,6 +74,10 @@ def checks(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     found["recompute-3"] = lambda: check_recompute(3)
     for source, target in ((2, 3), (3, 0), (0, 1), (1, 2)):
         found[f"elastic-{source}-{target}"] = lambda s=source, t=target: check_elastic(s, t, folder)
+    for degree, zero, precision in ((2, 0, "fp32"), (1, 2, "bf16"), (2, 3, "fp32"), (2, 3, "bf16")):
+        found[f"modes-{degree}-{zero}-{precision}"] = lambda d=degree, z=zero, p=precision: check_modes(d, z, p)
+    for zero in (0, 2):
+        found[f"compiled-{zero}"] = lambda z=zero: check_compiled(z)
     found["disk_full"] = lambda: check_disk_full(folder)
     found["wrong_model"] = lambda: check_wrong_model(folder)
     return found

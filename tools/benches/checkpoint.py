@@ -75,7 +75,7 @@ def summary(rows: list[Row]) -> list[str]:
     Returns:
         Lines of a Markdown list.
     """
-    lines = []
+    lines = ["- An item is a megabyte of state, so 1,000 items are 1,000 MB over both processes."]
     for work, (peer, target) in TARGETS.items():
         same = [row for row in rows if row.work.startswith(work)]
         ours = next(row for row in same if row.ours)
