@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Share of all cores that other processes may use when a bench starts, in percent.
 BUSY_LIMIT_PERCENT = 15.0
 _LOOK_S = 3.0
-_PACKAGES = ("torch", "numpy", "av", "decord", "torchcodec", "webdataset", "pillow")
+_PACKAGES = ("torch", "deepspeed", "numpy", "av", "decord", "torchcodec", "webdataset", "pillow")
 _MARK = " (busy machine)"
 
 

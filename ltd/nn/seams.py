@@ -5,11 +5,12 @@ uses it holds the operation as an *attribute* (never a global), whose default is
 ``ltd.parallel`` replaces the attribute on that instance.
 
 - ``attend(q, k, v, key_mask=None, segments=None)``: self-attention of one token sequence, on ``SelfAttention`` modules.
-- ``shard_tokens(x)``: tokens ``(b, n, ...)`` -> this process's part of axis 1, on the denoiser.
+- ``shard_tokens(x)``: what is held per token ``(b, n, ...)`` (patches, positions, masks, conditions) -> this process's
+  part of axis 1, on the denoiser.
 - ``gather_tokens(x)``: the inverse, on the denoiser.
 - ``shard_lengths(lengths)``: tokens of each sample of a pack -> those of them in this process's part, on the denoiser.
-- ``needs_all_tokens``: True on a module that mixes tokens in another way than ``attend`` (expert choice, token dropping):
-  sequence parallelism has no rule for it and refuses the model.
+- ``needs_all_tokens``: True on a module that mixes tokens in another way than ``attend`` (expert choice, dropping
+  tokens): sequence parallelism has no rule for it and refuses the model.
 - ``reduce_mean(x)``: mean over processes, for statistics of a batch.
 """
 

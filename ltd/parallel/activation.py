@@ -25,7 +25,7 @@ from ltd.parallel.config import ParallelConfig
 logger = logging.getLogger(__name__)
 
 #: Operations that give an attention output, by dispatcher name: flash-attn registers its own when it is imported.
-#: torch's fallback for odd inputs is not one operation but a softmax between two products, and flash-attn 4 none at all.
+#: Not here: torch's fallback for odd inputs (a softmax between two products), flash-attn 4 (no operation at all).
 ATTENTION_OPERATIONS = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention",

@@ -48,8 +48,8 @@ class Compiled:
         self._num_graphs += 1
         if self._num_graphs == MAX_GRAPHS:
             logger.warning(
-                "parallel.compile: %d graphs were compiled by now, for as many kinds of input; further ones run without "
-                "compilation. Use fewer sizes (data.batching: buckets, no packs), or set parallel.compile to none",
+                "parallel.compile: %d graphs were compiled by now, for as many kinds of input; further ones are not "
+                "compiled. Use fewer sizes (data.batching: buckets, no packs), or set parallel.compile to none",
                 MAX_GRAPHS,
             )
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)

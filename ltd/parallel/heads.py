@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -82,11 +83,14 @@ class HeadExchange:
         """
         dealt = deal_heads(q.shape[2], self.degree)
         mine = dealt[self.me]
-        q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # heads b n_local d
-        rows = [_rows((q, k, v), shares, self.me) for shares in dealt]
-        sizes = [[size for share in mine for size in _sizes(share, member)] for member in range(self.degree)]
-        received = self._swap(rows, [sum(member) for member in sizes])
-        parts = received.split([size for member in sizes for size in member])
+        edges = sorted({edge for shares in dealt for share in shares for edge in (share.heads.start, share.heads.stop)})
+        sizes = [end - first for first, end in pairwise(edges)]
+        # Split, not sliced: the gradient of every slice would be as large as the whole.
+        pieces = [dict(zip(edges, x.permute(2, 0, 1, 3).split(sizes), strict=False)) for x in (q, k, v)]
+        rows = [_rows(pieces, shares, self.me) for shares in dealt]
+        receive = [[size for share in mine for size in _sizes(share, member)] for member in range(self.degree)]
+        received = self._swap(rows, [sum(member) for member in receive])
+        parts = received.split([size for member in receive for size in member])
         every = 3 * len(mine)
         return [
             (
@@ -124,12 +128,12 @@ class HeadExchange:
         return swapped
 
 
-def _rows(qkv: tuple[Tensor, Tensor, Tensor], shares: Sequence[Share], me: int) -> list[Tensor]:
-    """List what goes to the member of these shares, each ``(heads, b, n_local, d)``."""
+def _rows(pieces: list[dict[int, Tensor]], shares: Sequence[Share], me: int) -> list[Tensor]:
+    """List what of q, k and v, by first head, goes to the member of these shares: each ``(heads, b, n_local, d)``."""
     rows: list[Tensor] = []
     for share in shares:
-        sent = qkv if me in share.queries else qkv[1:]
-        rows += [x[share.heads.start : share.heads.stop] for x in sent]
+        for by_head in pieces if me in share.queries else pieces[1:]:
+            rows += [piece for first, piece in by_head.items() if first in share.heads]
     return rows
 
 
@@ -159,12 +163,12 @@ def _(x: Tensor, handle: int, send: Sequence[int], receive: Sequence[int]) -> Te
     return x.new_empty(sum(receive), *x.shape[1:])
 
 
-def _keep_sizes(context: Any, inputs: tuple[Tensor, int, list[int], list[int]], output: Tensor) -> None:
-    context.handle, context.send, context.receive = inputs[1:]
+def _keep_sizes(ctx: Any, inputs: tuple[Tensor, int, list[int], list[int]], output: Tensor) -> None:
+    ctx.handle, ctx.send, ctx.receive = inputs[1:]
 
 
-def _send_back(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    return _exchange(gradient, context.handle, context.receive, context.send), None, None, None
+def _send_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return _exchange(gradient, ctx.handle, ctx.receive, ctx.send), None, None, None
 
 
 _exchange.register_autograd(_send_back, setup_context=_keep_sizes)

@@ -33,8 +33,10 @@ _STORE_RATE = 2000
 _MISSED = 4
 #: Seconds without an answer after which the store counts as unreachable.
 _STALE_S = 10.0
-#: Seconds that a process has, after another's last word, to end by itself.
-_GRACE_S = 3.0
+#: Seconds that a process that stands still has, after another's last word, to end by itself.
+_GRACE_S = 10.0
+#: Seconds to wait for a thread that says a last thing.
+_PARTING_S = 3.0
 _LAST_WORD = "last word"
 #: What gloo says when a peer is gone or late.
 _MARKS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection refused")
@@ -45,13 +47,14 @@ class Heartbeat:
 
     Args:
         layout: This process's position.
-        slow_s: Seconds without progress after which the main process names whom it waits for.
-        timeout_s: Seconds without progress after which a process that waits for another ends the run.
+        slow_s: Seconds that processes wait for another after which the main process names it.
+        timeout_s: Seconds that processes wait for another after which all end.
     """
 
     def __init__(self, layout: Layout, *, slow_s: float, timeout_s: float) -> None:
         self.layout, self.slow_s, self.timeout_s = layout, slow_s, timeout_s
         self._now: tuple[int, str, int, float] = (0, "start", 0, time.monotonic())
+        self._moved = ((0, 0), time.monotonic())
         self._training = threading.get_ident()
         every_s = max(min(_EVERY_S, slow_s / 4), layout.world_size / _STORE_RATE)
         self._every_s = every_s
@@ -110,66 +113,69 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._every_s):
-            entered, _, _, since = self._now
-            idle_s = time.monotonic() - since
-            if self._talk is None:
-                self._warn_alone(entered, idle_s)
+            pulse, talk = self._pulse(), self._talk
+            if talk is None:
+                if pulse.seconds > self.slow_s:
+                    self._warn(f"no progress for {pulse.seconds:.0f} s: training is in {pulse.place} ({pulse.where})")
                 continue
-            self._talk.reading = idle_s > self._read_from_s
-            if self._talk.word:
-                self._end_after_word(self._talk.word, entered)
-            if idle_s > self._patience_s:
-                self._end_if_waiting(self._talk, entered)
-            elif self.layout.is_main and idle_s > self.slow_s:
-                self._warn(self._talk, entered)
+            talk.reading = pulse.still_s > self._read_from_s
+            if talk.word:
+                self._end_after_word(talk.word, pulse.entered)
+            if pulse.still_s > self._patience_s:
+                self._end_if_waiting(talk, pulse)
+            elif self.layout.is_main and pulse.still_s > self.slow_s:
+                self._warn_if_waiting(talk)
 
-    def _warn_alone(self, entered: int, idle_s: float) -> None:
-        if idle_s > self.slow_s and self._warned != entered:
+    def _warn(self, message: str) -> None:
+        """Warn once per stop of training."""
+        entered = self._now[0]
+        if self._warned != entered:
             self._warned = entered
-            pulse = self._pulse()
-            logger.warning("no progress for %.0f s: training is in %s (%s)", idle_s, pulse.place, pulse.where)
+            logger.warning("%s", message)
 
-    def _warn(self, talk: _Talk, entered: int) -> None:
-        """Name whom the others wait for, once per stop of training."""
-        if self._warned == entered:
-            return
-        self._warned = entered
-        if talk.unreachable(self.timeout_s):
-            logger.warning("%s", _unreachable())
-            return
+    def _warn_if_waiting(self, talk: _Talk) -> None:
         verdict = self._judge(talk)
-        logger.log(logging.INFO if verdict.kind == "busy" else logging.WARNING, "%s", verdict.message)
+        if talk.unreachable(self.timeout_s):
+            self._warn(_unreachable())
+        elif verdict.kind == "lost" or verdict.waited_s > self.slow_s:
+            self._warn(verdict.message)
 
     def _end_after_word(self, word: str, entered: int) -> None:
         """End this process if it still stands where it stood some seconds ago, when another's last word was heard."""
         if self._heard != entered:
             self._heard, self._heard_at = entered, time.monotonic()
-        elif time.monotonic() - self._heard_at > _GRACE_S:
+        elif time.monotonic() - self._heard_at > min(_GRACE_S, self.timeout_s / 2):
             _end(word)
 
-    def _end_if_waiting(self, talk: _Talk, entered: int) -> None:
+    def _end_if_waiting(self, talk: _Talk, pulse: Pulse) -> None:
         limit = f"no progress for parallel.timeout_s = {self.timeout_s:g} s: "
         if talk.unreachable(self.timeout_s):
-            _end(limit + f"{_unreachable()}; this process is in {self._pulse().place}")
-        verdict = self._judge(talk)
-        if verdict.kind == "busy" or self._stop.is_set() or self._now[0] != entered:
-            return  # a long evaluation or compilation of all processes
+            _end(limit + f"{_unreachable()}; this process is in {pulse.place}")
+        # In a phase that is long everywhere, a busy process may be silent for a while: that alone is no reason.
+        verdict = self._judge(talk, silent_s=self.timeout_s / 6)
+        waited = verdict.kind == "lost" or verdict.waited_s > self.timeout_s
+        if not waited or self._stop.is_set() or self._now[0] != pulse.entered:
+            return
         talk.leave(f"process {self.layout.global_rank} ended the run: {limit}{verdict.message}")
         _end(limit + verdict.message)
 
-    def _judge(self, talk: _Talk) -> Verdict:
-        return judge(talk.pulses(), talk.silent())
+    def _judge(self, talk: _Talk, *, silent_s: float = 0.0) -> Verdict:
+        return judge(talk.pulses(), talk.silent(max(silent_s, _MISSED * self._every_s)))
 
     def _pulse(self) -> Pulse:
         entered, phase, step, since = self._now
         where, waits = locate(self._training)
+        now, progress = time.monotonic(), (entered, self.layout.collectives)
+        if self._moved[0] != progress:
+            self._moved = (progress, now)
         return Pulse(
             beats=0,
             entered=entered,
-            collectives=self.layout.collectives,
+            collectives=progress[1],
             phase=phase,
             step=step,
-            seconds=time.monotonic() - since,
+            seconds=now - since,
+            still_s=now - self._moved[1],
             waits=waits,
             where=where,
             host=socket.gethostname(),
@@ -205,7 +211,9 @@ class _Talk:
         self.word = ""
         self._layout, self._describe, self._every_s = layout, describe, every_s
         self._beats, self._parting = 0, ""
+        self._store: Any = None
         self._answered_at = time.monotonic()
+        self._broken = False
         # By rank: what it said last, and when, on this host's clock, a read first showed it.
         self._heard: dict[int, tuple[Pulse, float]] = {}
         self._first_read_at: float | None = None
@@ -215,24 +223,27 @@ class _Talk:
 
     def start(self) -> None:
         """Publish a first state and go on doing so."""
+        # Connected by the caller: a slow name service holds it up here, where that is no silence.
+        self._store = self._layout.open_store("heartbeat")
+        self._exchange(ending=False)
         self._thread.start()
 
     def leave(self, word: str) -> None:
         """Publish that this process ends, with a last word if it is not empty, and stop."""
         self._parting = word
         self._stop.set()
-        self._thread.join(timeout=_GRACE_S)
+        self._thread.join(timeout=_PARTING_S)
 
     def pulses(self) -> dict[int, Pulse]:
         """Look up what each process said last; this one says it now."""
         said = {rank: pulse for rank, (pulse, _) in self._heard.copy().items()}
         return said | {self._layout.global_rank: self._describe()}
 
-    def silent(self) -> set[int]:
-        """List the processes that said nothing new for some beats before the last read, by this host's clock."""
+    def silent(self, seconds: float) -> set[int]:
+        """List the processes that said nothing new for so long before the last read, by this host's clock."""
         if self._first_read_at is None:
             return set()
-        limit, heard = self._last_read_at - _MISSED * self._every_s, self._heard.copy()
+        limit, heard = self._last_read_at - seconds, self._heard.copy()
         silent = {rank for rank, (_, first_seen_at) in heard.items() if first_seen_at < limit}
         if self._first_read_at < limit:
             silent |= set(range(self._layout.world_size)) - heard.keys()
@@ -240,27 +251,22 @@ class _Talk:
 
     def unreachable(self, timeout_s: float) -> bool:
         """Say whether the store has not answered for some seconds; fewer where the run's time-out is short."""
-        return time.monotonic() - self._answered_at > max(min(_STALE_S, timeout_s / 2), 2 * self._every_s)
+        return self._broken or time.monotonic() - self._answered_at > max(
+            min(_STALE_S, timeout_s / 2), 2 * self._every_s
+        )
 
     def _run(self) -> None:
-        store: Any = None
-        while True:
-            ending = self._stop.is_set()
-            try:
-                store = store or self._layout.open_store("heartbeat")
-                self._exchange(store, ending)
-                self._answered_at = time.monotonic()
-                if ending:
-                    return
-            except Exception as error:  # whatever the store's client raises, it did not answer: connect anew
-                logger.debug("heartbeat: %s", error)
-                store = None
-            if ending:
-                time.sleep(self._every_s)
-            else:
-                self._stop.wait(self._every_s)
+        try:
+            while not self._stop.wait(self._every_s):
+                self._exchange(ending=False)
+            self._exchange(ending=True)
+        except dist.DistError as error:
+            # For good: the store went with its host, and connecting anew blocks for seconds and floods the log.
+            logger.debug("heartbeat: %s", error)
+            self._broken = True
 
-    def _exchange(self, store: Any, ending: bool) -> None:
+    def _exchange(self, *, ending: bool) -> None:
+        store = self._store
         if ending and self._parting:
             store.compare_set(_LAST_WORD, "", self._parting)  # the first one of a run stays
         self._beats += 1
@@ -270,6 +276,7 @@ class _Talk:
             self.word = store.get(_LAST_WORD).decode()
         if self.reading or self.keep_reading:
             self._read(store)
+        self._answered_at = time.monotonic()
 
     def _read(self, store: Any) -> None:
         keys = [str(rank) for rank in range(self._layout.world_size)]
@@ -308,5 +315,5 @@ def _end(message: str) -> None:
 
     logging_thread = threading.Thread(target=log, daemon=True)  # the training thread may hang with a handler's lock
     logging_thread.start()
-    logging_thread.join(timeout=_GRACE_S)
+    logging_thread.join(timeout=_PARTING_S)
     os._exit(1)

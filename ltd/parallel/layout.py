@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -175,25 +176,30 @@ class Layout:
         dist.all_to_all_single(received, tensor, list(receive), list(send), group=self.sequence_group)
         return received
 
-    def pass_on(self, tensor: Tensor) -> Tensor:
-        """Send a tensor to the next process and receive the previous one's, all around the world.
+    def time_link(self, tensor: Tensor) -> float:
+        """Send a tensor to the next process, all around the world, and time the arrival of the previous one's.
 
         Args:
-            tensor: Contiguous, same shape and dtype everywhere, on ``device``.
+            tensor: Contiguous, same shape and dtype everywhere, on ``device``; two processes or more.
 
         Returns:
-            The previous process's tensor.
+            Seconds until it was there.
         """
         self.collectives += 1
         received = torch.empty_like(tensor)
         following, previous = (self.global_rank + 1) % self.world_size, (self.global_rank - 1) % self.world_size
         transfers = [
-            dist.P2POp(dist.isend, tensor, following, self.world_group),
             dist.P2POp(dist.irecv, received, previous, self.world_group),
+            dist.P2POp(dist.isend, tensor, following, self.world_group),
         ]
-        for work in dist.batch_isend_irecv(transfers):
+        began = time.perf_counter()
+        first, *others = dist.batch_isend_irecv(transfers)
+        first.wait()
+        received.view(-1)[0].item()  # waits for the device
+        seconds = time.perf_counter() - began
+        for work in others:
             work.wait()
-        return received
+        return seconds
 
     def open_store(self, prefix: str) -> Store | None:
         """Connect to the rendezvous store once more, for a thread of its own.
@@ -249,6 +255,11 @@ def name_ranks(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def name_processes(ranks: Sequence[int]) -> str:
+    """Write "process 3" or "processes 0-3, 7"."""
+    return f"process{'es' if len(ranks) > 1 else ''} {name_ranks(ranks)}"
 
 
 def _attempt() -> str:

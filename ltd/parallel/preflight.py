@@ -1,11 +1,13 @@
 """Before the first step: do all processes run the same thing, and does one of them run slower than the rest?
 
-Compares digests of configuration, code, packages and shard lists, and refuses a difference by name. Measures matrix
-products, the link to the next process, and storage, and warns of an outlier with its host. Takes a second or two.
+Compares digests of configuration, code, packages and shard lists, and refuses a difference by name; checks that all see
+the run's directory. Measures matrix products, links and storage, and warns of an outlier with its host. Takes a second
+or two.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -20,30 +22,37 @@ from pathlib import Path
 import torch
 
 from ltd.config import ConfigError, digest
-from ltd.parallel.layout import Layout, name_ranks
+from ltd.parallel.layout import Layout, name_processes
 
 logger = logging.getLogger(__name__)
 
-#: Packages whose versions decide what is computed.
+#: Packages whose versions decide what is read, computed and written.
 PACKAGES = (
-    "torch",
-    "deepspeed",
-    "numpy",
-    "safetensors",
-    "webdataset",
-    "omegaconf",
-    "einops",
-    "decord",
     "av",
+    "decord",
+    "deepspeed",
+    "einops",
     "flash-attn",
+    "numpy",
+    "omegaconf",
+    "pillow",
+    "safetensors",
+    "torch",
+    "transformers",
+    "triton",
+    "webdataset",
+    "xxhash",
 )
 #: A process is an outlier if it takes this many times the median of all.
 FACTOR = 2.0
 _REPEATS = 5
-_LINK_BYTES = 4 << 20
-_STORAGE_BYTES = 4 << 20
-#: Shorter times than this (seconds) are noise, however they compare.
+_TRANSFER_BYTES = 4 << 20
+#: Products per run and their size, on a GPU and on a CPU: some milliseconds each.
+_PRODUCTS, _SIDE_GPU, _SIDE_CPU = 8, 4096, 512
+#: Differences below this many seconds are noise, whatever their ratio.
 _FLOOR_S = 2e-3
+#: Seconds that shared storage has to show a new file to all hosts.
+_VISIBLE_S = 5.0
 
 
 def check(layout: Layout, digests: Mapping[str, str], *, storage_dir: Path) -> dict[str, float]:
@@ -58,33 +67,39 @@ def check(layout: Layout, digests: Mapping[str, str], *, storage_dir: Path) -> d
         ``preflight/<what>_<unit>`` -> the median over processes, and with ``_worst`` the slowest process's.
 
     Raises:
-        ConfigError: If something differs between processes; names what, and the processes and hosts.
+        ConfigError: If something differs between processes, or one cannot use the directory; names what, and the
+            processes and hosts. On all processes, with the same message.
     """
     files = code_digests()
-    compare(layout, {**digests, **{f"package {name}": version for name, version in package_versions().items()}})
-    compare(layout, {"code": digest(files)}, details=files)
-    sample = torch.ones(512, 512, dtype=torch.bfloat16 if layout.device.type == "cuda" else torch.float32)
+    packages = {f"package {name}": version for name, version in package_versions().items()}
+    compare(layout, {**digests, **packages, "code": digest(files)}, details={"code": files})
+    unusable: list[str] = []
+    _check_directory(layout, storage_dir)
     seconds = {
-        "matmul": _measure(layout, _matmul(sample.to(layout.device))),
+        "matmul": _measure(layout, _matmul(layout.device)),
+        "all_reduce": _measure(layout, _all_reduce(layout)),
         "link": _measure(layout, _link(layout)),
-        "storage": _measure(layout, _storage(layout, storage_dir)),
+        "storage": _measure(layout, _storage(layout, storage_dir, unusable)),
     }
-    gathered = layout.gather_objects((socket.gethostname(), seconds))
-    hosts = [host for host, _ in gathered]
-    times = {kind: [found[kind] for _, found in gathered] for kind in seconds}
+    gathered = layout.gather_objects((socket.gethostname(), seconds, unusable[:1]))
+    hosts = [host for host, _, _ in gathered]
+    _refuse(storage_dir, {rank: problems[0] for rank, (_, _, problems) in enumerate(gathered) if problems}, hosts)
+    times = {kind: [found[kind] for _, found, _ in gathered] for kind in seconds}
     if layout.is_main:
         for message in outliers(times, hosts):
             logger.warning("preflight: %s", message)
-    return _rates(times)
+    return _rates(times, _product_flops(layout.device))
 
 
-def compare(layout: Layout, values: Mapping[str, str], *, details: Mapping[str, str] | None = None) -> None:
+def compare(
+    layout: Layout, values: Mapping[str, str], *, details: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
     """Refuse values that differ between processes.
 
     Args:
         layout: This process's position.
         values: By name; equal on all processes.
-        details: Parts of the values, compared only where they differ, to say which part.
+        details: Parts of some values, compared only where those differ, to say which part.
 
     Raises:
         ConfigError: If one differs, on all processes with the same message.
@@ -92,11 +107,12 @@ def compare(layout: Layout, values: Mapping[str, str], *, details: Mapping[str, 
     gathered = layout.gather_objects((socket.gethostname(), dict(values)))
     hosts = [host for host, _ in gathered]
     problems = _differences([found for _, found in gathered], hosts)
-    if problems and details is not None:
-        parts = layout.gather_objects(dict(details))
-        problems = _differences(parts, hosts) or problems
+    for name in sorted(problems.keys() & (details or {}).keys()):
+        assert details is not None
+        parts = layout.gather_objects(dict(details[name]))
+        problems |= {name: "; ".join(_differences(parts, hosts).values()) or problems[name]}
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        shown = "; ".join([*problems.values()][:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ConfigError(f"preflight: the processes do not all run the same: {shown}; make them equal")
 
 
@@ -104,27 +120,35 @@ def outliers(times: Mapping[str, list[float]], hosts: list[str]) -> list[str]:
     """Name the processes that are much slower than the rest.
 
     Args:
-        times: Seconds of each process, by what was measured.
+        times: Seconds of each process for ``matmul``, ``storage`` and ``link`` (from the process before to it).
         hosts: Host of each process.
 
     Returns:
-        One sentence per measurement and host with an outlier.
+        One clause per measurement and host, or per link, that is an outlier.
     """
-    what = {"matmul": "matrix products", "link": "the link to the next process", "storage": "storage"}
     found = []
-    for kind, values in times.items():
-        median = statistics.median_low(values)
+    for kind, name in (("matmul", "matrix products"), ("storage", "storage")):
         slow: dict[str, list[int]] = {}
-        for rank, value in enumerate(values):
-            if value > FACTOR * median and value - median > _FLOOR_S:
-                slow.setdefault(hosts[rank], []).append(rank)
+        for rank in _slow(times[kind]):
+            slow.setdefault(hosts[rank], []).append(rank)
         for host, ranks in slow.items():
-            worst = max(values[rank] for rank in ranks)
-            found.append(
-                f"{what[kind]} on host {host} (processes {name_ranks(ranks)}) {worst / median:.1f} times slower than "
-                f"the median ({1e3 * worst:.1f} against {1e3 * median:.1f} ms)"
-            )
+            worst = max(times[kind][rank] for rank in ranks)
+            found.append(f"host {host} ({name_processes(ranks)}): {name} {_compared(worst, times[kind])}")
+    for rank in _slow(times["link"]):
+        before = (rank - 1) % len(hosts)
+        ends = f"process {before} (host {hosts[before]}) to process {rank} (host {hosts[rank]})"
+        found.append(f"link from {ends} {_compared(times['link'][rank], times['link'])}")
     return found
+
+
+def _slow(seconds: list[float]) -> list[int]:
+    median = statistics.median_low(seconds)
+    return [rank for rank, value in enumerate(seconds) if value > FACTOR * median and value - median > _FLOOR_S]
+
+
+def _compared(worst: float, seconds: list[float]) -> str:
+    median = statistics.median_low(seconds)
+    return f"{worst / median:.1f} times slower than the median ({1e3 * worst:.1f} against {1e3 * median:.1f} ms)"
 
 
 def code_digests() -> dict[str, str]:
@@ -134,7 +158,7 @@ def code_digests() -> dict[str, str]:
     script = Path(sys.argv[0])
     if script.is_file():
         files[script.name] = script
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def package_versions() -> dict[str, str]:
@@ -148,53 +172,97 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _differences(found: list[dict[str, str]], hosts: list[str]) -> list[str]:
-    problems = []
+def _differences(found: list[dict[str, str]], hosts: list[str]) -> dict[str, str]:
+    """Say, by name, which values are not the same everywhere: the most frequent first."""
+    problems = {}
     for name in sorted(set().union(*found)):
         values = [part.get(name, "missing") for part in found]
         if len(set(values)) == 1:
             continue
         groups = []
-        for value in sorted(set(values), key=lambda value: -values.count(value)):
+        for value in sorted(set(values), key=lambda value: (-values.count(value), values.index(value))):
             ranks = [rank for rank, other in enumerate(values) if other == value]
             where = ", ".join(sorted({hosts[rank] for rank in ranks}))
-            groups.append(f"{value[:16]} on processes {name_ranks(ranks)} (host {where})")
-        problems.append(f"{name} is {' and '.join(groups)}")
+            shown = value[:12] if len(value) == 64 else value
+            groups.append(f"{shown} on {name_processes(ranks)} (host {where})")
+        problems[name] = f"{name} is {' and '.join(groups)}"
     return problems
 
 
-def _measure(layout: Layout, action: Callable[[], None]) -> float:
+def _check_directory(layout: Layout, folder: Path) -> None:
+    """Make sure that all processes see what the main process writes."""
+    path = folder / layout.broadcast_object(f"preflight_{time.time_ns()}.incomplete")
+    problem = ""
+    if layout.is_main:
+        try:
+            path.touch()
+        except OSError as error:
+            problem = str(error)
+    layout.barrier()
+    deadline = time.monotonic() + _VISIBLE_S
+    while not problem and not os.path.exists(path):  # False without permission, where Path raises
+        time.sleep(0.05)
+        if time.monotonic() > deadline:
+            problem = "a file that process 0 wrote there does not appear; it must be storage that all hosts share"
+    gathered = layout.gather_objects((socket.gethostname(), problem))
+    if layout.is_main:
+        with contextlib.suppress(OSError):  # it may be what is reported here
+            path.unlink()
+    _refuse(folder, {rank: text for rank, (_, text) in enumerate(gathered) if text}, [host for host, _ in gathered])
+
+
+def _refuse(folder: Path, problems: dict[int, str], hosts: list[str]) -> None:
+    if problems:
+        where = ", ".join(sorted({hosts[rank] for rank in problems}))
+        ranks, text = name_processes(sorted(problems)), problems[min(problems)]
+        raise ConfigError(f"run_dir: {folder} is of no use to {ranks} (host {where}): {text}")
+
+
+def _measure(layout: Layout, action: Callable[[], float | None]) -> float:
     """Take the median seconds of a few runs that all processes begin together; the first is not counted."""
     times = []
     for _ in range(_REPEATS + 1):
         layout.barrier()
         began = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - began)
+        own_s = action()
+        times.append(time.perf_counter() - began if own_s is None else own_s)
     return statistics.median(times[1:])
 
 
-def _matmul(sample: torch.Tensor) -> Callable[[], None]:
+def _product_flops(device: torch.device) -> float:
+    return _PRODUCTS * 2.0 * (_SIDE_GPU if device.type == "cuda" else _SIDE_CPU) ** 3
+
+
+def _matmul(device: torch.device) -> Callable[[], None]:
+    gpu = device.type == "cuda"
+    side, dtype = (_SIDE_GPU, torch.bfloat16) if gpu else (_SIDE_CPU, torch.float32)
+    factor = torch.full((side, side), 1.0 / side, device=device, dtype=dtype)
+
     def multiply() -> None:
-        product = sample
-        for _ in range(8):
-            product = sample @ product.clamp(max=1.0)
-        product.sum().item()  # waits for the device
+        product = factor
+        for _ in range(_PRODUCTS):
+            product = factor @ product
+        product[0, 0].item()  # waits for the device
 
     return multiply
 
 
-def _link(layout: Layout) -> Callable[[], None]:
-    payload = torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=layout.device)
+def _all_reduce(layout: Layout) -> Callable[[], None]:
+    payload = torch.zeros(_TRANSFER_BYTES // 4, device=layout.device)
 
-    def send_and_receive() -> None:
-        layout.pass_on(payload)
+    def reduce() -> None:
+        layout.sum_(payload)[0].item()
 
-    return send_and_receive
+    return reduce
 
 
-def _storage(layout: Layout, folder: Path) -> Callable[[], None]:
-    payload = os.urandom(_STORAGE_BYTES)
+def _link(layout: Layout) -> Callable[[], float]:
+    payload = torch.zeros(_TRANSFER_BYTES // 4, device=layout.device)
+    return lambda: layout.time_link(payload)
+
+
+def _storage(layout: Layout, folder: Path, unusable: list[str]) -> Callable[[], None]:
+    payload = os.urandom(_TRANSFER_BYTES)
     path = folder / f"preflight_{layout.global_rank:05d}.incomplete"
 
     def write_and_read() -> None:
@@ -204,19 +272,17 @@ def _storage(layout: Layout, folder: Path) -> Callable[[], None]:
                 file.flush()
                 os.fsync(file.fileno())
             path.read_bytes()
-        finally:
-            path.unlink(missing_ok=True)
+        except OSError as error:  # raised on all processes together, once all have measured
+            unusable.append(str(error))
+        with contextlib.suppress(OSError):
+            path.unlink()
 
     return write_and_read
 
 
-def _rates(times: Mapping[str, list[float]]) -> dict[str, float]:
+def _rates(times: Mapping[str, list[float]], flops: float) -> dict[str, float]:
     """Turn seconds into rates."""
-    units = {
-        "matmul": ("tflops", 8 * 2 * 512**3 / 1e12),
-        "link": ("gb_per_s", _LINK_BYTES / 1e9),
-        "storage": ("gb_per_s", _STORAGE_BYTES / 1e9),
-    }
+    units = dict.fromkeys(times, ("gb_per_s", _TRANSFER_BYTES / 1e9)) | {"matmul": ("tflops", flops / 1e12)}
     rates = {}
     for kind, values in times.items():
         unit, amount = units[kind]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from ltd.parallel.layout import name_ranks
+from ltd.parallel.layout import name_processes, name_ranks
 
 #: Files in whose functions a process waits for the others.
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
@@ -38,6 +38,8 @@ class Pulse:
     step: int
     #: Seconds in the phase when it was said.
     seconds: float
+    #: Seconds since the last progress; where training waits in a collective of the layout, those that it waits.
+    still_s: float
     #: Whether training was inside a collective.
     waits: bool
     #: Function, file and line where training was.
@@ -73,6 +75,8 @@ class Verdict:
     kind: Literal["lost", "behind", "crossed", "busy"]
     ranks: list[int]
     message: str
+    #: Seconds that the longest waiting process has waited.
+    waited_s: float = 0.0
 
 
 def judge(pulses: Mapping[int, Pulse], silent: Collection[int]) -> Verdict:
@@ -98,14 +102,13 @@ def judge(pulses: Mapping[int, Pulse], silent: Collection[int]) -> Verdict:
     if others:
         names = [_describe_behind(rank, pulses[rank]) for rank in behind[:_SHOWN]]
         message = "; ".join(names) + _more(behind) + f"; waiting: {_places(others)}"
-        return Verdict("behind", behind, message)
+        return Verdict("behind", behind, message, max(pulse.still_s for pulse in others.values()))
     if awake or not running:
-        longest = max((pulse.seconds for pulse in running.values()), default=0.0)
-        return Verdict("busy", behind, f"for {longest:.0f} s no process waits for another: {_places(running)}")
+        return Verdict("busy", behind, f"no process waits for another: {_places(running)}")
     gone = sorted(pulses.keys() - running.keys())
-    ended = f"; {_processes(gone)} left the run" if gone else ""
+    ended = f"; {name_processes(gone)} left the run" if gone else ""
     shown = f"all wait in collectives that do not meet: {_places(running, where=True)}{ended}"
-    return Verdict("crossed", behind, shown)
+    return Verdict("crossed", behind, shown, min(pulse.still_s for pulse in running.values()))
 
 
 def locate(thread_id: int) -> tuple[str, bool]:
@@ -151,14 +154,10 @@ def _more(ranks: list[int]) -> str:
     return f"; and {len(rest)} more ({name_ranks(rest)})" if rest else ""
 
 
-def _processes(ranks: list[int]) -> str:
-    return f"process{'es' if len(ranks) > 1 else ''} {name_ranks(ranks)}"
-
-
 def _places(pulses: Mapping[int, Pulse], *, where: bool = False) -> str:
     """Group processes by where they are; the file and line only where it tells them apart."""
     groups: dict[str, list[int]] = {}
     for rank in sorted(pulses):
         pulse = pulses[rank]
         groups.setdefault(pulse.place + (f" ({pulse.where})" if where else ""), []).append(rank)
-    return ", ".join(f"{_processes(ranks)} in {place}" for place, ranks in groups.items())
+    return ", ".join(f"{name_processes(ranks)} in {place}" for place, ranks in groups.items())

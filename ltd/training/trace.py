@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ltd import storage
 from ltd.config import ConfigError
 from ltd.rng import generator
 from ltd.storage import StorageError
+from ltd.storage.tensor_file import TensorFileWriter
 from ltd.tracking.journal import plain
 
 FORMAT = 1
@@ -35,7 +36,7 @@ _SUMS = WIDTH - 2
 _CHUNK = 1 << 20
 _RECORD, _SKETCHES = "trace.json", "sketches.safetensors"
 
-What = Literal["input", "output", "gradient"]
+What = Literal["weight", "input", "output", "gradient"]
 #: How a tensor was cut into samples: its tokens joined over the sequence group, its real text tokens, or as it is.
 #: Where sizes leave it open which of them is right, a trace holds all.
 Kind = Literal["tokens", "text", "whole"]
@@ -47,7 +48,7 @@ class Entry:
 
     what: What
     name: str
-    #: Slot of the sample in the run; None for gradients.
+    #: Slot of the sample in the run; None for weights and gradients.
     draw: int | None
     kind: Kind
     shape: tuple[int, ...]
@@ -81,8 +82,8 @@ class Trace:
     Args:
         facts: Plain values: ``step``, ``layout``, ``config``, ``packages``, ``code``, ``grad_norm``, ...
         samples: The global batch by draw.
-        entries: Sketches in causal order: inputs, outputs in the order of the forward pass, gradients in that of the
-            backward pass.
+        entries: Sketches in causal order: weights before the step, inputs, outputs in the order of the forward pass,
+            gradients in that of the backward pass.
     """
 
     def __init__(self, facts: dict[str, Any], samples: Iterable[Sample], entries: Iterable[Entry]) -> None:
@@ -120,7 +121,9 @@ class Trace:
         Path(directory).resolve().parent.mkdir(parents=True, exist_ok=True)
         with storage.atomic_directory(directory) as incomplete:
             (incomplete / _RECORD).write_text(json.dumps(plain(record), ensure_ascii=False) + "\n", "utf-8")
-            save_file({"sketches": self.values}, incomplete / _SKETCHES)
+            shapes = {"sketches": (self.values.dtype, tuple(self.values.shape))}
+            with TensorFileWriter(incomplete / _SKETCHES, shapes) as writer:
+                writer.write("sketches", self.values)
 
     @classmethod
     def read(cls, directory: str | Path) -> Trace:
@@ -181,21 +184,41 @@ def sketch(rows: Tensor) -> Tensor:
         ``(b, WIDTH)``, float64, on the device of the rows. Equal rows give equal sketches, also in another batch.
     """
     flat = rows.detach().reshape(len(rows), -1)
-    size = min(_CHUNK, max(_SUMS, 1 << max(flat.shape[1] - 1, 0).bit_length()))
-    order, signs = _pattern(size, flat.device)
-    totals = torch.zeros(len(flat), WIDTH, dtype=torch.float64, device=flat.device)
-    for number, chunk in enumerate(flat.split(size, 1)):
-        values = chunk.double()
+    return finish(sums(flat, 0, flat.shape[1]))
+
+
+def sums(rows: Tensor, start: int, numel: int) -> Tensor:
+    """Begin the sketches of vectors of which only a part is here; those of all parts add up.
+
+    Args:
+        rows: ``(b, n)``, elements ``[start, start + n)`` of each vector.
+        start: First element.
+        numel: Elements of a whole vector.
+
+    Returns:
+        ``(b, WIDTH)``, float64, to be summed over the parts and given to ``finish``.
+    """
+    size = min(_CHUNK, max(_SUMS, 1 << max(numel - 1, 0).bit_length()))
+    order, signs = _pattern(size, rows.device)
+    totals = torch.zeros(len(rows), WIDTH, dtype=torch.float64, device=rows.device)
+    end = start + rows.shape[1]
+    for number in range(start // size, -(-end // size)):
+        first, last = max(start, number * size), min(end, (number + 1) * size)
+        values = rows[:, first - start : last - start].double()
         finite = torch.isfinite(values)
         values = torch.where(finite, values, 0)
         totals[:, 0] += values.square().sum(1)
         totals[:, 1] += (~finite).sum(1)
-        padded = torch.nn.functional.pad(values, (0, size - values.shape[1]))
-        sums = (padded[:, order] * signs).view(len(flat), _SUMS, -1).sum(2)
+        padded = torch.nn.functional.pad(values, (first - number * size, (number + 1) * size - last))
+        dealt = (padded[:, order] * signs).view(len(rows), _SUMS, -1).sum(2)
         # Chunks share a pattern: turned and flipped, so that what lies alike in two of them does not add up.
-        totals[:, 2:] += sums.roll(29 * number % _SUMS, 1) * (1 - 2 * (number.bit_count() % 2))
-    totals[:, 0] = totals[:, 0].sqrt()
+        totals[:, 2:] += dealt.roll(29 * number % _SUMS, 1) * (1 - 2 * (number.bit_count() % 2))
     return totals
+
+
+def finish(totals: Tensor) -> Tensor:
+    """Turn what ``sums`` gave, summed over all parts, into sketches."""
+    return torch.cat([totals[:, :1].sqrt(), totals[:, 1:]], 1)
 
 
 def distances(a: Tensor, b: Tensor, *, floor: float = 0.0) -> list[float]:

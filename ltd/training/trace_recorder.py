@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ltd.data import MicroBatch, StepInfo
+from ltd.parallel.interface import flat, full_shape
 from ltd.training.session import Session
 from ltd.training.step import Stage
-from ltd.training.trace import Entry, Kind, Sample, Trace, What, sketch
+from ltd.training.trace import WIDTH, Entry, Kind, Sample, Trace, What, finish, sketch, sums
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Recorder:
         self._session, self._stage, self._modules = session, stage, modules
         self._entries: list[Entry] = []
         self._losses: dict[int, float] = {}
+        self._weights: list[Entry] = []
         self._gradients: list[Entry] = []
         self._completed: dict[str, int] = {}
         self._cut: _Cut | None = None
@@ -70,24 +72,25 @@ class Recorder:
         Returns:
             What the stage gave.
         """
-        cut = _Cut(tensors["draws"].tolist(), self._session.layout.sequence)
-        if self._modules:
-            self._note_prepared(cut, tensors)
-        self._cut, self._calls = cut if self._modules else None, Counter()
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            stack.callback(setattr, self, "_cut", None)  # what is recomputed later is not noted
-            with torch.enable_grad():
-                values = self._stage.terms(tensors)
+        draws = tensors["draws"].tolist()
+        self._cut, self._calls = _Cut(draws, self._session.layout.sequence) if self._modules else None, Counter()
+        try:
+            if self._cut is not None:
+                self._note_prepared(tensors)
+            values = self._stage.terms(tensors)
+        finally:
+            self._cut = None  # what is recomputed later is not noted
         if self._session.layout.sequence_rank == 0:
-            self._losses |= dict(zip(cut.draws, values["loss"].tolist(), strict=True))
+            self._losses |= dict(zip(draws, values["loss"].tolist(), strict=True))
         return values
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hook into the model for the length of a step."""
+        """Sketch the weights and hook into the model for the length of a step; called by all processes."""
         model, restore = self._session.engine.module, contextlib.ExitStack()
         with restore:
             if self._modules:
+                self._sketch_weights()
                 restore.callback(model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 for name, module in self._watched(model):
                     restore.callback(module.register_forward_hook(self._hook(name)).remove)
@@ -159,12 +162,27 @@ class Recorder:
         for entry in found:
             order.setdefault((entry.what, entry.name), len(order))
         found.sort(key=lambda e: (e.what, order[e.what, e.name], e.draw))  # "input" before "output"
-        return Trace(facts, samples, [*found, *self._gradients])
+        return Trace(facts, samples, [*self._weights, *found, *self._gradients])
+
+    def _sketch_weights(self) -> None:
+        """Sketch the master weights; each process adds the parts that it holds."""
+        engine, layout = self._session.engine, self._session.layout
+        shapes = {name: full_shape(p) for name, p in engine.module.named_parameters() if p.requires_grad}
+        rows = {name: number for number, name in enumerate(shapes)}
+        totals = torch.zeros(len(rows), WIDTH, dtype=torch.float64, device=layout.device)
+        for shard in engine.master_shards():
+            if shard.owner:
+                part = sums(flat(shard.data).unsqueeze(0), shard.start, math.prod(shard.shape))
+                totals[rows[shard.name]] += part[0].to(layout.device)
+        sketches = finish(layout.sum_(totals)).cpu()
+        self._weights = [Entry("weight", n, None, "whole", shapes[n], sketches[row]) for n, row in rows.items()]
 
     def _watched(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """List the modules to hook: not those inside compiled ones, whose graphs a hook would break."""
         compiled = tuple(f"{name}." for name in self._session.compiled.modules)
-        return [(name, module) for name, module in model.named_modules() if not f"{name}".startswith(compiled or "\0")]
+        return [
+            (name, module) for name, module in model.named_modules() if not (compiled and name.startswith(compiled))
+        ]
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -222,7 +240,7 @@ class Recorder:
             for kind, rows in cut.rows(value, joined):
                 self._add(what, name, kind, rows)
 
-    def _note_prepared(self, cut: _Cut, tensors: dict[str, Tensor]) -> None:
+    def _note_prepared(self, tensors: dict[str, Tensor]) -> None:
         if self._session.layout.sequence_rank != 0:
             return
         for name, tensor in tensors.items():
@@ -238,21 +256,21 @@ class Recorder:
                 self._add("input", name, "whole", tensor)
 
     def _add(self, what: What, name: str, kind: Kind, rows: Tensor | list[Tensor]) -> None:
-        draws = self._cut.draws if self._cut is not None else []
+        assert self._cut is not None
         parts = [sketch(rows)] if isinstance(rows, Tensor) else [sketch(row.unsqueeze(0)) for row in rows]
-        for draw, row, values in zip(draws, rows, torch.cat(parts).unbind(), strict=True):
+        for draw, row, values in zip(self._cut.draws, rows, torch.cat(parts).unbind(), strict=True):
             self._entries.append(Entry(what, name, draw, kind, tuple(row.shape), values))
 
     def _backward_order(self, names: list[str]) -> list[str]:
         """Sort parameters by when the backward pass reaches their modules: the last to be called comes first."""
 
-        def place(name: str) -> int:
-            owner = name.rpartition(".")[0]
+        def place(number: int) -> tuple[int, int]:
+            owner = names[number].rpartition(".")[0]
             while owner and owner not in self._completed:
                 owner = owner.rpartition(".")[0]
-            return self._completed.get(owner or MODEL, -1)
+            return self._completed.get(owner or MODEL, -1), number
 
-        return sorted(reversed(names), key=lambda name: -place(name))
+        return [names[number] for number in sorted(range(len(names)), key=place, reverse=True)]
 
 
 class _Cut:
@@ -307,7 +325,7 @@ class _Cut:
         # Split already, unless the sizes fit by chance what every member holds whole.
         alone = tokens is None or joined is not None
         if alone and x.ndim and len(x) and len(x) % len(self.draws) == 0 and (text is None or not self.packed):
-            yield "whole", x.reshape(len(self.draws), -1, *x.shape[1:]).squeeze(1)
+            yield "whole", x.reshape(len(self.draws), len(x) // len(self.draws), *x.shape[1:]).squeeze(1)
 
     def _text(self, x: Tensor) -> list[Tensor] | None:
         mask = self.text_mask
@@ -341,9 +359,7 @@ def _replace(restore: contextlib.ExitStack, module: nn.Module, name: str, value:
 
 def _tensors(value: Any, suffix: str = "") -> Iterator[tuple[str, Tensor | list[Tensor]]]:
     """Find the tensors in what a module takes or gives, and name them; a list is one tensor per sample."""
-    if isinstance(value, Tensor):
-        yield suffix, value
-    elif isinstance(value, list) and value and all(isinstance(item, Tensor) for item in value):
+    if isinstance(value, Tensor | list):
         yield suffix, value
     elif isinstance(value, tuple):
         for number, item in enumerate(value):

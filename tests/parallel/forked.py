@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 @dataclass
 class World:
-    """Running processes of one case."""
+    """Running processes of one case, and the one that hosts their store."""
 
     folder: Path
-    pids: list[int]
     store: int
+    pids: list[int] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
 
@@ -50,20 +50,24 @@ def fork(body: Callable[[], None], log: Path) -> int:
         os._exit(code)
 
 
-def launch(body: Callable[[int], None], folder: Path, *, world_size: int, attempts: int = 1) -> World:
-    """Start a world.
+def prepare(folder: Path) -> World:
+    """Start the store of a world; returns before it is there, so that those of many worlds start together."""
+    folder.mkdir(parents=True)
+    return World(folder, fork(lambda: _host_store(folder / "port"), folder / "store"))
+
+
+def launch(world: World, body: Callable[[int], None], *, world_size: int, attempts: int = 1) -> None:
+    """Start the processes of a world; each writes ``log<rank>``.
 
     Args:
+        world: Has a store so far.
         body: What each process does, by rank.
-        folder: Made; gets ``log<rank>`` of each process.
         world_size: Number of processes.
         attempts: With more than one, a process that fails is started again, against the same store.
     """
-    folder.mkdir(parents=True)
-    store = fork(lambda: _host_store(folder / "port"), folder / "store")
-    while not (folder / "port").exists():
+    while not (world.folder / "port").exists():
         time.sleep(0.01)
-    port = (folder / "port").read_text()
+    port = (world.folder / "port").read_text()
 
     def run(rank: int) -> None:
         os.environ |= {
@@ -72,6 +76,7 @@ def launch(body: Callable[[int], None], folder: Path, *, world_size: int, attemp
             "LOCAL_RANK": str(rank),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            "STORE_PID": str(world.store),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         code = 0
@@ -80,15 +85,15 @@ def launch(body: Callable[[int], None], folder: Path, *, world_size: int, attemp
             if attempts == 1:
                 body(rank)
                 return
-            child = fork(lambda: body(rank), folder / f"log{rank}-{attempt}")
+            child = fork(lambda: body(rank), world.folder / f"log{rank}-{attempt}")
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if code == 0:
                 return
         sys.exit(code)
 
-    return World(
-        folder, [fork(lambda rank=rank: run(rank), folder / f"log{rank}") for rank in range(world_size)], store
-    )
+    world.began = time.monotonic()
+    for rank in range(world_size):
+        world.pids.append(fork(lambda rank=rank: run(rank), world.folder / f"log{rank}"))
 
 
 def collect(worlds: Iterable[World], *, grace_s: float = 5.0, limit_s: float = 40.0) -> list[list[tuple[int, float]]]:

@@ -62,8 +62,14 @@ def fail() -> None:
 
 
 def hang_once() -> None:
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        time.sleep(60)
+    # The second attempt stands still for longer than a last word leaves it.
+    time.sleep(60 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 4.5)
+
+
+def freeze_store() -> None:
+    time.sleep(1.0)
+    os.kill(int(os.environ["STORE_PID"]), signal.SIGSTOP)
+    time.sleep(60)
 
 
 def sleep(seconds: float) -> Callable[[], None]:
@@ -73,7 +79,7 @@ def sleep(seconds: float) -> Callable[[], None]:
 def cases() -> dict[str, tuple[int, Callable[[int], None]]]:
     """World size and what each process does, by case."""
     slow = at(1, "data", 2, sleep(SLOW_S + 2.0))
-    finish = at(1, "optimizer", STEPS, sleep(1.5 * SLOW_S))
+    finish = at(0, "optimizer", STEPS, sleep(TIMEOUT_S + 1.5))
     return {
         "slow": (2, lambda rank: train(slow)),
         "hung": (3, lambda rank: train(at(1, "data", 2, sleep(60)))),
@@ -83,14 +89,21 @@ def cases() -> dict[str, tuple[int, Callable[[int], None]]]:
         "failed-apart": (2, lambda rank: train(_both(at(0, "data", 2, fail), at(1, "data", 2, sleep(60))))),
         "frozen": (2, lambda rank: train(at(1, "backward", 2, stop_itself))),
         "finished": (2, lambda rank: train(finish, joined=False)),
-        "store": (2, lambda rank: train(at(1, "data", 2, sleep(60)))),
+        "store": (2, lambda rank: train(at(1, "data", 2, freeze_store))),
         "again": (2, lambda rank: train(at(1, "data", 2, hang_once))),
+        # Longer than the time-out, by all: nobody waits for that long.
+        "long": (2, lambda rank: train(_work_long)),
         "crossed": (2, lambda rank: _cross()),
     }
 
 
 def _both(first: Action, second: Action) -> Action:
     return lambda *place: (first(*place), second(*place), None)[2]
+
+
+def _work_long(rank: int, phase: str, step: int) -> None:
+    if (phase, step) == ("forward", 2):
+        time.sleep(TIMEOUT_S + (1.0 if rank else 2.5))
 
 
 def _cross() -> None:
@@ -105,12 +118,9 @@ def _cross() -> None:
 
 
 def main(out: Path, folder: Path) -> None:
-    worlds = {
-        name: forked.launch(body, folder / name, world_size=size, attempts=2 if name == "again" else 1)
-        for name, (size, body) in cases().items()
-    }
-    time.sleep(1.0)
-    os.kill(worlds["store"].store, signal.SIGSTOP)
+    worlds = {name: forked.prepare(folder / name) for name in cases()}
+    for name, (size, body) in cases().items():
+        forked.launch(worlds[name], body, world_size=size, attempts=2 if name == "again" else 1)
     found = {
         name: {"ends": ends, "logs": {path.name: path.read_text() for path in sorted((folder / name).glob("log*"))}}
         for (name, ends) in zip(worlds, forked.collect(worlds.values()), strict=True)

@@ -18,9 +18,9 @@ PACKS = {
 }
 
 
-def packed_model(config: ParallelConfig, layout: Layout | None) -> Dit:
+def packed_model(config: ParallelConfig, layout: Layout | None, heads: int = 2) -> Dit:
     options = DitConfig(
-        latent_channels=2, patch=(1, 1, 1), width=16, depth=2, num_heads=2, text_dim=3, pooled_text=True
+        latent_channels=2, patch=(1, 1, 1), width=8 * heads, depth=2, num_heads=heads, text_dim=3, pooled_text=True
     )
     torch.manual_seed(4)
     model = Dit(options)
@@ -42,22 +42,24 @@ def packed_batch(name: str) -> tuple[list[Tensor], Tensor, Conditioning]:
     return latents, t, Conditioning(torch.randn(len(latents), 4, 3, generator=generator), mask)
 
 
-def check_packed(degree: int, zero: int) -> dict[str, Any]:
+def check_packed(degree: int, zero: int, heads: int = 2) -> dict[str, Any]:
     """A pack through DeepSpeed against its samples one by one in a plain process; recomputed blocks, split sequence."""
     config = ParallelConfig(zero=zero, sequence=degree, precision="fp32", activation_checkpointing="full")
     layout = Layout.from_environment(config)
     optim = OptimizerSettings(kind="sgd", grad_clip=None)
     figures = {}
     for name in PACKS:
-        engine = build_engine(packed_model(config, layout), config=config, optim=optim, layout=layout, num_backwards=1)
-        plain = packed_model(config, None)
+        engine = build_engine(
+            packed_model(config, layout, heads), config=config, optim=optim, layout=layout, num_backwards=1
+        )
+        plain = packed_model(config, None, heads)
         latents, t, cond = packed_batch(name)
         rows = [slice(i, i + 1) for i in range(len(latents))]
         alone = [plain(x[None], t[row], cond.select(row))[0] for x, row in zip(latents, rows, strict=True)]
         packed = engine(latents, t, cond)
         losses = [torch.stack([x.square().mean() for x in outs]).sum() for outs in (alone, packed)]
         losses[0].backward()
-        engine.backward(losses[1] / (layout.world_size // degree))  # without a split both processes hold the whole pack
+        engine.backward(losses[1] / (layout.world_size // degree))  # every group holds the whole pack
         gradients = engine.gradients()
         total = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
         errors = [(gradients[n] - p.grad).norm() / total for n, p in plain.named_parameters()]

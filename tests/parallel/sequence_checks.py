@@ -1,4 +1,4 @@
-"""Sequence parallelism, measured on two processes; part of ``worker.py``."""
+"""Sequence parallelism, measured on two and four processes; part of ``worker.py`` and ``wide_worker.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ltd.config import ConfigError
+from ltd.denoisers.blocks import DitBlock
 from ltd.nn import seams
 from ltd.nn.attention import SelfAttention
+from ltd.nn.packing import Segments
+from ltd.nn.rope import rope_tables
 from ltd.parallel import (
     Layout,
     OptimizerSettings,
@@ -18,6 +21,10 @@ from ltd.parallel import (
     build_engine,
     sequence,
 )
+
+#: Head counts below, at, above and between the degrees 2 and 4; token counts that leave members without a real token.
+HEADS = (1, 2, 3, 4, 5, 6)
+TOKENS = (1, 4, 5, 45)
 
 
 class Tokens(nn.Module):
@@ -30,11 +37,11 @@ class Tokens(nn.Module):
         self.gather_tokens = seams.gather_tokens
         self.blocks = nn.ModuleList([TokenBlock(heads, heads * head_dim)])
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, segments: Segments | None = None) -> Tensor:
         x = self.shard_tokens(x)
         mask = None if mask is None else self.shard_tokens(mask)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, mask, segments)
         return self.gather_tokens(x)
 
 
@@ -44,29 +51,75 @@ class TokenBlock(nn.Module):
         self.attention = SelfAttention(width, heads, qk_norm=False)
         self.gain = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, segments: Segments | None) -> Tensor:
         attention = self.attention
         q, k, v = (part.unflatten(2, (attention.num_heads, -1)) for part in attention.qkv(x).chunk(3, 2))
-        return x + attention.out(attention.attend(q, k, v, key_mask=mask).flatten(2)) * self.gain
+        mixed = attention.attend(q, k, v, key_mask=mask, **({} if segments is None else {"segments": segments}))
+        return x + attention.out(mixed.flatten(2)) * self.gain
+
+
+class Conditioned(nn.Module):
+    """DiT blocks that read text, with a condition of its own for every token, as of a video with a time per frame."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.shard_tokens = seams.shard_tokens
+        self.gather_tokens = seams.gather_tokens
+        self.blocks = nn.ModuleList(DitBlock(6 * heads, heads, 16, cross_attention=True) for _ in range(2))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], dtype=torch.float32).view(1, -1, 1).expand(1, -1, 3)
+        x, condition, positions = (self.shard_tokens(y) for y in (x, condition, positions))
+        tables = rope_tables(positions, (2, 2, 2))
+        for block in self.blocks:
+            x = block(x, condition, *tables, text, text_mask)
+        return self.gather_tokens(x)
 
 
 def check_sequence(degree: int = 2) -> dict[str, Any]:
     config = ParallelConfig(zero=0, sequence=degree, precision="fp32", activation_checkpointing="full")
     layout = Layout.from_environment(config)
     figures = {}
-    for heads in (1, 2, 3, 4, 5, 7):
-        for num_tokens in (1, 4, 5, 45):
-            for masked in (False, True):
-                name = f"{heads} heads, {num_tokens}{' masked' if masked else ''} tokens"
-                figures[name] = token_difference(layout, config, heads, num_tokens, masked)
-    if degree == 2:
-        figures["5 bf16"] = half_difference(layout)
+    for heads in HEADS:
+        for num_tokens in TOKENS:
+            for kind in ("plain", "masked", "packed"):
+                name = f"{heads} heads, {num_tokens} tokens, {kind}"
+                figures[name] = token_difference(layout, config, heads, num_tokens, kind)
     return {
         "differences": figures,
+        "bf16": half_difference(layout),
         "collectives": [count_collectives(layout, heads) for heads in (1, 2, 3)],
         "refused": refusal(layout),
         "exchanged": check_exchange(layout),
     }
+
+
+def check_conditioned(degree: int, zero: int, heads: int) -> dict[str, Any]:
+    """Per-token conditions, rotations and text through an engine, against one plain process."""
+    config = ParallelConfig(zero=zero, sequence=degree, precision="fp32", activation_checkpointing="full")
+    layout = Layout.from_environment(config)
+    plain, parallel = Conditioned(heads), Conditioned(heads)
+    num_blocks = activation.checkpoint_blocks(parallel, config)
+    sequence.shard(parallel, layout)
+    optim = OptimizerSettings(kind="sgd", grad_clip=None)
+    engine = build_engine(parallel, config=config, optim=optim, layout=layout, num_backwards=1)
+    draw = torch.Generator().manual_seed(0)
+    x, condition = torch.randn(2, 2, 7, 6 * heads, generator=draw)
+    text, mask = torch.randn(2, 3, 6 * heads, generator=draw), torch.rand(2, 3, generator=draw) < 0.7
+    outputs = []
+    for model in (plain, engine):
+        out = model(x, condition, text, mask)
+        outputs.append(out.detach())
+        loss = out.square().sum() / (1 if model is plain else layout.world_size // degree)
+        loss.backward() if model is plain else engine.backward(loss)
+    gradients = engine.gradients()
+    worst = max(float((gradients[n] - p.grad).norm() / p.grad.norm()) for n, p in plain.named_parameters())
+    same = float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
+    return {"gradient": worst, "output": same, "blocks": num_blocks}
 
 
 def refusal(layout: Layout) -> str:
@@ -79,21 +132,24 @@ def refusal(layout: Layout) -> str:
     return ""
 
 
-def token_difference(layout: Layout, config: ParallelConfig, heads: int, num_tokens: int, masked: bool) -> float:
+def token_difference(layout: Layout, config: ParallelConfig, heads: int, num_tokens: int, kind: str) -> float:
     generator = torch.Generator().manual_seed(num_tokens)
-    x = torch.randn(2, num_tokens, 6 * heads, generator=generator)
+    rows = 1 if kind == "packed" else 2
+    x = torch.randn(rows, num_tokens, 6 * heads, generator=generator)
     later = torch.randn(2, 9, 6 * heads, generator=generator)
-    mask = torch.ones(2, num_tokens, dtype=torch.bool) if masked else None
+    mask = torch.ones(2, num_tokens, dtype=torch.bool) if kind == "masked" else None
     if mask is not None and num_tokens > 1:
         mask[:, 1] = False
+    lengths = tuple(length for length in (num_tokens - num_tokens // 3 - 1, num_tokens // 3, 1) if length)
+    segments = Segments(lengths, lengths) if kind == "packed" else None
     plain, parallel = Tokens(heads), Tokens(heads)
     activation.checkpoint_blocks(parallel, config)
     sequence.shard(parallel, layout)
     # Two forward passes of different lengths before one backward: recomputation must not mix their token counts up.
-    outputs = [(model(x, mask), model(later)) for model in (plain, parallel)]
+    outputs = [(model(x, mask, segments), model(later)) for model in (plain, parallel)]
     for a, b in outputs:
         (a.square().sum() + b.square().sum()).backward()
-    errors = [float((outputs[0][0] - outputs[1][0]).detach().abs().max())]
+    errors = [float((a - b).detach().abs().max()) for a, b in zip(*outputs, strict=True)]
     for p, q in zip(plain.parameters(), parallel.parameters(), strict=True):
         # each group holds the whole gradient, in parts
         errors.append(float((p.grad - group_sum(layout, q.grad)).abs().max() / p.grad.abs().max()))
@@ -105,29 +161,11 @@ def group_sum(layout: Layout, x: Tensor) -> Tensor:
 
 
 def half_difference(layout: Layout) -> float:
-    """Difference in bf16, times 1e-4 so that the limit of the fp32 rows (1e-5) amounts to 0.1."""
-    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(2)).bfloat16()
-    plain, parallel = Tokens().bfloat16(), Tokens().bfloat16()
+    x = torch.randn(2, 5, 18, generator=torch.Generator().manual_seed(2)).bfloat16()
+    plain, parallel = Tokens(3).bfloat16(), Tokens(3).bfloat16()
     sequence.shard(parallel, layout)
     with torch.no_grad():
-        return float((plain(x) - parallel(x)).abs().max()) * 1e-4
-
-
-def check_recompute(zero: int) -> dict[str, Any]:
-    """Blocks with parameters of their own, recomputed in the backward pass, over a split sequence."""
-    config = ParallelConfig(zero=zero, sequence=2, precision="fp32", activation_checkpointing="full")
-    layout = Layout.from_environment(config)
-    plain, parallel = Tokens(), Tokens()
-    num_blocks = activation.checkpoint_blocks(parallel, config)
-    sequence.shard(parallel, layout)
-    optim = OptimizerSettings(kind="sgd", grad_clip=None)
-    engine = build_engine(parallel, config=config, optim=optim, layout=layout, num_backwards=1)
-    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
-    plain(x).square().sum().backward()
-    engine.backward(engine(x).square().sum())
-    gradients = engine.gradients()
-    worst = max(float((gradients[n] - p.grad).norm() / p.grad.norm()) for n, p in plain.named_parameters())
-    return {"gradient": worst, "blocks": num_blocks}
+        return float((plain(x) - parallel(x)).abs().max())
 
 
 def count_collectives(layout: Layout, heads: int) -> dict[str, int]:

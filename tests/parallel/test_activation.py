@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -102,6 +103,15 @@ def test_selective_may_be_asked_twice_for_gradients() -> None:
         loss.backward()
         grads.append([p.grad for p in denoiser.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_what_is_kept_does_not_keep_its_graph_alive() -> None:
+    x = torch.ones(1, 2, 1, 2, 2, requires_grad=True)
+    seen = []
+    denoiser = model("selective", text=False)
+    denoiser.blocks[1].register_forward_pre_hook(lambda block, inputs: seen.append(weakref.ref(inputs[0])))
+    denoiser(x, torch.ones(1))  # a forward pass whose backward never comes
+    assert [tokens() for tokens in seen] == [None]
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

@@ -13,7 +13,7 @@ from ltd.config import ConfigError
 from ltd.denoisers import Dit, DitConfig
 from ltd.parallel import ParallelConfig, compilation
 from ltd.parallel.activation import ATTENTION_OPERATIONS, checkpoint_blocks
-from ltd.parallel.compilation import Compiled, compile_blocks
+from ltd.parallel.compilation import compile_blocks
 
 DEPTH = 3
 

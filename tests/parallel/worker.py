@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.parallel.checkpoint_checks import check_disk_full, check_elastic, check_ema, check_resume, check_wrong_model
+from tests.parallel.encode_check import check_encoded_once
 from tests.parallel.engine_checks import (
     check_accumulation_count,
     check_bf16,
@@ -29,7 +30,7 @@ from tests.parallel.engine_checks import (
 )
 from tests.parallel.packed_check import check_packed
 from tests.parallel.recompute_checks import check_compiled, check_modes
-from tests.parallel.sequence_checks import check_recompute, check_sequence
+from tests.parallel.sequence_checks import check_conditioned, check_sequence
 from tools.proofs._parallel_worker import Case, run_case
 
 STAGES = (0, 1, 2, 3)
@@ -39,7 +40,10 @@ PROOF_ROWS = (
     Case(2),
     Case(2, sequence=2, accumulation=2),
     Case(3, sequence=2, checkpointing="full"),
+    Case(1, sequence=2, heads=3, packed=True, repeat=True),
+    Case(2, unequal=True, offload="optimizer"),
     Case(2, factor=0.5),
+    Case(2, sequence=2, wrong_seam=True),
 )
 
 
@@ -68,10 +72,11 @@ def checks(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
             found[f"{name}-non_finite-{precision}"] = lambda z=zero, p=precision, o=offload: check_non_finite(z, p, o)
     for index, case in enumerate(PROOF_ROWS):
         found[f"proof-{index}"] = lambda c=case: run_case(c)
-    found["recompute-0"] = lambda: check_recompute(0)
-    for degree, zero in ((1, 2), (2, 0), (2, 3)):
-        found[f"packed-{degree}-{zero}"] = lambda d=degree, z=zero: check_packed(d, z)
-    found["recompute-3"] = lambda: check_recompute(3)
+    found["encoded"] = check_encoded_once
+    for zero, heads in ((0, 2), (3, 3)):
+        found[f"conditioned-{zero}-{heads}"] = lambda z=zero, h=heads: check_conditioned(2, z, h)
+    for degree, zero, heads in ((1, 2, 2), (2, 0, 1), (2, 3, 3)):
+        found[f"packed-{degree}-{zero}"] = lambda d=degree, z=zero, h=heads: check_packed(d, z, h)
     for source, target in ((2, 3), (3, 0), (0, 1), (1, 2)):
         found[f"elastic-{source}-{target}"] = lambda s=source, t=target: check_elastic(s, t, folder)
     for degree, zero, precision in ((2, 0, "fp32"), (1, 2, "bf16"), (2, 3, "fp32"), (2, 3, "bf16")):

@@ -1,4 +1,4 @@
-"""``train.py`` with a note of each process's phase that outlives a SIGKILL: ``-m tools.proofs._chaos_worker FOLDER ...``.
+"""``train.py`` with a note of each process's phase that outlives a SIGKILL; the notes' folder is the first argument.
 
 The heartbeat's own note is a second old at times, and nobody can ask a killed process. Every ``Heartbeat.enter`` also
 writes into a file that is mapped into memory, which the kernel keeps.

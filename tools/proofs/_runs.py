@@ -55,6 +55,11 @@ class Launched:
         if self.process.returncode:
             raise RuntimeError(f"ended with {self.process.returncode}:\n{self.output()[-3000:]}")
 
+    def terminate(self) -> None:
+        """Ask the processes that train to stop, as a scheduler does, with SIGTERM."""
+        for pid in self.workers().values() or [self.process.pid]:
+            send(pid, signal.SIGTERM)
+
     def kill(self) -> None:
         """Kill the launcher and its workers, wherever they are."""
         workers = self.workers() if self.process.poll() is None else {}

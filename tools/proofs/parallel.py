@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-5
 
 NOTES = f"""
-A DiT of 2 blocks with text (fp32, every parameter redrawn so that no layer is zero, 4 heads), 8 samples of 45 tokens (an
-odd count, so that sequence degrees 2 and 4 pad), clipping at norm 1. *Plain* is torch alone in one process, the whole
-batch before one update, sharing no code with `ltd.parallel`. *Packed*: the 8 samples have
+A DiT of 2 blocks with text (fp32, every parameter redrawn so that no layer is zero, 4 heads), 8 samples of 45 tokens
+(an odd count, so that sequence degrees 2 and 4 pad), clipping at norm 1. *Plain* is torch alone in one process, the
+whole batch before one update, sharing no code with `ltd.parallel`. *Packed*: the 8 samples have
 {", ".join(str(t * h * w) for t, h, w in SIZES)} tokens, each process packs its own (so their lengths differ), plain
 computes them one by one. *Unequal*: {len(MISSING)} samples weigh nothing, so that the last processes hold fewer that
 count, or none; plain does not have them at all.
@@ -200,8 +200,8 @@ def measure() -> Proof:
             misses.append(f"a deliberate error ({name}) passed, or did not run: {broken}")
         if not is_wrong(result):
             misses += [f"{name}, {result['kind']}: {miss}" for miss in broken]
-    columns = ("processes", "ZeRO", "sequence", "accumulation", "recompute", "also", "optimizer")
-    columns += ("loss", "gradient", "worst tensor", "weights", "repeat", "verdict")
+    columns = ["processes", "ZeRO", "sequence", "accumulation", "recompute", "also", "optimizer"]
+    columns += ["loss", "gradient", "worst tensor", "weights", "repeat", "verdict"]
     return Proof("Many processes against one plain process", columns, rows, misses, NOTES)
 
 

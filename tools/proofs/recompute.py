@@ -26,7 +26,7 @@ A DiT of {DEPTH} blocks of width 256 on one sample of 2,048 tokens, fp32, two th
 *kept*: resident memory after the forward pass, *peak*: highest resident memory during forward and backward, both in MB
 above what the process holds between steps (weights and gradients); each case in a process of its own, after one step
 that warms it up. *seconds*: median of {ROUNDS} steps, all cases in turn in one process, with the range. *attentions*:
-attention operations that ran per block, forward and backward, as torch's profiler saw them. *difference*: relative L2
+attention operations that ran per block, forward and backward, counted at the dispatcher (compiled: by the profiler). *difference*: relative L2
 difference of loss and all gradients to *none*.
 
 Limits: peak of full < selective < none, and of every 2nd block between full and none; selective faster than full;
@@ -38,7 +38,7 @@ this size and memory is not what the allocator of the C library leaves: take the
 
 def _worker(*arguments: str) -> Any:
     command = [sys.executable, "-m", "tools.proofs._recompute_worker", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ltd import storage
-from tools.proofs.table import Proof
+from tools.proofs import _runs
+from tools.proofs.table import Cell, Proof
 
 NAME = "resume"
-ROOT = Path(__file__).resolve().parents[2]
-_TIMEOUT_S = 300.0
-#: What a repeat may change: wall-clock figures.
-_CLOCKS = ("time/", "perf/")
 
 
 @dataclass(frozen=True)
@@ -33,9 +24,17 @@ class Case:
     overrides: tuple[str, ...] = ()
 
 
+_PACKED = "configs/debug/denoiser_packed.yaml"
 CASES = (
-    Case("denoiser, ZeRO-2, fp32", "configs/debug/denoiser.yaml", 2, ("parallel.zero=2",)),
-    Case("denoiser, ZeRO-3, bf16", "configs/debug/denoiser.yaml", 2, ("parallel.zero=3", "parallel.precision=bf16")),
+    Case("denoiser, ZeRO-2, two averages", _runs.DEBUG_CONFIG, 2, ("parallel.zero=2", "ema.decays=[0.9,0.99]")),
+    Case("denoiser, ZeRO-3, bf16", _runs.DEBUG_CONFIG, 2, ("parallel.zero=3", "parallel.precision=bf16")),
+    Case(
+        "denoiser, packed, ZeRO-3, sequence 2, selective",
+        _PACKED,
+        2,
+        ("parallel.zero=3", "parallel.sequence=2", "parallel.activation_checkpointing=selective"),
+    ),
+    Case("denoiser, ZeRO-2, offloaded", _runs.DEBUG_CONFIG, 2, ("parallel.zero=2", "parallel.offload=optimizer")),
     Case("autoencoder, one process", "configs/debug/autoencoder.yaml", 1),
 )
 
@@ -68,32 +67,30 @@ def compare(case: Case, folder: Path, *, steps: int = 60, every: int = 10, kill_
         The comparison.
     """
     whole, killed, log = folder / "whole", folder / "killed", folder / "output.txt"
-    common = [*case.overrides, f"steps={steps}", f"checkpoint.every={every}", f"data.shards={folder / 'toy' / 'train'}"]
-    common += [f"evaluation.shards={folder / 'toy' / 'heldout'}"]
-    _make_data(folder / "toy")
-    _wait(_start(case, [f"run_dir={whole}", *common], log), log)
-    _kill_after(_start(case, [f"run_dir={killed}", *common], log), killed, kill_after, log)
-    reached = _rows(killed)[-1]["step"]
+    common = [*case.overrides, f"steps={steps}", f"checkpoint.every={every}", *_runs.make_data(folder / "toy")]
+
+    def start(run_dir: Path) -> _runs.Launched:
+        return _runs.start(case.processes, [case.config, f"run_dir={run_dir}", *common], log)
+
+    start(whole).wait()
+    run = start(killed)
+    _runs.wait_for(lambda: _runs.has_row(killed, kill_after), run, f"step {kill_after}")
+    run.kill()
+    reached = _runs.rows(killed)[-1]["step"]
     newest = storage.latest_checkpoint(killed)
     assert newest is not None
-    resumed_at = storage.read_manifest(newest)["step"]
-    _wait(_start(case, [f"run_dir={killed}", *common], log), log)
-    first, second = _rows(whole), _rows(killed)
-    different = [a["step"] for a, b in zip(first, second, strict=True) if _timeless(a) != _timeless(b)]
-    shards = sorted(path.name for path in storage.checkpoint_path(whole, steps).glob("*.safetensors"))
-    changed = [
-        name
-        for name in shards
-        if storage.sha256_file(storage.checkpoint_path(whole, steps) / name)
-        != storage.sha256_file(storage.checkpoint_path(killed, steps) / name)
-    ]
+    resumed_at = storage.checkpoint_step(newest)
+    start(killed).wait()
+    changed, num_shards = _runs.different_shards(whole, killed, steps)
     groups = sorted(storage.Reader(storage.checkpoint_path(killed, steps)).groups())
-    return Comparison(reached, resumed_at, len(second), different, changed, len(shards), groups)
+    different = _runs.different_rows(whole, killed)
+    return Comparison(reached, resumed_at, len(_runs.rows(killed)), different, changed, num_shards, groups)
 
 
 def measure() -> Proof:
     """Kill 60 steps of every case at step 37 and compare."""
-    rows, misses = [], []
+    rows: list[Sequence[Cell]] = []
+    misses = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             found = compare(case, Path(folder))
@@ -121,61 +118,3 @@ def measure() -> Proof:
     return Proof(
         "A killed run continues as if nothing had happened", [*columns, "groups compared"], rows, misses, notes
     )
-
-
-def _make_data(folder: Path) -> None:
-    from ltd.data.synthetic import make_toy_shards
-
-    for split, count, seed in (("train", 32, 0), ("heldout", 8, 1)):
-        make_toy_shards(
-            folder / split, num_videos=count, num_images=count, num_frames=9, height=32, width=32, seed=seed
-        )
-
-
-def _start(case: Case, overrides: list[str], log: Path) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable]
-    if case.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
-    command = [*launcher, "train.py", case.config, *overrides]
-    with log.open("wb") as file:  # a pipe that nobody reads would block the run
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
-    if process.wait(timeout=_TIMEOUT_S):
-        raise RuntimeError(f"exit code {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def _kill_after(process: subprocess.Popen[bytes], run_dir: Path, step: int, log: Path) -> None:
-    deadline = time.monotonic() + _TIMEOUT_S
-    mark = f'"step": {step},'
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run_dir / "metrics.jsonl").is_file() and mark in (run_dir / "metrics.jsonl").read_text():
-            os.killpg(process.pid, signal.SIGKILL)
-            _kill_children(run_dir)
-            process.wait()
-            return
-        time.sleep(0.002)
-    raise RuntimeError(f"step {step} was never reached:\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def _kill_children(run_dir: Path) -> None:
-    """Kill the workers, which the launcher starts in sessions of their own."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            if f"run_dir={run_dir}" in command and int(entry.name) != os.getpid():
-                os.kill(int(entry.name), signal.SIGKILL)
-        except (OSError, ProcessLookupError):
-            continue
-
-
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if not key.startswith(_CLOCKS)}
