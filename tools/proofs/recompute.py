@@ -26,8 +26,8 @@ A DiT of {DEPTH} blocks of width 256 on one sample of 2,048 tokens, fp32, two th
 *kept*: resident memory after the forward pass, *peak*: highest resident memory during forward and backward, both in MB
 above what the process holds between steps (weights and gradients); each case in a process of its own, after one step
 that warms it up. *seconds*: median of {ROUNDS} steps, all cases in turn in one process, with the range. *attentions*:
-attention operations that ran per block, forward and backward, counted at the dispatcher (compiled: by the profiler). *difference*: relative L2
-difference of loss and all gradients to *none*.
+attention operations that ran per block, forward and backward, counted at torch's dispatcher (of compiled blocks: by its
+profiler). *difference*: relative L2 difference of loss and all gradients to *none*.
 
 Limits: peak of full < selective < none, and of every 2nd block between full and none; selective faster than full;
 attentions as often as each mode says; without compilation no bit differs, with it at most {COMPILED_LIMIT:g}, because
