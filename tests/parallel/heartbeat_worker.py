@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ltd.command import command_line
+from ltd.config import ConfigError
 from ltd.parallel import Layout, ParallelConfig
 from ltd.parallel.heartbeat import Heartbeat, is_lost_peer
 from tests.parallel import forked
@@ -61,6 +63,17 @@ def fail() -> None:
     raise OSError(28, "No space left on device", "metrics.jsonl")
 
 
+def refuse() -> None:
+    """Raise a user's error on all processes, a second apart, as a command does."""
+
+    def act(rank: int, phase: str, step: int) -> None:
+        time.sleep(float(rank))
+        raise ConfigError(f"optim.lr: must be positive, found by process {rank}")
+
+    with command_line():
+        train(act)
+
+
 def hang_once() -> None:
     # The second attempt stands still for longer than a last word leaves it.
     time.sleep(60 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 4.5)
@@ -88,7 +101,10 @@ def cases() -> dict[str, tuple[int, Callable[[int], None]]]:
         # The other computes on: no collective tells it.
         "failed-apart": (2, lambda rank: train(_both(at(0, "data", 2, fail), at(1, "data", 2, sleep(60))))),
         "frozen": (2, lambda rank: train(at(1, "backward", 2, stop_itself))),
+        "main-frozen": (2, lambda rank: train(at(0, "backward", 2, stop_itself))),
+        "refused": (2, lambda rank: refuse()),
         "finished": (2, lambda rank: train(finish, joined=False)),
+        "exited": (2, lambda rank: train(_both(finish, at(1, "optimizer", STEPS, sys.exit)), joined=False)),
         "store": (2, lambda rank: train(at(1, "data", 2, freeze_store))),
         "again": (2, lambda rank: train(at(1, "data", 2, hang_once))),
         # Longer than the time-out, by all: nobody waits for that long.

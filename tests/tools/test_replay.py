@@ -204,8 +204,13 @@ def test_a_step_that_must_not_be_taken_is_traced(
     else:
         assert train.main(command) == 0
         capsys.readouterr()
-        assert replay.main([str(copy), "--step", "7"]) == 0, "through the step that was left out"
-        assert "equal to the run's row bit for bit" in capsys.readouterr().out
+        found = []
+        for step in ("7", "8"):  # one epoch: the sample comes again, and weighs nothing
+            assert replay.main([str(copy), "--step", step]) == 0, "through the step that was left out"
+            out = capsys.readouterr().out
+            assert "equal to the run's row bit for bit" in out
+            found += [line.split()[2] for line in out.splitlines() if f" {key} " in line]
+        assert found == ["0"]
     assert replay.main([str(copy), "--step", "5", "--trace", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     assert "not taken: " in out and "loss term 'loss' is nan" in out
@@ -281,6 +286,7 @@ def layouts(run: Path, packed: Path, reference: Path) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    (out / "stdout.txt").write_text(done.stdout)
     return out
 
 
@@ -315,6 +321,10 @@ class TestTwoProcesses:
         assert first is not None and first.category == "gradient"
         assert first.what == "gradient of blocks.1.attention.k_norm.weight", first
         assert not any("mlp" in d.what and "blocks.1" in d.what for d in found.beyond())
+
+    def test_samples_are_listed_once_and_in_order(self, layouts: Path) -> None:
+        rows = [line.split() for line in (layouts / "stdout.txt").read_text().splitlines() if "toy.tar)" in line]
+        assert [int(row[0]) for row in rows[:12]] == [16, 17, 18, 19] * 3
 
     def test_the_command_says_which_rows_are_the_run_s(self, layouts: Path) -> None:
         codes = dict(line.split() for line in (layouts / "codes.txt").read_text().splitlines())

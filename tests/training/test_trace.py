@@ -159,6 +159,14 @@ def test_first_difference_is_the_first_in_causal_order(changed: tuple[str, ...],
     assert found.first is None and found.differences
 
 
+def test_small_gradients_are_compared_on_the_scale_of_all() -> None:
+    """A gradient that is zero in truth is all rounding, whatever its own size."""
+    found = compare(trace(early=normal(8) * 1e-9), trace(early=-normal(8) * 1e-9), tolerance=1e-4)
+    assert found.first is None and found.worst("gradient") is not None
+    found = compare(trace(early=normal(8) * 1e-4), trace(early=-normal(8) * 1e-4), tolerance=1e-4)
+    assert str(found.first).startswith("gradient of early")
+
+
 def test_samples_come_before_everything() -> None:
     other = trace(latents=normal(4) * 2)
     other.samples = {0: Sample(0, "b", "x.tar", 1.0, 0.5), 1: Sample(1, "c", "x.tar", 1.0, 0.5)}
@@ -194,6 +202,14 @@ def test_shapes_that_differ_are_a_difference() -> None:
     assert "shape of output of first, [5] in A, [6] in B" in str(
         compare(trace(), trace(first=normal(6)), tolerance=1e-4).first
     )
+
+
+def test_a_sample_that_left_no_output_is_a_difference() -> None:
+    other = trace()
+    del other.places["output", "first"][0]
+    for pair, holder in (((trace(), other), "A"), ((other, trace()), "B")):
+        found = compare(*pair, tolerance=1e-4)
+        assert str(found.first) == f"output of first, which only {holder} has (sample a, draw 0)"
 
 
 def test_traces_of_two_steps_are_refused() -> None:
@@ -263,6 +279,18 @@ def test_text_as_long_as_a_part_is_compared_as_text() -> None:
         for name, r in rows.items()
     }
     assert compare(traces["a"], traces["b"], tolerance=0.0).differences == []
+
+
+def test_what_all_members_hold_is_not_lost_to_its_size() -> None:
+    """A condition whose axis 1 happens to be as long as a part of the tokens, and no text."""
+    condition, mask = normal(2, 4, 5), MASK[:, :3]
+    joined = torch.cat([condition, condition], 1)
+    rows = (cut(1, mask=mask).rows(condition, None), cut(2, mask=mask).rows(condition, joined))
+    a, b = (
+        Trace(FACTS, [], [entry("output", "condition", row, d, k) for k, part in r for d, row in enumerate(part)])
+        for r in rows
+    )
+    assert compare(a, b, tolerance=0.0).differences == []
 
 
 def test_packs_are_split_by_their_lengths() -> None:
