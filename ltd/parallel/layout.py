@@ -263,6 +263,13 @@ def name_processes(ranks: Sequence[int]) -> str:
 
 
 def _attempt() -> str:
+    """Name this start of the processes: apart from earlier ones where they share the launcher's store.
+
+    A store of their own is new at each start. The launchers of several hosts do not count restarts alike, so the count
+    must stay out of it there: the processes would never meet.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return "ltd"
     return f"ltd/restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 

@@ -64,6 +64,11 @@ class DenoiserRun(RunConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout: must lie in [0, 1], got {self.caption_dropout}")
+        if self.parallel.compile != "none" and self.data.batching.kind == "packed":
+            raise ConfigError(
+                "parallel.compile: the sizes of a pack are part of a compiled graph, nearly every pack would compile "
+                "anew; set it to none, or data.batching.kind to buckets"
+            )
         if (self.autoencoder is None) == (self.untrained_autoencoder is None):
             raise ConfigError("autoencoder: give a path, or untrained_autoencoder for debug runs, and not both")
 

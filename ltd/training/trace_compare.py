@@ -153,10 +153,10 @@ def _tensors(result: Comparison, a: Trace, b: Trace, what: What, *, scale: float
 def _tensor(result: Comparison, a: Trace, b: Trace, tensor: tuple[What, str], scale: float) -> None:
     what, name = tensor
     draws = [draw for draw in a.places[tensor] if draw in b.places[tensor]]
-    for draw in a.samples.keys() & b.samples.keys() & (a.places[tensor].keys() ^ b.places[tensor].keys()):
-        holder = "A" if draw in a.places[tensor] else "B"
+    for lone in sorted(a.samples.keys() & b.samples.keys() & (a.places[tensor].keys() ^ b.places[tensor].keys())):
+        holder = "A" if lone in a.places[tensor] else "B"
         text = f"{_title(what, name)}, which only {holder} has"
-        result.differences.append(Difference(what, text, draw, a.samples[draw].key))
+        result.differences.append(Difference(what, text, lone, a.samples[lone].key))
     result.compared[what] = result.compared.get(what, 0) + len(draws)
     pairs = {draw: _pair(a.places[tensor][draw], b.places[tensor][draw]) for draw in draws}
     rows = [(draw, pair) for draw, pair in pairs.items() if pair is not None]

@@ -24,10 +24,10 @@ STEPS = 60
 #: parallel.timeout_s of the runs, and the seconds after which a launcher without processes is ended.
 TIMEOUT_S, GRACE_S = 15, 10
 _WAIT_S = 240.0
-NOTES = """Two network namespaces with an address and a host name of their own, joined by one virtual cable; gloo, one CPU
-process per host, one file system, `configs/debug/denoiser.yaml` for 60 steps with a checkpoint every 10. Every run is
-compared with the same run of two processes on one host: rows of `metrics.jsonl` without their clocks, and bytes of the
-last checkpoint's shards. The deepspeed launcher is started on each host without ssh.
+NOTES = """Two network namespaces with an address and a host name of their own, joined by one virtual cable; gloo, one
+CPU process per host, one file system, `configs/debug/denoiser.yaml` for 60 steps with a checkpoint every 10. Every run
+is compared with the same run of two processes on one host: rows of `metrics.jsonl` without their clocks, and bytes of
+the last checkpoint's shards. The deepspeed launcher is started on each host without ssh.
 
 What each process printed when the second host was cut off (`parallel.timeout_s` {timeout}, launchers ended {grace} s
 after their last process):
@@ -129,9 +129,10 @@ def restarted(bench: Bench) -> tuple[Cell, ...]:
     processes = bench.launch("torchrun_multinode.sh", run_dir, "restarted", MAX_RESTARTS="2", LAUNCHER_GRACE_S="200")
     _wait_for(lambda: storage.checkpoint_path(run_dir, 20).is_dir(), "a checkpoint")
     for pid in bench.hosts.pids(1):
-        if f"run_dir={run_dir}" in _command(pid) and "torch.distributed.run" not in _command(pid):
-            if "launch/" not in _command(pid):
-                os.kill(pid, signal.SIGKILL)
+        command = _command(pid)
+        launcher = "torch.distributed.run" in command or "launch/" in command
+        if f"run_dir={run_dir}" in command and not launcher:
+            os.kill(pid, signal.SIGKILL)
     codes = _finish(processes)
     told = "process 1" in bench.output("restarted", 0)
     seen = f"SIGKILL of the process on host-b; the other names it: {told}; exit codes {codes}"
