@@ -112,3 +112,10 @@ def test_waiting_for_data_is_told_with_what_to_raise(caplog: pytest.LogCaptureFi
     for _ in range(10):
         busy.add([0.05], 0.1)
     assert "data.num_workers (now 4), data.prefetch (now 2)" in caplog.text
+
+
+def test_compiled_packs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(__file__).resolve().parents[2] / "configs" / "debug" / "denoiser_packed.yaml")
+    with pytest.raises(SystemExit) as stop:
+        train.main([config, f"run_dir={tmp_path}", "parallel.compile=blocks"])
+    assert stop.value.code == 2 and "parallel.compile" in capsys.readouterr().err
