@@ -87,9 +87,9 @@ def test_delayed_process_is_named(cases: dict[str, Any]) -> None:
     case = cases["delayed"]
     assert case["codes"] == [0, 0, 0, 0], "slow is not fatal"
     said = case["logs"][0]
-    assert "host node0 (process 1): matrix products" in said
-    assert "host node1 (process 2): storage" in said
-    assert "link from process 3 (host node1) to process 0 (host node0)" in said
+    assert "host node1 (process 1): matrix products" in said
+    assert "host node2 (process 2): storage" in said
+    assert "link from process 3 (host node3) to process 0 (host node0)" in said
     assert said.count("WARNING preflight") >= 3
     assert not any("preflight" in log for log in case["logs"][1:]), "said once, by the main process"
 
