@@ -10,6 +10,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) / NPROC > 0 ? $(nproc) /
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # A restarted group must not find the previous attempt's keys in the launcher's store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+# After SIGTERM the processes have this long to save; torchrun alone would kill them after 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 # A collective that fails raises in the training process instead of hanging it.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ def missing() -> str:
         return "network namespaces need root"
     if not all(shutil.which(tool) for tool in ("ip", "unshare")):
         return "network namespaces need the commands ip and unshare"
-    probe = subprocess.run(["ip", "netns", "add", f"{_PREFIX}probe"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", f"{_PREFIX}probe"], capture_output=True, check=False)
+    name = f"{_PREFIX}{os.getpid()}p"
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return "" if probe.returncode == 0 else f"network namespaces are refused here: {probe.stderr.strip()}"
 
 
@@ -42,7 +44,8 @@ class TwoHosts:
         self._names = [f"{_PREFIX}{os.getpid()}{end}" for end in "ab"]
 
     def __enter__(self) -> TwoHosts:
-        self._remove()
+        for name in [*_left_over(), *self._names]:
+            _remove(name)
         for name in self._names:
             _ip("netns", "add", name)
         cables = [f"ltd{os.getpid()}{end}" for end in "ab"]
@@ -58,7 +61,8 @@ class TwoHosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._remove()
+        for name in self._names:
+            _remove(name)
 
     def start(self, host: int, command: Sequence[str], env: Mapping[str, str], log: str) -> subprocess.Popen[bytes]:
         """Start a command on a host.
@@ -94,17 +98,29 @@ class TwoHosts:
 
     def pids(self, host: int) -> list[int]:
         """List the processes on a host."""
-        found = subprocess.run(["ip", "netns", "pids", self._names[host]], capture_output=True, text=True, check=False)
-        return [int(pid) for pid in found.stdout.split()]
+        return _pids(self._names[host])
 
-    def _remove(self) -> None:
-        for host, name in enumerate(self._names):
-            for pid in self.pids(host):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+def _left_over() -> list[str]:
+    """List hosts of processes that ended without removing them."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    owners = {match[0]: match[1] for match in re.finditer(rf"^{_PREFIX}(\d+)[a-z]", listed, re.MULTILINE)}
+    return [name for name, pid in owners.items() if not Path(f"/proc/{pid}").exists()]
+
+
+def _pids(name: str) -> list[int]:
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def _remove(name: str) -> None:
+    """Kill what runs on a host and remove it, if it exists."""
+    for pid in _pids(name):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def _ip(*arguments: str) -> None:
