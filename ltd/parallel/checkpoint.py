@@ -19,40 +19,9 @@ from ltd.parallel.layout import Layout
 from ltd.parallel.saver import Saver, kept_buffers
 from ltd.storage import Fill, Reader, StorageError
 
-__all__ = ["Saver", "check_same_model", "load", "resolve", "save"]
+__all__ = ["Saver", "check_same_model", "load", "resolve"]
 
 logger = logging.getLogger(__name__)
-
-
-def save(
-    run_dir: str | Path,
-    step: int,
-    engine: Engine,
-    ema: Ema | None,
-    extra: dict[str, Any],
-    layout: Layout,
-    *,
-    keep_last: int | None = None,
-) -> Path:
-    """Write one checkpoint and return when it is on disk; called by all processes. A run keeps a ``Saver`` instead.
-
-    Args:
-        run_dir: Directory of the run.
-        step: Training steps done.
-        engine: Engine whose masters, optimizer state and buffers are written.
-        ema: Averaged weights, if there are any.
-        extra: Plain values for the manifest; the main process's are written.
-        layout: This process's position.
-        keep_last: Older checkpoints beyond this number are removed; None keeps all.
-
-    Returns:
-        Directory of the checkpoint.
-    """
-    saver = Saver(run_dir, engine, ema, layout, keep_last=keep_last, background=False)
-    path = saver.save(step, extra)
-    saver.wait()
-    saver.close()
-    return path
 
 
 def resolve(resume: str, run_dir: str | Path) -> Path | None:

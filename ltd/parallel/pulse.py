@@ -103,10 +103,10 @@ def judge(pulses: Mapping[int, Pulse], silent: Collection[int]) -> Verdict:
         names = [_describe_behind(rank, pulses[rank]) for rank in behind[:_SHOWN]]
         message = "; ".join(names) + _more(behind) + f"; waiting: {_places(others)}"
         return Verdict("behind", behind, message, max(pulse.still_s for pulse in others.values()))
-    if awake or not running:
-        return Verdict("busy", behind, f"no process waits for another: {_places(running)}")
     gone = sorted(pulses.keys() - running.keys())
     ended = f"; {name_processes(gone)} left the run" if gone else ""
+    if awake or not running:
+        return Verdict("busy", behind, f"no process waits for another: {_places(running)}{ended}")
     shown = f"all wait in collectives that do not meet: {_places(running, where=True)}{ended}"
     return Verdict("crossed", behind, shown, min(pulse.still_s for pulse in running.values()))
 

@@ -127,7 +127,7 @@ class NormGate:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        #: Norm of the last step, where it was above the limit; infinite where it was not finite.
+        #: Norm of the last step, where it was above a limit; infinite where it was not finite.
         self.norm = math.inf
         self._limit = math.inf
         self._optimizer = optimizer
@@ -149,10 +149,13 @@ class NormGate:
 
     def _gated_norm(self) -> Any:
         found = self._measure()
-        return found if self._within(float(found)) else math.inf
+        # Without a limit nothing is read: that would wait for the device.
+        return found if self._limit == math.inf or self._within(float(found)) else math.inf
 
     def _gated_groups(self) -> list[Any]:
         found: list[Any] = self._measure()
+        if self._limit == math.inf:
+            return found
         norms = [float(norm) for norm in found]
         total = math.hypot(*norms) if all(norm >= 0 for norm in norms) else math.inf  # -1 is its sign for not finite
         return found if self._within(total) else [math.inf] * len(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,10 +86,10 @@ class Session:
         }
         self.saver.save(step, extra)
 
-    def record_incident(self, step: int, incident: Incident, keys: list[str]) -> None:
-        """List the samples of a step that was not taken in the quarantine file."""
+    def record_incident(self, step: int, incident: Incident, keys: list[str], **details: Any) -> None:
+        """List the samples of a step that was not taken in the quarantine file, under the row of ``step``."""
         record = {"cause": incident.cause, "message": incident.message, "policy": incident.policy, "keys": keys}
-        self.tracker.quarantine(step, [record])
+        self.tracker.quarantine(step, [record | details])
         logger.warning("step %d: %s; policy %s, %d samples", step, incident.message, incident.policy, len(keys))
 
     def rewind(self, incident: Incident, step: int, keys: list[str]) -> None:
@@ -114,23 +114,13 @@ class Session:
         self.loader.close()
         self.tracker.finish()
         manifest = checkpoints.load(found, self.engine, self.ema, self.layout)
-        self.guards.restore(manifest["guards"])
+        self.guards.restore(manifest.get("guards", {}))
         self.start_step = int(manifest["step"])
         self.loader = _build_loader(self.run, self.layout, manifest)
         self.tracker = _build_tracker(self.run, self.layout, self.start_step, manifest)
-        self.tracker.quarantine(
-            self.start_step + 1,
-            [
-                {
-                    "cause": incident.cause,
-                    "message": f"step {step}: {incident.message}",
-                    "policy": "rewind",
-                    "to": self.start_step,
-                    "keys": keys,
-                }
-            ],
-        )
-        logger.warning("step %d: %s; going on from step %d", step, incident.message, self.start_step)
+        # Under the first step that is taken again: the row of the step itself will be written anew.
+        message = f"step {step}: {incident.message}; went back to step {self.start_step}"
+        self.record_incident(self.start_step + 1, replace(incident, message=message), keys, to=self.start_step)
 
 
 @contextlib.contextmanager
@@ -223,16 +213,6 @@ def start_session(
         _save_config(run, layout)
     if layout.is_main and run.parallel.engine == "deepspeed":
         storage.write_json(Path(run.run_dir) / "deepspeed.json", engine.resolved_config())
-    keep = run.checkpoint
-    saver = Saver(
-        run.run_dir,
-        engine,
-        ema,
-        layout,
-        keep_last=keep.keep_last,
-        keep_every=keep.keep_every,
-        background=keep.background,
-    )
     return Session(
         run=run,
         layout=layout,
@@ -240,7 +220,7 @@ def start_session(
         compiled=compiled,
         engine=engine,
         ema=ema,
-        saver=saver,
+        saver=_build_saver(run, layout, engine, ema),
         guards=Guards(run.guards, start.manifest.get("guards")),
         loader=loader,
         tracker=_build_tracker(run, layout, start.step, start.manifest if start.own else {}),
@@ -296,6 +276,19 @@ def _build_loader(run: RunConfig, layout: Layout, manifest: dict[str, Any]) -> L
         world_size=layout.world_size,
         accumulation=run.parallel.accumulation,
         state=manifest.get("data"),
+    )
+
+
+def _build_saver(run: RunConfig, layout: Layout, engine: Engine, ema: Ema) -> Saver:
+    keep = run.checkpoint
+    return Saver(
+        run.run_dir,
+        engine,
+        ema,
+        layout,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        background=keep.background,
     )
 
 

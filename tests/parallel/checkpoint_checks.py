@@ -25,6 +25,7 @@ from tests.parallel.setup import (
     difference,
     forward_weights,
     gathered,
+    save,
     single,
     tiny,
     torch_weights,
@@ -70,7 +71,7 @@ def check_resume(zero: int, precision: str, folder: Path) -> dict[str, Any]:
     engine, layout = build(zero, precision=precision)
     ema = Ema(engine, EmaConfig(decays=(0.9,)))
     train(engine, layout, range(4), ema)
-    checkpoint.save(run_dir, 4, engine, ema, {"data": {"position": 16}}, layout)
+    save(run_dir, 4, engine, ema, {"data": {"position": 16}}, layout)
     rest = train(engine, layout, range(4, 8), ema)
     again, _ = build(zero, precision=precision)
     with torch.no_grad():
@@ -120,7 +121,7 @@ def check_elastic(source: int, target: int, folder: Path) -> dict[str, Any]:
 def check_disk_full(folder: Path) -> dict[str, Any]:
     run_dir = folder / "full"
     engine, layout = build(2)
-    checkpoint.save(run_dir, 1, engine, None, {}, layout)
+    save(run_dir, 1, engine, None, {}, layout)
     write = storage.write_image
 
     def refuse(directory: Path, shard_name: str, image: storage.ShardImage) -> None:
@@ -130,7 +131,7 @@ def check_disk_full(folder: Path) -> dict[str, Any]:
 
     storage.write_image = refuse
     try:
-        checkpoint.save(run_dir, 2, engine, None, {}, layout)
+        save(run_dir, 2, engine, None, {}, layout)
         message = ""
     except OSError as error:
         message = str(error)
@@ -141,7 +142,7 @@ def check_disk_full(folder: Path) -> dict[str, Any]:
     storage.verify(latest)
     left = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     for step in (3, 4, 5):
-        checkpoint.save(run_dir, step, engine, None, {}, layout, keep_last=2)
+        save(run_dir, step, engine, None, {}, layout, keep_last=2)
     layout.barrier()
     kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     return {"messages": layout.gather_objects(message), "latest": latest.name, "left": left, "kept": kept}

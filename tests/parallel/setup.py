@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ltd.parallel import (
     OptimizerSettings,
     ParallelConfig,
     build_engine,
+    checkpoint,
 )
 from ltd.parallel.torch_engine import TorchEngine
 
@@ -111,3 +113,20 @@ def gathered(layout: Layout, slices: list) -> dict[str, Tensor]:
         target = whole.setdefault(name, torch.full(shape, float("nan")))
         target.view(-1)[start : start + len(data)] = data
     return whole
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    engine: Any,
+    ema: Ema | None,
+    extra: dict[str, Any],
+    layout: Layout,
+    *,
+    keep_last: int | None = None,
+) -> Path:
+    """Write one checkpoint, there and then."""
+    saver = checkpoint.Saver(run_dir, engine, ema, layout, keep_last=keep_last, background=False)
+    path = saver.save(step, extra)
+    saver.close()
+    return path

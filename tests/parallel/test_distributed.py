@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.parallel.launched import get, launch
 from tools.proofs.parallel import misses_of
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = (0, 1, 2, 3)
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -22,18 +17,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("parallel")
-    out = folder / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.parallel.worker", str(out), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return json.loads(out.read_text())
-
-
-def get(results: dict[str, Any], name: str) -> dict[str, Any]:
-    assert "error" not in results[name], results[name]["error"]
-    return results[name]
+    return launch("worker", 2, folder / "out.json", str(folder))
 
 
 def test_layout(results: dict[str, Any]) -> None:

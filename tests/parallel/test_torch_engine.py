@@ -23,6 +23,7 @@ from ltd.parallel import (
     checkpoint,
 )
 from ltd.parallel.interface import Engine, decay_groups, flat
+from tests.parallel.setup import save
 
 SETTINGS = OptimizerSettings(weight_decay=0.1, grad_clip=0.5)
 
@@ -131,7 +132,7 @@ def test_resume_is_bit_identical(tmp_path: Path, precision: str, memory_format: 
     ema = Ema(engine, EmaConfig(decays=(0.9,)))
     run(engine, range(3))
     ema.update(0)
-    checkpoint.save(tmp_path, 3, engine, ema, {"tracker": "abc"}, layout)
+    save(tmp_path, 3, engine, ema, {"tracker": "abc"}, layout)
     norms = run(engine, range(3, 5))
     # into the other memory format: slices are in logical order
     again = make(precision)
@@ -151,7 +152,7 @@ def test_resume_is_bit_identical(tmp_path: Path, precision: str, memory_format: 
 
 def test_other_optimizer_in_the_checkpoint_is_refused(tmp_path: Path) -> None:
     layout = Layout(ParallelConfig(engine="torch"), global_rank=0, world_size=1, local_rank=0)
-    path = checkpoint.save(tmp_path, 0, make(settings=OptimizerSettings(kind="sgd")), None, {}, layout)
+    path = save(tmp_path, 0, make(settings=OptimizerSettings(kind="sgd")), None, {}, layout)
     with pytest.raises(ConfigError, match=r"optim\.kind"):
         checkpoint.load(path, make(), None)
 
@@ -162,7 +163,7 @@ def test_resume_modes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resume"):
         checkpoint.resolve(str(tmp_path), tmp_path)
     layout = Layout(ParallelConfig(engine="torch"), global_rank=0, world_size=1, local_rank=0)
-    path = checkpoint.save(tmp_path, 7, make(), None, {}, layout)
+    path = save(tmp_path, 7, make(), None, {}, layout)
     assert checkpoint.resolve("auto", tmp_path) == checkpoint.resolve(str(path), "elsewhere") == path
     assert checkpoint.resolve(str(tmp_path), "elsewhere") == path
 

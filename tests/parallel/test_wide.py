@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.parallel.launched import get, launch
 from tests.parallel.wide_worker import CONDITIONED, PACKED
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("wide") / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command += ["-m", "tests.parallel.wide_worker", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return json.loads(out.read_text())
-
-
-def get(results: dict[str, Any], name: str) -> dict[str, Any]:
-    assert "error" not in results[name], results[name]["error"]
-    return results[name]
+    return launch("wide_worker", 4, tmp_path_factory.mktemp("wide") / "out.json")
 
 
 def test_any_heads_and_tokens_equal_the_whole(results: dict[str, Any]) -> None:
