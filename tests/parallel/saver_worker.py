@@ -23,9 +23,10 @@ from torch import nn
 
 from ltd import storage
 from ltd.parallel import Ema, EmaConfig, Layout, ParallelConfig
-from ltd.parallel.checkpoint import Saver, load, save
+from ltd.parallel.checkpoint import Saver, load
 from ltd.parallel.interface import MasterShard, restore_shards
 from ltd.storage import Reader, ShardImage
+from tests.parallel.setup import save
 
 DECAYS = (0.9, 0.5)
 
