@@ -1,7 +1,12 @@
-"""Turn a run's checkpoint into one exported folder: python tools/convert_checkpoint.py RUN OUT --to safetensors.
+"""Turn checkpoints into other layouts.
 
-The folder holds one set of weights in ``model.safetensors``, and in ``config.yaml`` all that loading and sampling need.
-Every byte is checked against the checkpoint's checksums; tensors pass through memory a few at a time.
+python tools/convert_checkpoint.py RUN OUT --to safetensors
+    A run's checkpoint -> one exported folder: one set of weights in model.safetensors, and in config.yaml all that
+    loading and sampling need. Every byte is checked against the checkpoint's checksums.
+python tools/convert_checkpoint.py --from diffusers SRC --to ltd DST
+    An autoencoder that diffusers saved (AutoencoderKLWan, AutoencoderKL) -> an exported folder.
+python tools/convert_checkpoint.py --from ltd SRC --to diffusers DST
+    An autoencoder's run or exported folder -> a folder that diffusers loads.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from ltd import autoencoders, denoisers, storage
 from ltd.autoencoders.files import newest_export
 from ltd.command import command_line
 from ltd.config import ConfigError, from_dict
+from ltd.interop import export_autoencoder, import_autoencoder
 from ltd.storage import Fill, Reader, StorageError
 
 logger = logging.getLogger(__name__)
@@ -36,11 +42,17 @@ _BATCH_BYTES = 64 * 2**20
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Define and read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="run directory (its latest checkpoint is taken), or one checkpoint")
+    parser.add_argument(
+        "source", type=Path, help="run directory (its latest checkpoint is taken), checkpoint or folder"
+    )
     parser.add_argument("out", type=Path, help="folder to make; an exported folder that is there is replaced")
-    parser.add_argument("--to", required=True, choices=("safetensors",), help="format of the exported folder")
+    parser.add_argument("--from", dest="origin", default="ltd", choices=("ltd", "diffusers"), help="layout of SOURCE")
+    parser.add_argument("--to", required=True, choices=("safetensors", "ltd", "diffusers"), help="layout of OUT")
     parser.add_argument("--weights", default="ema", help="ema (the first average), raw, or one average: ema_0.999")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if (args.origin, args.to) not in (("ltd", "safetensors"), ("ltd", "diffusers"), ("diffusers", "ltd")):
+        parser.error(f"--from {args.origin} --to {args.to}: nothing to convert; --help lists what there is")
+    return args
 
 
 def convert(source: Path, out: Path, weights: str) -> Shapes:
@@ -68,6 +80,31 @@ def convert(source: Path, out: Path, weights: str) -> Shapes:
     check_fits(tensors.shapes, expected_shapes(config), reader.directory)
     storage.stream_model(out, tensors.shapes, tensors.read, export_config(reader, group, config))
     return tensors.shapes
+
+
+def convert_layout(source: Path, out: Path, origin: str, weights: str) -> str:
+    """Turn an autoencoder of diffusers into an exported folder, or the other way round.
+
+    Args:
+        source: Folder of ``origin``'s layout; a run or checkpoint where it is ours.
+        out: Folder to make.
+        origin: ``diffusers`` or ``ltd``.
+        weights: Which weights of a run.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ConfigError: If the source is of no architecture that both have, or ``out`` is in the way.
+    """
+    if origin == "ltd":
+        model = autoencoders.load(source, weights=weights)
+        return f"{export_autoencoder(model, out)} that diffusers loads"
+    if out.exists() and not storage.is_export(out):
+        raise ConfigError(f"{out}: exists and is no exported folder; name another, or remove it")
+    model = import_autoencoder(source)
+    autoencoders.save(model, out, lineage={"diffusers": str(source)})
+    return f"{model.config.kind} for ltd.autoencoders.load; its hash is {autoencoders.weights_hash(model)[:16]}"
 
 
 def export_config(reader: Reader, group: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +145,7 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes:
             case "denoiser":
                 model: torch.nn.Module = denoisers.build_denoiser(from_dict(denoisers.DitConfig, config["model"]))
             case "autoencoder":
-                built = from_dict(autoencoders.CausalVaeConfig, config["model"])
+                built = from_dict(autoencoders.AutoencoderConfig, config["model"])
                 model = autoencoders.build_autoencoder(built)
             case kind:
                 raise ConfigError(f"kind: got {kind!r}, needed the run of a denoiser or an autoencoder")
@@ -204,6 +241,11 @@ def _check_written(out: Path, shapes: Shapes) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert, and say what was written; returns the exit code."""
     args = parse(arguments)
+    if args.to != "safetensors":
+        with command_line():
+            written = convert_layout(args.source, args.out, args.origin, args.weights)
+        print(f"{args.out}: {written}")
+        return 0
     with command_line():
         shapes = convert(args.source, args.out, args.weights)
         _check_written(args.out, shapes)

@@ -10,13 +10,13 @@ losses, data sets or devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ltd.autoencoders.autoencoder import Autoencoder, widen
 from ltd.autoencoders.blocks import (
     Downsample,
     Fold,
@@ -27,10 +27,11 @@ from ltd.autoencoders.blocks import (
     haar_rotation,
     zero_init,
 )
-from ltd.autoencoders.latents import LOGVAR_RANGE, LatentNorm, Posterior
+from ltd.autoencoders.bottleneck import BottleneckConfig, KlConfig, num_moments
+from ltd.autoencoders.latents import LOGVAR_RANGE
 from ltd.config import ConfigError
-from ltd.nn.causal_conv import START, CausalConv3d, Factors, FixedCausalConv3d, State, is_first, run
-from ltd.shapes import Compression, VideoShape
+from ltd.nn.causal_conv import CausalConv3d, Factors, FixedCausalConv3d, State, is_first, run
+from ltd.shapes import Compression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class CausalVaeConfig:
     residual_scale: float = 1.0
     #: What convolutions see outside a frame.
     padding: Literal["zeros", "replicate"] = "replicate"
+    bottleneck: BottleneckConfig = field(default_factory=KlConfig)
     #: Log-variance of the posterior at the start of training.
     initial_logvar: float = -6.0
 
@@ -84,7 +86,7 @@ class CausalVaeConfig:
         return Compression(*total)
 
 
-class CausalVae(nn.Module):
+class CausalVae(Autoencoder):
     """Causal convolutional VAE; computes in its parameters' dtype and casts its input to it.
 
     Reference: Lin et al., Open-Sora Plan (2024), arXiv 2412.00131, Sec. 2.1 (causal video VAE, image as first frame).
@@ -94,10 +96,8 @@ class CausalVae(nn.Module):
     """
 
     def __init__(self, config: CausalVaeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.compression = config.compression
-        self.latent_channels = config.latent_channels
+        super().__init__(config)
+        self.config: CausalVaeConfig = config
         self.encoder = nn.ModuleList(_encoder(config))
         self.decoder = nn.ModuleList(_decoder(config))
         block = config.in_channels * math.prod(self._block)
@@ -109,89 +109,25 @@ class CausalVae(nn.Module):
             rebuild = FixedCausalConv3d(config.latent_channels, block, config.linear_kernel)
             self.linear_encoder.extend([fold, project])
             self.linear_decoder.extend([rebuild, unfold])
-        self.latent_norm = LatentNorm(config.latent_channels)
 
     @property
     def _block(self) -> Factors:
         return (self.compression.t, self.compression.h, self.compression.w)
 
-    def encode(self, video: Tensor) -> Posterior:
-        """Encode a whole clip.
-
-        Args:
-            video: ``(b, c, t, h, w)`` in [-1, 1], ``t = 1 + k * compression.t``.
-
-        Returns:
-            Posterior over the raw latents ``(b, latent_channels, 1 + k, h / compression.h, w / compression.w)``.
-        """
-        return self.encode_chunk(video, None)[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode the raw latents of a whole clip.
-
-        Args:
-            latents: ``(b, latent_channels, t, h, w)``.
-
-        Returns:
-            ``(b, c, 1 + (t - 1) * compression.t, h * compression.h, w * compression.w)``, not clamped to [-1, 1].
-        """
-        return self.decode_chunk(latents, None)[0]
-
-    def forward(self, video: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
-        """Encode, sample and decode.
-
-        Args:
-            video: ``(b, c, t, h, w)`` in [-1, 1].
-            noise: Standard normal noise of the latents' shape; ``None`` decodes the posterior's mean.
-
-        Returns:
-            Reconstruction of the video's shape, and the posterior.
-        """
-        posterior = self.encode(video)
-        return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior
-
-    def encode_chunk(self, video: Tensor, state: State) -> tuple[Posterior, State]:
-        """Encode one chunk of a stream.
-
-        Args:
-            video: ``(b, c, t, h, w)``: ``1 + k * compression.t`` frames first, then multiples of ``compression.t``.
-            state: ``START`` first, then what the previous chunk returned; ``None`` for a whole clip.
-
-        Returns:
-            Posterior over the chunk's latents, and the state for the next chunk.
-
-        Raises:
-            ValueError: If a size does not fit the compression.
-        """
-        self._check_video(video, first=is_first(state))
-        video = self._enter(video)
+    def _moments(self, video: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
         net_state, linear_state = _split(state)
         moments, net_state = run(self.encoder, video, net_state)
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = moments.chunk(2, dim=1) if self.quantizer is None else (moments, None)
         if self.linear_encoder:
             linear, linear_state = run(self.linear_encoder, video, linear_state)
             mean = linear + self.config.residual_scale * mean
-        logvar = (_widen(logvar) + self.config.initial_logvar).clamp(*LOGVAR_RANGE)
-        return Posterior(_widen(mean), logvar), _join(state, net_state, linear_state)
+        if logvar is not None:
+            logvar = widen(logvar) + self.config.initial_logvar
+        return mean, logvar, _join(state, net_state, linear_state)
 
     def decode_chunk(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
-        """Decode one chunk of a stream.
-
-        Args:
-            latents: ``(b, latent_channels, t, h, w)`` raw, any ``t`` of at least 1.
-            state: ``START`` first, then what the previous chunk returned; ``None`` for a whole clip.
-
-        Returns:
-            The chunk's frames (``1 + (t - 1) * compression.t`` first, then ``t * compression.t``), and the next state.
-
-        Raises:
-            ValueError: If the number of channels is not ``latent_channels``.
-        """
-        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents: got shape {tuple(latents.shape)}, needed (b, {self.latent_channels}, t, h, w) "
-                "(model.latent_channels)"
-            )
+        """Decode one chunk of a stream; see ``Autoencoder.decode_chunk``."""
+        self._check_latents(latents)
         latents = self._enter(latents)
         net_state, linear_state = _split(state)
         video, net_state = run(self.decoder, latents, net_state)
@@ -199,69 +135,6 @@ class CausalVae(nn.Module):
             linear, linear_state = run(self.linear_decoder, latents, linear_state)
             video = linear + self.config.residual_scale * video
         return video, _join(state, net_state, linear_state)
-
-    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Posterior]:
-        """Encode a clip that comes in chunks, yielding each chunk's posterior; equal to encoding it whole.
-
-        Args:
-            chunks: ``(b, c, t, h, w)`` each: ``1 + k * compression.t`` frames first, then multiples of it.
-
-        Yields:
-            Posterior over each chunk's latents.
-        """
-        state: State = START
-        for chunk in chunks:
-            posterior, state = self.encode_chunk(chunk, state)
-            yield posterior
-
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode latents that come in chunks, yielding each chunk's frames; equal to decoding them whole.
-
-        Args:
-            chunks: ``(b, latent_channels, t, h, w)`` raw latents each, any number of latent frames.
-
-        Yields:
-            ``(b, c, t', h, w)`` frames of each chunk.
-        """
-        state: State = START
-        for chunk in chunks:
-            video, state = self.decode_chunk(chunk, state)
-            yield video
-
-    def normalize(self, latents: Tensor) -> Tensor:
-        """Map raw latents to the unit scale a denoiser sees."""
-        return self.latent_norm.normalize(latents)
-
-    def denormalize(self, latents: Tensor) -> Tensor:
-        """Map unit-scale latents back to raw ones, ready for ``decode``."""
-        return self.latent_norm.denormalize(latents)
-
-    def set_latent_norm(self, mean: Tensor, std: Tensor) -> None:
-        """Take the data set's latent statistics, ``(latent_channels,)`` each."""
-        self.latent_norm.set(mean, std)
-
-    def decay_groups(self) -> dict[str, list[str]]:
-        """Sort parameter names into those that weight decay applies to ("decay") and biases and norms ("no_decay")."""
-        groups: dict[str, list[str]] = {"decay": [], "no_decay": []}
-        for name, parameter in self.named_parameters():
-            groups["decay" if parameter.ndim > 1 else "no_decay"].append(name)
-        return groups
-
-    def _enter(self, x: Tensor) -> Tensor:
-        weight = next(self.parameters())
-        # Channels last throughout: the fast layout of half-precision convolutions on CPU and GPU.
-        return x.to(device=weight.device, dtype=weight.dtype, memory_format=torch.channels_last_3d)
-
-    def _check_video(self, video: Tensor, *, first: bool) -> None:
-        if video.ndim != 5 or video.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"video: got shape {tuple(video.shape)}, needed (b, {self.config.in_channels}, t, h, w) "
-                "(model.in_channels)"
-            )
-        frames, height, width = video.shape[2:]
-        if not first and frames % self.compression.t:
-            raise ValueError(f"a later chunk needs a multiple of {self.compression.t} frames, got {frames}")
-        self.compression.latent(VideoShape(frames + (not first), height, width))
 
 
 def _encoder(config: CausalVaeConfig) -> list[nn.Module]:
@@ -274,7 +147,8 @@ def _encoder(config: CausalVaeConfig) -> list[nn.Module]:
         modules += _blocks(config, width, config.encoder_blocks[level])
         if level < len(config.factors):
             modules.append(Downsample(width, widths[level + 1], config.factors[level], shortcut=config.shortcuts))
-    head = CausalConv3d(widths[-1], 2 * config.latent_channels, config.stem_kernel, padding=padding)
+    moments = num_moments(config.bottleneck, config.latent_channels)
+    head = CausalConv3d(widths[-1], moments, config.stem_kernel, padding=padding)
     modules += [NormActivation(widths[-1]), head]
     with torch.no_grad():  # the posterior starts at the initial log-variance everywhere
         (head.weight if config.linear_path else head.weight[config.latent_channels :]).zero_()
@@ -307,10 +181,6 @@ def _blocks(config: CausalVaeConfig, width: int, count: int) -> list[nn.Module]:
 
 def _rotation(config: CausalVaeConfig) -> Tensor | None:
     return haar_rotation(config.front) if config.front_transform == "haar" else None
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _split(state: State) -> tuple[State, State]:

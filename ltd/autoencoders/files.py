@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ltd import config as ltd_config
 from ltd import storage
-from ltd.autoencoders.build import build_autoencoder
-from ltd.autoencoders.causal_vae import CausalVae, CausalVaeConfig
+from ltd.autoencoders.autoencoder import Autoencoder
+from ltd.autoencoders.build import AutoencoderConfig, build_autoencoder
 from ltd.config import ConfigError
 
 
-def save(model: CausalVae, directory: str | Path, *, lineage: Mapping[str, Any] | None = None) -> None:
+def save(model: Autoencoder, directory: str | Path, *, lineage: Mapping[str, Any] | None = None) -> None:
     """Write an exported folder: weights, latent statistics and configuration.
 
     Args:
@@ -39,7 +39,7 @@ def load(
     weights: str = "ema",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> CausalVae:
+) -> Autoencoder:
     """Read an autoencoder, ready to use: in evaluation mode, without gradients.
 
     Args:
@@ -69,12 +69,12 @@ def load(
         tensors, tree = storage.read_run(path, weights)
         if tree.get("kind") != "autoencoder":
             raise ConfigError(f"{path}: is a run of kind {tree.get('kind')!r}, needed an autoencoder's")
-    model = build_autoencoder(ltd_config.from_dict(CausalVaeConfig, tree["model"]))
+    model = build_autoencoder(ltd_config.from_dict(AutoencoderConfig, tree["model"]))
     _fill(model, tensors, path)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def weights_hash(model: CausalVae) -> str:
+def weights_hash(model: Autoencoder) -> str:
     """Hash the configuration and every stored tensor in fp32.
 
     Args:
@@ -84,7 +84,10 @@ def weights_hash(model: CausalVae) -> str:
         SHA-256 as 64 hex digits; the same on every device. The latent statistics are left out: they do not change the
         raw latents that a cache holds.
     """
-    digest = hashlib.sha256(json.dumps(_plain(model), sort_keys=True).encode())
+    config = _plain(model)
+    if config["bottleneck"] == {"kind": "kl"}:  # as before there were others, so that older caches keep their hash
+        del config["bottleneck"]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("latent_norm."):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -92,7 +95,7 @@ def weights_hash(model: CausalVae) -> str:
     return digest.hexdigest()
 
 
-def _plain(model: CausalVae) -> dict[str, Any]:
+def _plain(model: Autoencoder) -> dict[str, Any]:
     return ltd_config.to_dict(model.config)
 
 
@@ -107,7 +110,7 @@ def newest_export(run_dir: Path) -> Path | None:
     return export if tree.get("lineage", {}).get("step") == storage.read_manifest(checkpoint)["step"] else None
 
 
-def _fill(model: CausalVae, tensors: dict[str, Tensor], path: Path) -> None:
+def _fill(model: Autoencoder, tensors: dict[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))

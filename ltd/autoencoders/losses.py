@@ -1,4 +1,4 @@
-"""Training loss of an autoencoder: reconstruction, divergence of the posterior, and an optional perceptual term.
+"""Training loss of an autoencoder: reconstruction, what the bottleneck costs, perceptual and high-frequency terms.
 
 Every term is one fp32 number per sample; weighting samples and averaging over the global batch is the caller's. The
 perceptual network arrives as a callable; this module knows none.
@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ltd.autoencoders.bottleneck import QuantizedPosterior
 from ltd.autoencoders.latents import Posterior
+from ltd.autoencoders.wavelet import high_frequency_loss
 from ltd.config import ConfigError
 
 
@@ -29,11 +31,19 @@ class AutoencoderLossConfig:
     kl_weight: float = 1e-6
     #: Weight of the perceptual distance; needs a perceptual network.
     perceptual_weight: float = 0.0
+    #: Weight of the L1 distance of the high-frequency wavelet bands.
+    high_frequency_weight: float = 0.0
+    #: How often frames are halved for them; 2^levels divides height and width.
+    high_frequency_levels: int = 1
+    #: Weight of a quantiser's commitment loss, beside its own ``bottleneck.commitment``.
+    commitment_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.epsilon <= 0:
             raise ConfigError(f"epsilon: got {self.epsilon}, needed more than 0")
-        for name in ("kl_weight", "perceptual_weight"):
+        if self.high_frequency_levels < 1:
+            raise ConfigError(f"high_frequency_levels: got {self.high_frequency_levels}, needed 1 or more")
+        for name in ("kl_weight", "perceptual_weight", "high_frequency_weight", "commitment_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, needed 0 or more")
 
@@ -66,21 +76,31 @@ class AutoencoderLoss:
             posterior: Posterior the reconstruction was decoded from.
 
         Returns:
-            ``(b,)`` fp32 values: the reconstruction term under its name, "kl", "perceptual" where it has a weight, and
-            their weighted sum "total".
+            ``(b,)`` fp32 values: the reconstruction term under its name, "kl" or "commitment", "perceptual" and
+            "high_frequency" where they have a weight; weighted sums of the terms that compare pixels, "pixels", and of
+            all, "total".
 
         Reference: Rombach et al. (2021), arXiv 2112.10752, App. G (KL-regularised autoencoder).
         """
         config = self.config
         reconstruction, video = reconstruction.float(), video.float()
         pixel = self._pixel(reconstruction - video).flatten(1).mean(1)
-        kl = posterior.kl().float() / video[0].numel()
-        terms = {config.reconstruction: pixel, "kl": kl}
-        total = pixel + config.kl_weight * kl
+        terms: dict[str, Tensor] = {config.reconstruction: pixel}
+        compared = pixel
         if config.perceptual_weight and self.perceptual is not None:
             terms["perceptual"] = self.perceptual(reconstruction, video).float()
-            total = total + config.perceptual_weight * terms["perceptual"]
-        return {**terms, "total": total}
+            compared = compared + config.perceptual_weight * terms["perceptual"]
+        if config.high_frequency_weight:
+            levels = config.high_frequency_levels
+            terms["high_frequency"] = high_frequency_loss(reconstruction, video, levels=levels, kind="l1")
+            compared = compared + config.high_frequency_weight * terms["high_frequency"]
+        if isinstance(posterior, QuantizedPosterior):
+            terms["commitment"] = posterior.losses.float()
+            total = compared + config.commitment_weight * terms["commitment"]
+        else:
+            terms["kl"] = posterior.kl().float() / video[0].numel()
+            total = compared + config.kl_weight * terms["kl"]
+        return {**terms, "pixels": compared, "total": total}
 
     def _pixel(self, difference: Tensor) -> Tensor:
         match self.config.reconstruction:

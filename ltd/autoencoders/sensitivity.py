@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ltd.autoencoders.causal_vae import CausalVae
+from ltd.autoencoders.autoencoder import Autoencoder
 
 
 @torch.no_grad()
-def pixel_sensitivity(model: CausalVae, latents: Tensor, std: Tensor, signs: Tensor) -> Tensor:
+def pixel_sensitivity(model: Autoencoder, latents: Tensor, std: Tensor, signs: Tensor) -> Tensor:
     """Measure the change of the pixels when one channel moves by its standard deviation.
 
     Args:

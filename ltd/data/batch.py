@@ -73,9 +73,17 @@ class Batch:
     text: Tensor | None = None  #: float, as a cache stores it, (b, n, d).
     text_mask: Tensor | None = None  #: bool (b, n), True = token.
     kinds: tuple[str, ...] = field(default=())  #: "image" or "video" per sample.
+    entries: tuple[int, ...] = field(default=())  #: Place of each sample in the index of all data sets.
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """What names each sample among all: keys alone are unique in one tar only."""
+        if not self.entries:
+            return self.keys
+        return tuple(f"{entry}:{key}" for entry, key in zip(self.entries, self.keys, strict=True))
 
     @property
     def shape(self) -> VideoShape:
@@ -117,7 +125,7 @@ class Batch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 values[f.name] = value[index.to(value.device)]
-            elif isinstance(value, tuple):
+            elif isinstance(value, tuple) and value:
                 values[f.name] = tuple(value[row] for row in rows)
         return dataclasses.replace(self, **values)
 
@@ -163,6 +171,11 @@ class PackedBatch:
         return tuple(key for group in self.groups for key in group.keys)
 
     @property
+    def ids(self) -> tuple[str, ...]:
+        """What names each sample among all, group after group."""
+        return tuple(name for group in self.groups for name in group.ids)
+
+    @property
     def draws(self) -> tuple[int, ...]:
         """Slot of each sample in the global sequence, group after group."""
         return tuple(draw for group in self.groups for draw in group.draws)
@@ -205,6 +218,7 @@ def collate(
     keys: Sequence[str],
     draws: Sequence[int],
     kind: str,
+    entries: Sequence[int] = (),
 ) -> Batch:
     """Stack samples of one shape.
 
@@ -214,6 +228,7 @@ def collate(
         keys: Key of each.
         draws: Slot of each in the global sequence.
         kind: "image" or "video".
+        entries: Place of each in the index of all data sets.
 
     Returns:
         The batch; weight 0 where ``samples`` has None.
@@ -238,4 +253,5 @@ def collate(
         text=stack("text"),
         text_mask=stack("text_mask"),
         kinds=(kind,) * len(filled),
+        entries=tuple(entries),
     )

@@ -83,6 +83,7 @@ class CacheSource:
             text=loaded.text,
             text_mask=loaded.text_mask,
             kinds=(view.kind,) * len(items),
+            entries=tuple(items.entries.tolist()),
         )
 
     def num_bytes(self, items: Items, view: ViewConfig) -> int:

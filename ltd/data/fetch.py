@@ -113,4 +113,5 @@ class Fetcher:
             keys=group.items.keys,
             draws=group.items.draws,
             kind=group.view.kind,
+            entries=group.items.entries.tolist(),
         )

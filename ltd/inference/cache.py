@@ -133,7 +133,7 @@ class _Job:
     """Models and settings that the splits share."""
 
     def __init__(
-        self, config: CacheConfig, layout: Layout, autoencoder: autoencoders.CausalVae, encoder: TextEncoder | None
+        self, config: CacheConfig, layout: Layout, autoencoder: autoencoders.Autoencoder, encoder: TextEncoder | None
     ) -> None:
         self.config, self.layout = config, layout
         self.autoencoder, self.encoder = autoencoder, encoder

@@ -112,7 +112,7 @@ class Generator:
     def __init__(
         self,
         denoiser: denoisers.Dit,
-        autoencoder: autoencoders.CausalVae,
+        autoencoder: autoencoders.Autoencoder,
         text: TextEncoder,
         *,
         sampler: SamplerConfig,

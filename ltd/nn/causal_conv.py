@@ -25,6 +25,8 @@ from torch import Tensor, nn
 State: TypeAlias = "Tensor | tuple[State, ...] | None"
 START: State = ()
 Padding: TypeAlias = Literal["zeros", "replicate"]
+#: What lies before a clip: its first frame again, or zeros.
+Front: TypeAlias = Literal["repeat", "zeros"]
 Factors: TypeAlias = tuple[int, int, int]
 
 
@@ -33,15 +35,18 @@ def is_first(state: State) -> bool:
     return state is None or (isinstance(state, tuple) and not state)
 
 
-def pad_front(x: Tensor, count: int) -> Tensor:
-    """Repeat the first frame of ``(b, c, t, h, w)`` ``count`` times in front of the clip."""
-    return torch.cat([x[:, :, :1]] * count + [x], dim=2) if count else x
+def pad_front(x: Tensor, count: int, front: Front = "repeat") -> Tensor:
+    """Put ``count`` frames in front of the clip ``(b, c, t, h, w)``: its first one again, or zeros."""
+    if not count:
+        return x
+    before = x[:, :, :1] if front == "repeat" else torch.zeros_like(x[:, :, :1])
+    return torch.cat([before] * count + [x], dim=2)
 
 
 class CausalConv3d(nn.Conv3d):
     """3D convolution whose output frame ``i`` sees input frames up to ``i * stride_t`` only.
 
-    In front of the clip the first frame is repeated. In space the output has ``size / stride`` pixels.
+    In space the output has ``size / stride`` pixels.
 
     Reference: Lin et al., Open-Sora Plan (2024), arXiv 2412.00131, Sec. 2.1 (causal padding by the first frame).
 
@@ -51,6 +56,7 @@ class CausalConv3d(nn.Conv3d):
         kernel: Kernel size along (t, h, w), each at least the stride.
         stride: Stride along (t, h, w).
         padding: What lies outside a frame: zeros, or the frame's edge repeated.
+        front: What lies before the clip: its first frame repeated, or zeros.
 
     Raises:
         ValueError: If a kernel is smaller than its stride, so that input would be skipped.
@@ -63,6 +69,7 @@ class CausalConv3d(nn.Conv3d):
         kernel: Factors = (3, 3, 3),
         stride: Factors = (1, 1, 1),
         padding: Padding = "zeros",
+        front: Front = "repeat",
     ) -> None:
         if any(k < s for k, s in zip(kernel, stride, strict=True)):
             raise ValueError(f"kernel {kernel} is smaller than stride {stride}: some input would never be read")
@@ -71,6 +78,7 @@ class CausalConv3d(nn.Conv3d):
         # (left, right, top, bottom): the extra pixel of an even total goes to the far side.
         self.edges = ((w - stride_w) // 2, (w - stride_w + 1) // 2, (h - stride_h) // 2, (h - stride_h + 1) // 2)
         self.edge_mode: Padding = padding
+        self.front: Front = front
 
     def forward(  # type: ignore[override]  # the state travels with the tensor
         self, x: Tensor, state: State = None
@@ -92,9 +100,30 @@ class CausalConv3d(nn.Conv3d):
         if (x.shape[2] - first) % stride_t or not x.shape[2]:
             rule = f"1 + k * {stride_t}" if first else f"k * {stride_t}"
             raise ValueError(f"a {'first' if first else 'later'} chunk needs {rule} frames, got {x.shape[2]}")
-        x = pad_front(x, kernel_t - 1) if first else torch.cat([_tensor(state), x], dim=2)
+        x = pad_front(x, kernel_t - 1, self.front) if first else torch.cat([_tensor(state), x], dim=2)
         carried: State = None if state is None else _last_frames(x, kernel_t - stride_t)
         return self._convolve(x), carried
+
+    def convolve_behind_front(self, buffer: Tensor, state: State) -> tuple[Tensor, State]:
+        """Convolve a chunk that already lies in a buffer behind room for what comes before it; stride 1 in time.
+
+        Args:
+            buffer: ``(b, in_channels, kernel_t - 1 + t, h, w)``; its first ``kernel_t - 1`` frames are overwritten.
+            state: ``None``, ``START`` or what the previous chunk returned.
+
+        Returns:
+            As for a call with the chunk alone.
+        """
+        count = self.kernel_size[0] - 1
+        room = buffer[:, :, :count]
+        if not is_first(state):
+            room.copy_(_tensor(state))
+        elif self.front == "zeros":
+            room.zero_()
+        else:
+            room.copy_(buffer[:, :, count : count + 1].expand_as(room))
+        carried: State = None if state is None else _last_frames(buffer, count)
+        return self._convolve(buffer), carried
 
     def _convolve(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.edges
@@ -140,13 +169,14 @@ def _last_frames(x: Tensor, count: int) -> Tensor:
     return x[:, :, x.shape[2] - count :].clone()
 
 
-def space_to_depth(x: Tensor, factors: Factors, *, first: bool = True) -> Tensor:
+def space_to_depth(x: Tensor, factors: Factors, *, first: bool = True, front: Front = "repeat") -> Tensor:
     """Fold blocks of frames and pixels into channels.
 
     Args:
         x: ``(b, c, t, h, w)``.
         factors: Block size ``(ft, fh, fw)``.
-        first: Whether ``x`` holds the clip's first frame, which is then repeated ``ft - 1`` times in front.
+        first: Whether ``x`` holds the clip's first frame; ``ft - 1`` frames are then put in front.
+        front: What they are: the first frame again, or zeros.
 
     Returns:
         ``(b, c * ft * fh * fw, t', h / fh, w / fw)``, channel-major: the block index varies fastest. ``t'`` is
@@ -156,7 +186,7 @@ def space_to_depth(x: Tensor, factors: Factors, *, first: bool = True) -> Tensor
     if factors == (1, 1, 1):
         return x
     if first:
-        x = pad_front(x, ft - 1)
+        x = pad_front(x, ft - 1, front)
     b, c, t, h, w = x.shape
     x = x.reshape(b, c, t // ft, ft, h // fh, fh, w // fw, fw)
     # (b, t', h', w', c ft fh fw) in memory: the result is channels-last.

@@ -1,7 +1,7 @@
-"""Root-mean-square normalisation of tokens and of video features.
+"""Normalisation of tokens and of video features.
 
-Every norm here looks at one position at a time (one token, or one pixel of one frame), so it never mixes frames and is
-safe in causal and streamed models. Statistics are accumulated in fp32 whatever the input's dtype; the output keeps it.
+Every norm here looks at one token, one pixel or one frame at a time, so it never mixes frames and is safe in causal and
+streamed models. Statistics are accumulated in fp32 whatever the input's dtype; the output keeps it.
 """
 
 from __future__ import annotations
@@ -43,3 +43,16 @@ class ChannelRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(b, c, t, h, w)`` over ``c``; free of copies when ``x`` is channels-last in memory."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """GroupNorm of each frame by itself, so that no frame sees another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise groups of channels over each frame of ``(b, c, t, h, w)``, or over an image ``(b, c, h, w)``."""
+        if x.ndim == 4:
+            return super().forward(x)
+        b = x.shape[0]
+        frames = x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
+        normed = super().forward(frames)
+        return normed.permute(0, 2, 3, 1).unflatten(0, (b, -1)).permute(0, 4, 1, 2, 3)

@@ -12,6 +12,9 @@ uses it holds the operation as an *attribute* (never a global), whose default is
 - ``needs_all_tokens``: True on a module that mixes tokens in another way than ``attend`` (expert choice, dropping
   tokens): sequence parallelism has no rule for it and refuses the model.
 - ``reduce_mean(x)``: mean over processes, for statistics of a batch.
+- ``reduce_sum(x)``: sum over processes, on modules that learn from sums over the global batch (``Vq``).
+- ``gather_rows(x)``: rows ``(n, d)`` of all processes one after the other in the order of their ranks; every process
+  gives equally many; on the same modules.
 """
 
 from __future__ import annotations
@@ -36,4 +39,14 @@ def shard_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 def reduce_mean(x: Tensor) -> Tensor:
     """Keep the local mean: the single-device identity."""
+    return x
+
+
+def reduce_sum(x: Tensor) -> Tensor:
+    """Keep the local sum: the single-device identity."""
+    return x
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Keep the own rows ``(n, d)``: the single-device identity."""
     return x

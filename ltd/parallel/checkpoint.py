@@ -6,6 +6,7 @@ last, the manifest. ``RUN/latest`` names the newest. A save that fails on any pr
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ltd.config import ConfigError
 from ltd.parallel.ema import Ema
 from ltd.parallel.interface import Engine, full_shape
 from ltd.parallel.layout import Layout
-from ltd.parallel.saver import Saver, kept_buffers
+from ltd.parallel.saver import CRITIC, Saver, kept_buffers
 from ltd.storage import Fill, Reader, StorageError
 
 __all__ = ["Saver", "check_same_model", "load", "resolve"]
@@ -28,7 +29,8 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
     """Find the checkpoint that ``resume`` asks for.
 
     Args:
-        resume: ``auto`` (the run's newest, if any), ``never``, or the path of a run or a checkpoint.
+        resume: ``auto`` (the run's newest, if any), ``never``, or the path of a run or a checkpoint. A checkpoint of
+            the run itself is gone back to once; what was saved since, under the same ``resume``, is gone on from.
         run_dir: Directory of the run.
 
     Returns:
@@ -48,6 +50,9 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
     path = Path(resume)
     is_own = path.parent.resolve() == (Path(run_dir) / "checkpoints").resolve()
     own = storage.latest_checkpoint(run_dir)
+    if is_own and own is not None and _came_after(own, path, resume):
+        logger.info("went back to %s before: going on from %s", path, own)
+        return own
     if own is not None and not is_own:
         logger.info("%s has checkpoints of its own: going on from %s, not from resume = %s", run_dir, own, resume)
         return own
@@ -61,7 +66,19 @@ def resolve(resume: str, run_dir: str | Path) -> Path | None:
     return found
 
 
-def load(path: str | Path, engine: Engine, ema: Ema | None, layout: Layout | None = None) -> dict[str, Any]:
+def _came_after(newest: Path, path: Path, resume: str) -> bool:
+    """Say whether the newest checkpoint was saved by a run that had gone back to ``path``."""
+    if storage.checkpoint_step(newest) <= storage.checkpoint_step(path):
+        return False
+    try:
+        return bool(storage.read_manifest(newest).get("config", {}).get("resume") == resume)
+    except StorageError:
+        return False
+
+
+def load(
+    path: str | Path, engine: Engine, ema: Ema | None, layout: Layout | None = None, *, critic: Engine | None = None
+) -> dict[str, Any]:
     """Restore weights, optimizer state, buffers and averages; called by all processes, whatever layout wrote them.
 
     Every byte that is read is compared with its checksum. A checkpoint of another model raises ``ConfigError``
@@ -72,6 +89,7 @@ def load(path: str | Path, engine: Engine, ema: Ema | None, layout: Layout | Non
         engine: Engine of a freshly built model of the same configuration.
         ema: Averaged weights to restore; those that the checkpoint lacks start from the masters.
         layout: Processes that load together, and stop together if one of them meets damage; None for one alone.
+        critic: Engine of a discriminator; it stays as it is, with a warning, where the checkpoint has none.
 
     Returns:
         The manifest: what ``save`` was given as ``extra``, ``step``, and how it was written.
@@ -85,7 +103,39 @@ def load(path: str | Path, engine: Engine, ema: Ema | None, layout: Layout | Non
     reader.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(engine).items()])
     if ema is not None:
         ema.load(reader)
+    if critic is not None:
+        _load_critic(reader, critic)
     return reader.manifest
+
+
+def _load_critic(reader: Reader, critic: Engine) -> None:
+    if reader.manifest.get("critic_step") is None:
+        logger.warning("%s has no discriminator: it starts anew", reader.directory)
+        return
+    part = _CriticReader(reader)
+    check_same_model(part, critic)
+    critic.load_shards(part, int(reader.manifest["critic_step"]))
+    part.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(critic).items()])
+
+
+class _CriticReader(Reader):
+    """The groups of a discriminator in a checkpoint, under the names that any model's have."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.directory, self.manifest = reader.directory, reader.manifest
+
+    def groups(self) -> set[str]:
+        return {group.removeprefix(CRITIC) for group in self._reader.groups() if group.startswith(CRITIC)}
+
+    def names(self, group: str) -> list[str]:
+        return self._reader.names(CRITIC + group)
+
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        return self._reader.shape(CRITIC + group, name)
+
+    def fill(self, fills: Iterable[Fill]) -> None:
+        self._reader.fill([dataclasses.replace(fill, group=CRITIC + fill.group) for fill in fills])
 
 
 class _SharedReader(Reader):

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from ltd.config import ConfigError
 from ltd.parallel import zero_views
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
-from ltd.parallel.interface import DiscardedStepError, Engine, MasterShard, decay_groups, full_shape, restore_shards
+from ltd.parallel.interface import (
+    DiscardedStepError,
+    Engine,
+    MasterShard,
+    copy_parameters,
+    decay_groups,
+    full_shape,
+    restore_shards,
+)
 from ltd.parallel.layout import Layout
 from ltd.parallel.optimizer import (
     build_optimizer,
@@ -247,6 +255,16 @@ class DeepSpeedEngine:
                 gradient = torch.zeros(full_shape(parameter), device=parameter.device)
             found[name] = gradient.detach().float().clone()
         return found
+
+    def copy_weights(self, target: nn.Module) -> None:
+        """Copy the whole forward weights into a plain module of the same parameters; called by all processes."""
+        if self._stage < 3:
+            copy_parameters(self.module, target)
+            return
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(self.module.parameters())):
+            copy_parameters(self.module, target)
 
     def resolved_config(self) -> dict[str, Any]:
         """Describe the engine as plain values: what DeepSpeed was given."""

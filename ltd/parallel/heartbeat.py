@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ltd.parallel.interface import ProcessLostError
 from ltd.parallel.layout import Layout
 from ltd.parallel.pulse import Pulse, Verdict, judge, locate
 
@@ -185,7 +186,12 @@ class Heartbeat:
 
     def _last_word(self, error: BaseException | None) -> str:
         """Say what this process ended with; nothing if by its own will, or only because another was lost."""
-        if error is None or is_lost_peer(error) or (isinstance(error, SystemExit) and not error.code):
+        if (
+            error is None
+            or isinstance(error, ProcessLostError)
+            or is_lost_peer(error)
+            or (isinstance(error, SystemExit) and not error.code)
+        ):
             return ""
         first_line = (str(error).splitlines() or [""])[0][:1000]
         pulse = self._pulse()
@@ -295,7 +301,9 @@ class _Talk:
 def is_lost_peer(error: BaseException) -> bool:
     """Tell an error of a collective, because another process is gone or does not come, from any other."""
     text = str(error)
-    return isinstance(error, dist.DistError) or any(mark in text for mark in _MARKS)
+    # A data server may refuse a connection too: gloo names itself, or its transport's source file.
+    of_gloo = type(error) is RuntimeError and ("gloo" in text.lower() or "transport/" in text)
+    return isinstance(error, dist.DistError) or (of_gloo and any(mark in text for mark in _MARKS))
 
 
 def _unreachable() -> str:

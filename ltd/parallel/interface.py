@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ltd.config import ConfigError
@@ -106,8 +107,19 @@ class Engine(Protocol):
     def gradients(self) -> dict[str, Tensor]:
         """Gather the full summed fp32 gradients between the last backward and ``step``; for tests and replay."""
 
+    def copy_weights(self, target: nn.Module) -> None:
+        """Copy the whole forward weights into a plain module of the same parameters; called by all processes."""
+
     def resolved_config(self) -> dict[str, Any]:
         """Describe the engine as plain values, with everything that was derived; saved as ``deepspeed.json``."""
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copy every parameter into the one of the same name in another module."""
+    given = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.copy_(given[name])
 
 
 def flat(tensor: Tensor) -> Tensor:

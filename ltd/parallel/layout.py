@@ -106,6 +106,33 @@ class Layout:
             dist.all_reduce(tensor, group=self.world_group)
         return tensor
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over all processes.
+
+        Args:
+            tensor: Same shape and dtype everywhere.
+
+        Returns:
+            A new tensor.
+        """
+        return self.sum_(tensor.clone()) / self.world_size
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Join the rows of all processes.
+
+        Args:
+            rows: ``(n, ...)``, the same shape and dtype everywhere.
+
+        Returns:
+            ``(world_size * n, ...)`` by global rank, on every process.
+        """
+        if self.world_size == 1:
+            return rows
+        self.collectives += 1
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.contiguous(), group=self.world_group)
+        return torch.cat(parts)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:

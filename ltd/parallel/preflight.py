@@ -195,6 +195,7 @@ def _check_directory(layout: Layout, folder: Path) -> None:
     problem = ""
     if layout.is_main:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             path.touch()
         except OSError as error:
             problem = str(error)

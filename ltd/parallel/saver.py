@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -23,11 +24,16 @@ from torch import Tensor
 from ltd import storage
 from ltd.parallel.ema import Ema
 from ltd.parallel.interface import Engine, flat
-from ltd.parallel.layout import Layout
+from ltd.parallel.layout import Layout, name_processes
 from ltd.storage import ShardImage, Slice, StorageWriteError
 
 logger = logging.getLogger(__name__)
 
+#: What the groups of a discriminator start with, so that exports and averages know nothing of it.
+CRITIC = "critic."
+
+#: Looks after which the processes that still write are named, and again after as many more.
+_LOOKS_TO_TELL = 30
 #: Seconds between two looks of a process that waits for a save to end; each look is a collective.
 _LOOK_S = 1.0
 
@@ -57,6 +63,7 @@ class Saver:
         keep_last: Older checkpoints beyond this number are removed; None keeps all.
         keep_every: Checkpoints whose step is a multiple are never removed; None for no such rule.
         background: Whether ``save`` returns after the copy; otherwise it returns when all is on disk.
+        critic: Engine of a discriminator, saved beside the model in groups of its own.
     """
 
     def __init__(
@@ -69,12 +76,13 @@ class Saver:
         keep_last: int | None = None,
         keep_every: int | None = None,
         background: bool = True,
+        critic: Engine | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         #: Seconds that the last ``save`` kept training waiting, and that this process's last write took.
         self.blocked_s = 0.0
         self.write_s = 0.0
-        self._engine, self._ema, self._layout = engine, ema, layout
+        self._engine, self._ema, self._layout, self._critic = engine, ema, layout, critic
         self._keep_last, self._keep_every, self._background = keep_last, keep_every, background
         self._image: ShardImage | None = None
         self._flight: _Flight | None = None
@@ -103,6 +111,9 @@ class Saver:
         self._finish_flight()
         path = storage.checkpoint_path(self.run_dir, step)
         slices = shard_slices(self._engine, self._ema, self._layout)
+        if self._critic is not None:
+            own = shard_slices(self._critic, None, self._layout)
+            slices += [dataclasses.replace(item, group=CRITIC + item.group) for item in own]
         self._agree_to_start(step, path, self._prepare(path, slices))
         assert self._image is not None
         on_gpu = self._layout.device.type == "cuda"
@@ -172,11 +183,29 @@ class Saver:
 
     def _finish_flight(self) -> None:
         # Looks are short collectives, so that a write that takes longer than the time-out does not end the run.
+        looks = 0
         while self._flight is not None:
+            looks += 1
+            if looks % _LOOKS_TO_TELL == 0:
+                self._tell_who_writes(looks * _LOOK_S)
             if self._flight.job is not None:
                 concurrent.futures.wait([self._flight.job], timeout=_LOOK_S)
             numbers = torch.tensor(self.pending(), dtype=torch.float64, device=self._layout.device)
             self.settle(*self._layout.sum_(numbers).tolist())
+
+    def _tell_who_writes(self, waited_s: float) -> None:
+        flight = self._flight
+        assert flight is not None
+        busy = self._layout.gather_objects(flight.job is not None and not flight.job.done())
+        writing = [rank for rank, writes in enumerate(busy) if writes]
+        if self._layout.is_main and writing:
+            logger.warning(
+                "save of step %d: %s still writing after %.0f s; if it never ends, look at the file system of %s",
+                flight.step,
+                name_processes(writing),
+                waited_s,
+                flight.path.parent,
+            )
 
     def _prepare(self, path: Path, slices: list[Slice]) -> str | None:
         """Make the directory and, once, the memory; says what failed."""
@@ -214,6 +243,7 @@ class Saver:
             "step": step,
             "optimizer_step": self._engine.applied_steps,
             "world_size": self._layout.world_size,
+            "critic_step": None if self._critic is None else self._critic.applied_steps,
             "engine": self._engine.resolved_config(),
             "ema": [] if self._ema is None else self._ema.groups,
         }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
-from ltd.parallel.interface import DiscardedStepError, MasterShard, decay_groups, restore_shards
+from ltd.parallel.interface import DiscardedStepError, MasterShard, copy_parameters, decay_groups, restore_shards
 from ltd.parallel.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -120,6 +120,10 @@ class TorchEngine:
         """Copy the summed fp32 gradients."""
         names_and_gradients = zip(self._masters, self._filled_gradients(), strict=True)
         return {name: gradient.clone() for name, gradient in names_and_gradients}
+
+    def copy_weights(self, target: nn.Module) -> None:
+        """Copy the forward weights into a plain module of the same parameters."""
+        copy_parameters(self.module, target)
 
     def resolved_config(self) -> dict[str, Any]:
         """Describe the engine as plain values."""

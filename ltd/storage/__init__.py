@@ -27,6 +27,7 @@ from ltd.storage.paths import (
     latest_checkpoint,
     remove_checkpoint,
     remove_incomplete,
+    set_aside_newer,
     write_latest,
 )
 from ltd.storage.reader import Fill, Reader, verify
@@ -64,6 +65,7 @@ __all__ = [
     "remove_checkpoint",
     "remove_incomplete",
     "save_model",
+    "set_aside_newer",
     "sha256_file",
     "stream_model",
     "verify",

@@ -68,6 +68,24 @@ def remove_checkpoint(path: Path) -> None:
         shutil.rmtree(removed)
 
 
+def set_aside_newer(run_dir: str | Path, checkpoint: Path) -> None:
+    """Rename the checkpoints that are newer than one the run went back to, so that none of them counts any more.
+
+    Args:
+        run_dir: Directory of the run.
+        checkpoint: The one it goes on from; ``RUN/latest`` names it afterwards.
+    """
+    newer = [path for path in checkpoints(run_dir) if checkpoint_step(path) > checkpoint_step(checkpoint)]
+    for path in newer:
+        aside = path.with_name(f"{path.name}.abandoned")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+        logger.warning("went back to %s: %s is now %s", checkpoint.name, path.name, aside.name)
+    if newer:
+        write_latest(run_dir, checkpoint)
+
+
 def expired(run_dir: str | Path, newest: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
     """List the checkpoints that a run no longer keeps.
 

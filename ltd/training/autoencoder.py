@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,25 +13,30 @@ from torch import Tensor, nn
 
 from ltd import autoencoders, storage
 from ltd.autoencoders import (
-    AutoencoderLoss,
+    Autoencoder,
+    AutoencoderConfig,
     AutoencoderLossConfig,
+    CausalVae,
     CausalVaeConfig,
+    ConvVae,
+    EquivarianceConfig,
+    KlConfig,
     LatentStatistics,
     Posterior,
+    build_discriminator,
+    inflate,
     initialize_from_data,
 )
 from ltd.autoencoders.sensitivity import pixel_scaled_std, pixel_sensitivity
-from ltd.config import ConfigError
-from ltd.data import Batch, MicroBatch, PackedBatch, evaluation_batches
-from ltd.encoders.perceptual import build_perceptual
-from ltd.evaluation.fidelity import Psnr
-from ltd.inference.media import pixels_to_video, video_to_pixels
+from ltd.config import ConfigError, to_dict
+from ltd.data import Batch, evaluation_batches
+from ltd.inference.media import pixels_to_video
 from ltd.parallel.heartbeat import Heartbeat
-from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
-from ltd.rng import DrawRandom, generator
+from ltd.rng import generator
+from ltd.training.autoencoder_stage import LEAST_PIXELS, AdversarialConfig, AutoencoderStage, media_pixels
 from ltd.training.loop import fit
-from ltd.training.run import RunConfig, check_views, heldout_batches
+from ltd.training.run import RunConfig, check_views
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.toy import ToyDataConfig, with_data
 
@@ -43,8 +48,21 @@ class AutoencoderRun(RunConfig):
     """Train an autoencoder on clips and images."""
 
     kind: Literal["autoencoder"] = "autoencoder"
-    model: CausalVaeConfig
+    model: AutoencoderConfig
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    #: A discriminator trained beside it; null trains none.
+    adversarial: AdversarialConfig | None = None
+    #: Latents are turned and scaled, and the video with them, so that a decoder of moved latents moves its frames
+    #: (EQ-VAE); null leaves them alone.
+    equivariance: EquivarianceConfig | None = None
+    #: Run or exported folder whose weights a new run starts from. An image VAE becomes a video VAE by tail
+    #: initialisation where the model is one.
+    start_from: str | None = None
+    #: What is trained: ``decoder`` leaves encoder and codes as they are, and so every latent.
+    train: Literal["all", "decoder"] = "all"
+    #: Frames that are encoded and decoded at a time, and again in the backward pass, so that memory does not grow with
+    #: a clip's length; null takes clips whole.
+    frames_per_chunk: int | None = None
     #: Training samples per view from which a new run sets the linear path in closed form; 0 leaves that path off.
     initialize_from: int = 0
     #: Exported unit scale: ``channel`` divides each latent channel by its own std; ``shared`` all by one number, which
@@ -59,11 +77,14 @@ class AutoencoderRun(RunConfig):
         super().__post_init__()
         if self.initialize_from < 0:
             raise ConfigError(f"initialize_from: must be at least 0, got {self.initialize_from}")
+        if self.initialize_from and not (isinstance(self.model, CausalVaeConfig) and self.model.linear_path):
+            raise ConfigError("initialize_from: needs a model with a linear path (model.linear_path: true), or 0")
         if self.statistics_from < 1:
             raise ConfigError(f"statistics_from: must be at least 1, got {self.statistics_from}")
+        self._check_parts()
         if self.parallel.activation_checkpointing != "none":
             raise ConfigError(
-                "parallel.activation_checkpointing: autoencoders have no blocks to recompute; set it to none"
+                "parallel.activation_checkpointing: is for denoisers; set it to none, and frames_per_chunk instead"
             )
         if self.parallel.compile != "none":
             raise ConfigError("parallel.compile: autoencoders have no blocks to compile; set it to none")
@@ -72,77 +93,48 @@ class AutoencoderRun(RunConfig):
         if self.data.batching.kind == "packed":
             raise ConfigError("data.batching.kind: packed is for denoisers, autoencoders train with fixed or buckets")
 
+    def _check_parts(self) -> None:
+        """Refuse parts that do not go together."""
+        if self.start_from is not None and self.initialize_from:
+            raise ConfigError("start_from: brings weights, and initialize_from computes them; set one of the two")
+        if self.train == "decoder" and self.parallel.zero == 3:
+            raise ConfigError("train: decoder holds frozen weights, which parallel.zero=3 does not take; use 2 or less")
+        if self.train == "decoder" and self.start_from is None:
+            raise ConfigError("train: decoder needs an encoder that was trained; set start_from")
+        chunk, unit = self.frames_per_chunk, self.model.compression.t
+        if chunk is not None:
+            if chunk < 1 or chunk % unit:
+                raise ConfigError(f"frames_per_chunk: got {chunk}, needed a multiple of {unit} (compression) or null")
+            if not isinstance(self.model.bottleneck, KlConfig):
+                raise ConfigError("frames_per_chunk: is for bottleneck.kind kl; set it to null")
+            if self.parallel.zero == 3:
+                raise ConfigError("frames_per_chunk: does not go with parallel.zero=3 yet; use 2 or less, or null")
+        if self.equivariance is not None and self.equivariance.rotate:
+            factors = self.model.compression
+            if factors.h != factors.w:
+                raise ConfigError(
+                    f"equivariance.rotate: needs equal compression of h and w, got {factors.h}, {factors.w}"
+                )
+        self._check_sizes()
 
-class AutoencoderStage:
-    """One step of autoencoder training."""
-
-    name = "autoencoder"
-
-    def __init__(self, run: AutoencoderRun, engine: Engine, layout: Layout) -> None:
-        self.run, self.engine, self.layout = run, engine, layout
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
-        if run.loss.perceptual_weight > 0:
-            perceptual = build_perceptual().to(layout.device)
-        self.loss = AutoencoderLoss(run.loss, perceptual)
-        self.latent_channels = run.model.latent_channels
-        self.compression = run.model.compression
-
-    def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """Take pixels and weights as they are."""
-        draws = torch.tensor(batch.draws, device=batch.weight.device)
-        return {"pixels": _pixels(batch), "weight": batch.weight, "draws": draws}
-
-    def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Reconstruct from a posterior sample and compare.
-
-        Args:
-            tensors: ``pixels`` uint8 (b, t, h, w, c), ``draws`` (b,).
-
-        Returns:
-            Per-sample ``loss`` and its parts, (b,) each.
-        """
-        video = pixels_to_video(tensors["pixels"])
-        noise = self._noise(video, tensors["draws"])
-        reconstruction, posterior = self.engine(video, noise)
-        values = self.loss(reconstruction, video, posterior)
-        return {"loss": values.pop("total"), **values}
-
-    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
-        """Count the latent cells of the micro-batch."""
-        b, t, h, w, _ = tensors["pixels"].shape
-        return int(b * self.compression.latent_frames(t) * (h // self.compression.h) * (w // self.compression.w))
-
-    @torch.no_grad()
-    def heldout(self) -> dict[str, float]:
-        """Reconstruct every held-out sample from its latent mean.
-
-        Returns:
-            Mean PSNR in dB over clips and over images.
-        """
-        scores = {"video": Psnr(), "image": Psnr()}
-        for batch in heldout_batches(self.run, self.layout):
-            pixels = _pixels(batch)
-            video = pixels_to_video(pixels.to(self.layout.device))
-            reconstruction, _ = self.engine(video, self._noise(video, None))
-            kept = batch.weight > 0
-            if kept.any():
-                scores[batch.kinds[0]].update(video_to_pixels(reconstruction).cpu()[kept], pixels[kept])
-        result = {}
-        for kind, score in scores.items():
-            total = Psnr()
-            for state in self.layout.gather_objects(score.state()):
-                total.merge(state)
-            if total.num_clips:
-                result[f"heldout/psnr_{kind}_db"] = total.clip_mean
-        return result
-
-    def _noise(self, video: Tensor, draws: Tensor | None) -> Tensor:
-        b, _, t, h, w = video.shape
-        c = self.compression
-        shape = (self.latent_channels, c.latent_frames(t), h // c.h, w // c.w)
-        if draws is None:
-            return video.new_zeros(b, *shape)
-        return DrawRandom(self.run.seed, draws.tolist()).normal(shape, "posterior").to(video.device)
+    def _check_sizes(self) -> None:
+        """Refuse views that a loss cannot look at, before work starts."""
+        needed = {"loss.perceptual_weight": LEAST_PIXELS} if self.loss.perceptual_weight else {}
+        if self.adversarial is not None:
+            needed["adversarial.discriminator"] = self.adversarial.discriminator.least_size
+        if self.data.batching.kind != "fixed" or not needed:
+            return
+        scale = 1.0
+        if self.equivariance is not None:
+            scale = self.equivariance.scales[0] / self.equivariance.scale_unit
+        for number, view in enumerate(self.data.views):
+            size = int(min(view.shape.height, view.shape.width) * scale)
+            for field_name, least in needed.items():
+                if size < least:
+                    why = f", times the least scale {scale:g} of equivariance.scales" if scale != 1 else ""
+                    raise ConfigError(
+                        f"data.views[{number}]: the shorter side{why} is {size} pixels, {field_name} needs {least}"
+                    )
 
 
 def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Session, AutoencoderStage] | None:
@@ -156,8 +148,24 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
     Returns:
         The session, which the caller closes, and the stage; None when the run has all its steps.
     """
-    session = start_session(config, layout, beat, lambda fresh: _build(config, fresh))
-    return None if session is None else (session, AutoencoderStage(config, session.engine, layout))
+    critic = None
+    if config.adversarial is not None:
+        settings = config.adversarial
+        critic = (lambda: build_discriminator(settings.discriminator), settings.optim)
+    session = start_session(config, layout, beat, lambda fresh: _build(config, fresh), critic)
+    if session is None:
+        return None
+    stage = AutoencoderStage(
+        config,
+        config.loss,
+        session.engine,
+        layout,
+        adversarial=config.adversarial,
+        equivariance=config.equivariance,
+        critic=None if session.critic is None else session.critic.engine,
+        frames_per_chunk=config.frames_per_chunk,
+    )
+    return session, stage
 
 
 def run(config: AutoencoderRun) -> None:
@@ -181,15 +189,37 @@ def run(config: AutoencoderRun) -> None:
 def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:
     model = autoencoders.build_autoencoder(config.model)
     check_views(config.data, model.compression)
+    if fresh and config.start_from is not None:
+        _take_weights(model, config.start_from)
+    if config.train == "decoder":
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("decoder."))
     if fresh and config.initialize_from:
+        assert isinstance(model, CausalVae)
         # Every process computes the same start from the same samples.
         samples = _training_pass(config, config.initialize_from)
-        videos = (pixels_to_video(_pixels(batch)[batch.weight > 0]) for batch in samples)
+        videos = (pixels_to_video(media_pixels(batch)[batch.weight > 0]) for batch in samples)
         try:
             initialize_from_data(model, videos)
         except ValueError as error:
             raise ConfigError(f"initialize_from: {error}") from None
     return model
+
+
+def _take_weights(model: Autoencoder, source: str) -> None:
+    """Copy the weights of another autoencoder of the same architecture, or of the image VAE that it grows from."""
+    given = autoencoders.load(source)
+    kernels = [x.config.temporal_kernel for x in (given, model) if isinstance(x, ConvVae)]
+    if isinstance(given, ConvVae) and isinstance(model, ConvVae) and kernels == [1, 3]:
+        given = inflate(given, halve_time=model.config.halve_time)
+        logger.info("start_from: %s is an image VAE; it becomes a video VAE by tail initialisation", source)
+    before, now = (to_dict(config) for config in (given.config, model.config))
+    wrong = [name for name in now if before.get(name) != now[name] and name not in ("clamp", "odd_sizes")]
+    if wrong:
+        name = wrong[0]
+        raise ConfigError(f"start_from: {source} has model.{name} = {before.get(name)}, this run {now[name]}")
+    model.load_state_dict(given.float().state_dict())
 
 
 def _training_pass(config: AutoencoderRun, max_samples: int, layout: Layout | None = None) -> Iterator[Batch]:
@@ -201,12 +231,6 @@ def _training_pass(config: AutoencoderRun, max_samples: int, layout: Layout | No
         world_size=layout.world_size if layout else 1,
         max_samples=max_samples,
     )
-
-
-def _pixels(batch: MicroBatch) -> Tensor:
-    if isinstance(batch, PackedBatch) or batch.pixels is None:
-        raise ConfigError("data.shards: holds latents; an autoencoder trains on media shards")
-    return batch.pixels
 
 
 @torch.no_grad()
@@ -227,7 +251,7 @@ def _export(config: AutoencoderRun, layout: Layout) -> None:
     model = autoencoders.load(checkpoint, weights="ema", device=layout.device)
     statistics = LatentStatistics()
     for batch in _training_pass(config, config.statistics_from, layout):
-        posterior = model.encode(pixels_to_video(_pixels(batch)))
+        posterior = model.encode(pixels_to_video(media_pixels(batch)))
         kept = (batch.weight > 0).to(layout.device)
         statistics.update(Posterior(posterior.mean[kept], posterior.logvar[kept]))
     total = LatentStatistics()
@@ -240,7 +264,7 @@ def _export(config: AutoencoderRun, layout: Layout) -> None:
     layout.barrier()
 
 
-def _unit_scale(config: AutoencoderRun, model: autoencoders.CausalVae, std: Tensor) -> Tensor:
+def _unit_scale(config: AutoencoderRun, model: autoencoders.Autoencoder, std: Tensor) -> Tensor:
     """Choose what the export's latents are divided by, per channel; every process computes the same."""
     match config.latent_scale:
         case "channel":
@@ -248,7 +272,7 @@ def _unit_scale(config: AutoencoderRun, model: autoencoders.CausalVae, std: Tens
         case "shared":
             return std.square().mean().sqrt().expand_as(std)
         case "pixels":
-            video = pixels_to_video(_pixels(next(_training_pass(config, config.evaluation.batch_size))))
+            video = pixels_to_video(media_pixels(next(_training_pass(config, config.evaluation.batch_size))))
             latents = model.encode(video).mean
             draw = torch.randint(0, 2, latents[:, 0].shape, generator=generator(config.seed, "sensitivity"))
             return pixel_scaled_std(std, pixel_sensitivity(model, latents, std, draw * 2 - 1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltd import autoencoders
-from ltd.autoencoders import CausalVaeConfig, LatentNorm
+from ltd.autoencoders import AutoencoderConfig, LatentNorm
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
@@ -52,7 +52,7 @@ class DenoiserRun(RunConfig):
     #: Run directory or exported folder of the autoencoder that the latents are of.
     autoencoder: str | None = None
     #: With ``autoencoder`` null: an autoencoder with random weights, for debug runs.
-    untrained_autoencoder: CausalVaeConfig | None = None
+    untrained_autoencoder: AutoencoderConfig | None = None
     #: Text encoder of the captions; the latent cache must have been made with the same one.
     text: TextEncoderConfig = field(default_factory=TransformersTextConfig)
     #: Share of captions replaced by the empty caption, for classifier-free guidance, in [0, 1].
@@ -78,10 +78,20 @@ class DenoiserStage:
 
     name = "denoise"
 
-    def __init__(self, run: DenoiserRun, engine: Engine, layout: Layout) -> None:
+    def __init__(self, run: DenoiserRun, engine: Engine, layout: Layout, inputs: LatentInputs | None = None) -> None:
         self.run, self.engine, self.layout = run, engine, layout
         self.objective = FlowMatching(run.objective)
-        self.inputs = LatentInputs(run, layout)
+        self.inputs = LatentInputs(run, layout) if inputs is None else inputs
+
+    def begin(self, step: int) -> None:
+        """Need nothing of the step."""
+
+    def critic_terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Have no discriminator."""
+        return None
+
+    def end(self, *, applied: bool) -> None:
+        """Keep nothing of the step."""
 
     def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Make unit-scale latents and text embeddings of this process's samples."""
@@ -159,7 +169,7 @@ class LatentInputs:
         shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
         caches = [self._checked_cache(run, path, layout) for path in shards]
         all_cached = None not in caches
-        self.autoencoder: autoencoders.CausalVae | None = None if all_cached else autoencoder
+        self.autoencoder: autoencoders.Autoencoder | None = None if all_cached else autoencoder
         if not all_cached:
             self.encoder = build_text_encoder(run.text, device=layout.device)
         if caches[0] is not None:
@@ -276,11 +286,16 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
         The session, which the caller closes, and the stage; None when the run has all its steps.
     """
     config = with_data(config, config.toy_data, layout)
-    session = start_session(config, layout, beat, lambda fresh: _build(config, layout, fresh=fresh))
+    inputs: list[LatentInputs] = []
+
+    def accept(lineage: dict[str, Any]) -> None:
+        inputs.append(LatentInputs(config, layout))
+        _check_lineage(lineage, inputs[0].lineage())
+
+    session = start_session(config, layout, beat, lambda fresh: _build(config, layout, fresh=fresh), accept=accept)
     if session is None:
         return None
-    stage = DenoiserStage(config, session.engine, layout)
-    _check_lineage(session.lineage, stage.inputs.lineage())
+    stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
     return session, stage
 
@@ -298,7 +313,7 @@ def run(config: DenoiserRun) -> None:
                 fit(*started)
 
 
-def _autoencoder(run: DenoiserRun) -> autoencoders.CausalVae:
+def _autoencoder(run: DenoiserRun) -> autoencoders.Autoencoder:
     if run.autoencoder is not None:
         return autoencoders.load(run.autoencoder)
     assert run.untrained_autoencoder is not None
@@ -335,7 +350,7 @@ def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:
     return text[None], mask[None]
 
 
-def _check_model(run: DenoiserRun, autoencoder: autoencoders.CausalVae, text_dim: int) -> None:
+def _check_model(run: DenoiserRun, autoencoder: autoencoders.Autoencoder, text_dim: int) -> None:
     model, channels = run.model, autoencoder.latent_channels
     if model.latent_channels != channels:
         raise ConfigError(f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {channels}")

@@ -83,7 +83,7 @@ class Guards:
 
     def __init__(self, config: GuardConfig, state: dict[str, Any] | None = None) -> None:
         self.config = config
-        #: Keys of the samples that weigh nothing from now on.
+        #: Ids (``Batch.ids``) of the samples that weigh nothing from now on.
         self.excluded: set[str] = set()
         self.num_discarded = 0
         self._losses: deque[float] = deque(maxlen=config.window)
@@ -120,7 +120,7 @@ class Guards:
         Returns:
             The batch itself where nothing is excluded.
         """
-        if not self.excluded or self.excluded.isdisjoint(batch.keys):
+        if not self.excluded or self.excluded.isdisjoint(batch.ids):
             return batch
         if isinstance(batch, PackedBatch):
             return PackedBatch(tuple(self._masked(group) for group in batch.groups))
@@ -171,9 +171,9 @@ class Guards:
         self._losses.append(loss)
         self._norms.append(norm)
 
-    def exclude(self, keys: Iterable[str]) -> None:
+    def exclude(self, ids: Iterable[str]) -> None:
         """Give samples no weight from now on, and count the step as discarded."""
-        self.excluded |= set(keys)
+        self.excluded |= set(ids)
         self.num_discarded += 1
 
     def _incident(self, cause: str, message: str, policy: Policy) -> Incident:
@@ -189,7 +189,7 @@ class Guards:
         return factor * median if median > 0 else math.inf
 
     def _masked(self, batch: Batch) -> Batch:
-        out = torch.tensor([key in self.excluded for key in batch.keys])
+        out = torch.tensor([name in self.excluded for name in batch.ids])
         # The data too: 0 times a gradient that is not finite would not be 0.
         zeroed: dict[str, Any] = {
             f.name: value.masked_fill(out.view(-1, *[1] * (value.ndim - 1)), 0)

@@ -7,6 +7,7 @@ stops all processes together.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from types import FrameType, TracebackType
@@ -71,7 +72,7 @@ def fit(session: Session, stage: Stage) -> bool:
             try:
                 return _Loop(session, stage, stop, progress).run()
             except RewindError as error:
-                session.rewind(error.incident, error.step, error.keys)
+                session.rewind(error.incident, error.step, error.ids)
                 progress.update(session.start_step - error.step + 1, "rewound")
             except RuntimeError as error:
                 # Here, where a launcher's SIGTERM does not end this process before it has said whom it lost.
@@ -98,9 +99,8 @@ class _Loop:
             session.beat.enter("data", done)
             micro_batches, info = next(batches)
             data_s = time.perf_counter() - began
-            flags = [float(self.stop.received), *session.saver.pending()]
             try:
-                result = take_step(session, self.stage, micro_batches, info, flags=flags)
+                result = take_step(session, self.stage, micro_batches, info, flags=self._flags)
             except GuardError:
                 self._save_before(done)
                 raise
@@ -120,12 +120,17 @@ class _Loop:
         session.saver.wait()
         return True
 
+    def _flags(self) -> list[float]:
+        return [float(self.stop.received), *self.session.saver.pending()]
+
     def _log(self, done: int, result: StepResult, info: StepInfo, step_s: float, data_s: float) -> None:
         session, stage = self.session, self.stage
         row: dict[str, Any] = {
             f"loss/{stage.name if name == 'loss' else name}": value for name, value in result.means.items()
         }
         row |= {"optim/grad_norm": result.grad_norm, "optim/lr": result.lr}
+        if not math.isnan(result.critic_norm):
+            row |= {"optim/critic_grad_norm": result.critic_norm, "optim/critic_lr": result.critic_lr}
         row |= {"time/step_s": step_s, "time/data_s": data_s, "time/save_blocked_s": self.save_blocked_s}
         row |= {"perf/tokens_per_s": result.tokens / step_s, **self.data_wait.add(result.waits_s, step_s)}
         row |= info.metrics

@@ -19,6 +19,7 @@ from typing import Any
 from ltd import config as config_io
 from ltd import storage
 from ltd.config import ConfigError
+from ltd.parallel import checkpoint
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.parallel.preflight import code_digests, package_versions
@@ -103,21 +104,32 @@ def replay(run: Run, run_dir: str | Path, step: int, *, trace: bool = False) -> 
         raise ConfigError(f"--step: got {step}, the run has steps 1 to {run.steps}")
     with open_layout(run) as (layout, beat), tempfile.TemporaryDirectory(prefix="ltd-replay-") as scratch:
         before = [path for path in storage.checkpoints(run_dir) if storage.checkpoint_step(path) < step]
-        found: Path | None = layout.broadcast_object(before[-1] if before else None)
+        found: Path | None = layout.broadcast_object(before[-1] if before else _origin(run, step))
         config = _quiet(run, scratch, found)
         rewound: list[list[str]] = []
         while True:
             with _started(config, layout, beat) as (session, stage):
-                for keys in rewound:
-                    session.guards.exclude(keys)
+                for ids in rewound:
+                    session.guards.exclude(ids)
                 try:
                     return _take(session, stage, step, Path(run_dir), trace=trace)
                 except RewindError as error:
                     # As the run did: the samples at fault weigh nothing, and the steps since are taken again.
                     logger.warning(
-                        "%s; again from step %d without %d samples", error, session.start_step, len(error.keys)
+                        "%s; again from step %d without %d samples", error, session.start_step, len(error.ids)
                     )
-                    rewound.append(error.keys)
+                    rewound.append(error.ids)
+
+
+def _origin(run: Run, step: int) -> Path | None:
+    """Find the other run's checkpoint that a run started from, if it did."""
+    if run.resume in ("auto", "never"):
+        return None
+    found = checkpoint.resolve(run.resume, Path(run.run_dir) / "none of its own")
+    assert found is not None
+    if storage.checkpoint_step(found) >= step:
+        raise ConfigError(f"--step: got {step}, the run starts behind step {storage.checkpoint_step(found)} of {found}")
+    return found
 
 
 def _quiet(run: Run, scratch: str, checkpoint: Path | None) -> Run:

@@ -34,10 +34,18 @@ from ltd.parallel.layout import Layout
 from ltd.rng import derive_seed
 from ltd.tracking.tracker import Tracker
 from ltd.training.guards import GuardError, Guards, Incident
-from ltd.training.optim import learning_rate
+from ltd.training.optim import OptimConfig, learning_rate
 from ltd.training.run import RunConfig
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A discriminator that is trained beside the model, on an engine of its own."""
+
+    engine: Engine
+    optim: OptimConfig
 
 
 @dataclass
@@ -58,6 +66,7 @@ class Session:
     start_step: int
     #: What the model depends on besides its weights (hashes, statistics), as the checkpoint has it; saved with each.
     lineage: dict[str, Any]
+    critic: Critic | None = None
 
     def __enter__(self) -> Session:
         return self
@@ -86,19 +95,20 @@ class Session:
         }
         self.saver.save(step, extra)
 
-    def record_incident(self, step: int, incident: Incident, keys: list[str], **details: Any) -> None:
+    def record_incident(self, step: int, incident: Incident, ids: list[str], **details: Any) -> None:
         """List the samples of a step that was not taken in the quarantine file, under the row of ``step``."""
-        record = {"cause": incident.cause, "message": incident.message, "policy": incident.policy, "keys": keys}
+        record: dict[str, Any] = {"cause": incident.cause, "message": incident.message, "policy": incident.policy}
+        record |= {"keys": [key_of(name) for name in ids], "shards": [self._shard_of(name) for name in ids]}
         self.tracker.quarantine(step, [record | details])
-        logger.warning("step %d: %s; policy %s, %d samples", step, incident.message, incident.policy, len(keys))
+        logger.warning("step %d: %s; policy %s, %d samples", step, incident.message, incident.policy, len(ids))
 
-    def rewind(self, incident: Incident, step: int, keys: list[str]) -> None:
+    def rewind(self, incident: Incident, step: int, ids: list[str]) -> None:
         """Go back to the last checkpoint; what the guards exclude stays excluded. Called by all processes.
 
         Args:
             incident: Why.
             step: Step that was not taken.
-            keys: Samples at fault.
+            ids: Samples at fault.
 
         Raises:
             GuardError: If there is no checkpoint yet.
@@ -109,18 +119,29 @@ class Session:
         if found is None:
             raise GuardError(
                 f"step {step}: {incident.message}; guards say rewind, but there is no checkpoint to go back to yet; "
-                f"lower checkpoint.every. Samples: {', '.join(keys[:8])}"
+                f"lower checkpoint.every. Samples: {', '.join(key_of(name) for name in ids[:8])}"
             )
         self.loader.close()
         self.tracker.finish()
-        manifest = checkpoints.load(found, self.engine, self.ema, self.layout)
+        critic = None if self.critic is None else self.critic.engine
+        manifest = checkpoints.load(found, self.engine, self.ema, self.layout, critic=critic)
         self.guards.restore(manifest.get("guards", {}))
         self.start_step = int(manifest["step"])
         self.loader = _build_loader(self.run, self.layout, manifest)
         self.tracker = _build_tracker(self.run, self.layout, self.start_step, manifest)
-        # Under the first step that is taken again: the row of the step itself will be written anew.
+        # Under the last step that stays: rows behind it are written anew, here and at a later rewind.
         message = f"step {step}: {incident.message}; went back to step {self.start_step}"
-        self.record_incident(self.start_step + 1, replace(incident, message=message), keys, to=self.start_step)
+        self.record_incident(self.start_step, replace(incident, message=message), ids, to=self.start_step)
+
+    def _shard_of(self, name: str) -> str:
+        entry = name.partition(":")[0]
+        return self.loader.source.shard_of(int(entry)) if entry.isdigit() else ""
+
+
+def key_of(name: str) -> str:
+    """Take the key out of a sample's id (``Batch.ids``)."""
+    entry, _, key = name.partition(":")
+    return key if entry.isdigit() else name
 
 
 @contextlib.contextmanager
@@ -166,7 +187,12 @@ def explain_loss(layout: Layout, beat: Heartbeat, error: RuntimeError) -> None:
 
 
 def start_session(
-    run: RunConfig, layout: Layout, beat: Heartbeat, build_module: Callable[[bool], nn.Module]
+    run: RunConfig,
+    layout: Layout,
+    beat: Heartbeat,
+    build_module: Callable[[bool], nn.Module],
+    critic: tuple[Callable[[], nn.Module], OptimConfig] | None = None,
+    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> Session | None:
     """Write the configuration, build the module, engine, EMA and loader, and restore them from a checkpoint.
 
@@ -175,6 +201,8 @@ def start_session(
         layout: Processes of the run.
         beat: Their heartbeat.
         build_module: Makes the module; told whether its values count (no checkpoint replaces them).
+        critic: Makes a discriminator that is trained beside the module; and its optimiser.
+        accept: Is given the lineage of the checkpoint, before anything of the run is replaced, and may refuse it.
 
     Returns:
         The session, or None when the run had already done its steps.
@@ -185,9 +213,11 @@ def start_session(
     beat.enter("start", 0)
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
-    start = _find_start(run)
+    start = _find_start(run, layout)
     if start is None:
         return None
+    if accept is not None:
+        accept(start.manifest.get("lineage", {}))
     if run.evaluation.every and run.evaluation.shards is None:
         logger.warning("evaluation.shards is null: nothing is evaluated in training")
     if start.checkpoint is None:  # a run that goes on replaces its configuration only once its checkpoint is accepted
@@ -200,16 +230,13 @@ def start_session(
     if compiled.modules:
         logger.info("compiled with torch.compile at their first call: %s", ", ".join(compiled.modules))
     _announce(run, layout, module, loader)
-    engine = build_engine(
-        module,
-        config=run.parallel,
-        optim=run.optim.settings(),
-        layout=layout,
-        num_backwards=run.parallel.accumulation * run.parallel.sequence,
-    )
+    engine = _build_engine(run, layout, module, run.optim)
     ema = Ema(engine, run.ema)
+    beside = None if critic is None else _build_critic(run, layout, *critic)
     if start.checkpoint is not None:
-        checkpoints.load(start.checkpoint, engine, ema, layout)
+        checkpoints.load(start.checkpoint, engine, ema, layout, critic=None if beside is None else beside.engine)
+        if start.own and layout.is_main:
+            storage.set_aside_newer(run.run_dir, start.checkpoint)
         _save_config(run, layout)
     if layout.is_main and run.parallel.engine == "deepspeed":
         storage.write_json(Path(run.run_dir) / "deepspeed.json", engine.resolved_config())
@@ -220,12 +247,31 @@ def start_session(
         compiled=compiled,
         engine=engine,
         ema=ema,
-        saver=_build_saver(run, layout, engine, ema),
-        guards=Guards(run.guards, start.manifest.get("guards")),
+        saver=_build_saver(run, layout, engine, ema, beside),
+        guards=Guards(run.guards, start.manifest.get("guards") if start.own else None),
         loader=loader,
         tracker=_build_tracker(run, layout, start.step, start.manifest if start.own else {}),
         start_step=start.step,
         lineage=dict(start.manifest.get("lineage", {})),
+        critic=beside,
+    )
+
+
+def _build_critic(run: RunConfig, layout: Layout, build: Callable[[], nn.Module], optim: OptimConfig) -> Critic:
+    torch.manual_seed(derive_seed(run.seed, "discriminator"))
+    module = build()
+    count = sum(p.numel() for p in module.parameters()) / 1e6
+    logger.info("%s: %.2fM trained parameters beside the model", type(module).__name__, count)
+    return Critic(_build_engine(run, layout, module, optim), optim)
+
+
+def _build_engine(run: RunConfig, layout: Layout, module: nn.Module, optim: OptimConfig) -> Engine:
+    return build_engine(
+        module,
+        config=run.parallel,
+        optim=optim.settings(),
+        layout=layout,
+        num_backwards=run.parallel.accumulation * run.parallel.sequence,
     )
 
 
@@ -242,8 +288,22 @@ class _Start:
         return int(self.manifest.get("step", 0))
 
 
-def _find_start(run: RunConfig) -> _Start | None:
-    """Find the checkpoint to start from; None when the run has all its steps already."""
+def _find_start(run: RunConfig, layout: Layout) -> _Start | None:
+    """Find the checkpoint to start from, the same on all processes; None when the run has all its steps already."""
+    found: _Start | Exception | None = None
+    if layout.is_main:
+        try:
+            found = _locate_start(run)
+        except (ConfigError, storage.StorageError) as error:
+            found = error
+    # One process decides: file systems show a new checkpoint to some hosts later than to others.
+    found = layout.broadcast_object(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _locate_start(run: RunConfig) -> _Start | None:
     run_dir = Path(run.run_dir)
     found = checkpoints.resolve(run.resume, run_dir)
     own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
@@ -279,7 +339,7 @@ def _build_loader(run: RunConfig, layout: Layout, manifest: dict[str, Any]) -> L
     )
 
 
-def _build_saver(run: RunConfig, layout: Layout, engine: Engine, ema: Ema) -> Saver:
+def _build_saver(run: RunConfig, layout: Layout, engine: Engine, ema: Ema, critic: Critic | None) -> Saver:
     keep = run.checkpoint
     return Saver(
         run.run_dir,
@@ -289,6 +349,7 @@ def _build_saver(run: RunConfig, layout: Layout, engine: Engine, ema: Ema) -> Sa
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         background=keep.background,
+        critic=None if critic is None else critic.engine,
     )
 
 

@@ -19,7 +19,7 @@ from ltd.parallel import sequence
 from ltd.parallel.interface import DiscardedStepError
 from ltd.training.guards import GuardError, Incident
 from ltd.training.optim import learning_rate
-from ltd.training.session import Session
+from ltd.training.session import Session, key_of
 
 
 class Stage(Protocol):
@@ -58,13 +58,33 @@ class Stage(Protocol):
         """Evaluate on held-out data; every rank calls it and gets the same numbers, named ``group/name``."""
         ...
 
+    def begin(self, step: int) -> None:
+        """Hear which step comes, counted from 1."""
+        ...
+
+    def critic_terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Compute the discriminator's loss of each sample, on what ``terms`` has just made of the same tensors.
+
+        Args:
+            tensors: What ``terms`` was given.
+
+        Returns:
+            Like ``terms``, under other names but for ``loss``; None in steps without a discriminator, then on all
+            processes.
+        """
+        ...
+
+    def end(self, *, applied: bool) -> None:
+        """Hear whether the step was taken; called by all processes, and may make collectives."""
+        ...
+
 
 class RewindError(RuntimeError):
     """A step that must not be taken while ``rewind`` is the policy: the run goes on from its last checkpoint."""
 
-    def __init__(self, incident: Incident, step: int, keys: list[str]) -> None:
+    def __init__(self, incident: Incident, step: int, ids: list[str]) -> None:
         super().__init__(f"step {step}: {incident.message}")
-        self.incident, self.step, self.keys = incident, step, keys
+        self.incident, self.step, self.ids = incident, step, ids
 
 
 @dataclass
@@ -82,6 +102,9 @@ class StepResult:
     lr: float
     #: Global norm before clipping; nan where the step was left out before its gradient was known.
     grad_norm: float = math.nan
+    #: The same of the discriminator; nan in steps without one.
+    critic_lr: float = 0.0
+    critic_norm: float = math.nan
     #: Why the step was left out, if it was.
     skipped: Incident | None = None
 
@@ -94,6 +117,8 @@ class _Sums:
     tokens: int = 0
     #: (draws, loss) of each backward pass, on the device; read only when something is wrong.
     losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    #: Whether the discriminator had a loss.
+    criticized: bool = False
 
 
 def take_step(
@@ -102,7 +127,7 @@ def take_step(
     micro_batches: Sequence[MicroBatch],
     info: StepInfo,
     *,
-    flags: Sequence[float] = (),
+    flags: Callable[[], Sequence[float]] = tuple,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Run forward and backward over the step's micro-batches, and update weights and averages.
@@ -115,7 +140,8 @@ def take_step(
         stage: What one step is.
         micro_batches: This process's part of the global batch.
         info: Keys and bad samples of the step.
-        flags: Numbers of this process that are summed on the way, without a collective of their own.
+        flags: Gives numbers of this process that are summed after the last backward pass, without a collective of
+            their own.
         before_update: Called after the last backward pass, when the engine's gradients are complete.
 
     Returns:
@@ -126,32 +152,55 @@ def take_step(
         RewindError: If the step is wrong and the policy is ``rewind``.
     """
     guards = session.guards
+    stage.begin(info.step + 1)
     micro_batches = [guards.mask(batch) for batch in micro_batches]
     total_weight, waits_s = _weigh(session, micro_batches, info)
     sums = _backward(session, stage, micro_batches, total_weight, info.step + 1)
     if before_update is not None:
         before_update()
-    means, tokens, summed = _reduce(session, sums, 1.0 / max(total_weight, 1.0), flags)
-    # A step whose samples all failed changes nothing.
+    means, tokens, summed = _reduce(session, sums, 1.0 / max(total_weight, 1.0), flags())
     rate = learning_rate(session.run.optim, info.step, session.run.steps) if tokens else 0.0
     result = StepResult(means, tokens, waits_s, summed, rate)
+    if session.critic is not None and tokens:
+        result.critic_lr = learning_rate(session.critic.optim, info.step, session.run.steps)
     session.beat.enter("optimizer", info.step + 1)
     incident = guards.judge(means, "loss")
-    if incident is not None:
-        session.engine.discard()
+    applied = tokens > 0 and incident is None
+    if applied:
+        incident = _update(session, sums, result)
+        applied = incident is None
     else:
-        try:
-            result.grad_norm = session.engine.step(rate, limit=guards.gradient_limit())
-        except DiscardedStepError as error:
-            result.grad_norm = error.norm
-            incident = guards.judge_gradient(error.norm)
+        session.engine.discard()
+        if session.critic is not None and sums.criticized:
+            session.critic.engine.discard()
+    stage.end(applied=applied)
     if incident is not None:
         result.skipped = incident
         _discard(session, incident, micro_batches, info, sums)
-    else:
+    elif applied:  # a step whose samples all failed changes nothing
         session.ema.update(info.step)
         guards.applied(means["loss"], result.grad_norm)
     return result
+
+
+def _update(session: Session, sums: _Sums, result: StepResult) -> Incident | None:
+    """Update the discriminator, if it had a loss, and the weights; says why not, if not.
+
+    A gradient of the model that must not be applied leaves the discriminator one step ahead: its own was sound.
+    """
+    guards, critic = session.guards, session.critic
+    try:
+        if critic is not None and sums.criticized:
+            try:
+                result.critic_norm = critic.engine.step(result.critic_lr)
+            except DiscardedStepError:
+                session.engine.discard()
+                raise
+        result.grad_norm = session.engine.step(result.lr, limit=guards.gradient_limit())
+    except DiscardedStepError as error:
+        result.grad_norm = error.norm
+        return guards.judge_gradient(error.norm)
+    return None
 
 
 def _weigh(session: Session, micro_batches: Sequence[MicroBatch], info: StepInfo) -> tuple[float, list[float]]:
@@ -179,9 +228,24 @@ def _backward(
             session.beat.enter("backward", step)
             session.engine.backward((terms["loss"] * weight).sum() * scale)
             sums.losses.append((tensors["draws"], terms["loss"].detach()))
+            terms |= _criticize(session, stage, tensors, sums, scale)
             for name, value in terms.items():
                 sums.terms[name] = sums.terms.get(name, 0.0) + (value.detach().double() * weight).sum()
     return sums
+
+
+def _criticize(
+    session: Session, stage: Stage, tensors: dict[str, Tensor], sums: _Sums, scale: float
+) -> dict[str, Tensor]:
+    """Run the discriminator's backward pass, if there is one in this step; gives its terms."""
+    if session.critic is None:
+        return {}
+    terms = stage.critic_terms(tensors)
+    if terms is None:
+        return {}
+    sums.criticized = True
+    session.critic.engine.backward((terms.pop("loss") * tensors["weight"].float()).sum() * scale)
+    return terms
 
 
 def _reduce(
@@ -204,26 +268,26 @@ def _discard(
 ) -> None:
     """Name the samples at fault and do what the policy says; all processes see the same numbers, so all get here."""
     step = info.step + 1
-    keys = _keys_at_fault(session, micro_batches, sums)
+    ids = _at_fault(session, micro_batches, sums)
     match incident.policy:
         case "rewind":
-            session.guards.exclude(keys)
-            raise RewindError(incident, step, keys)
+            session.guards.exclude(ids)
+            raise RewindError(incident, step, ids)
         case "skip":
-            session.guards.exclude(keys)
-            session.record_incident(step, incident, keys)
+            session.guards.exclude(ids)
+            session.record_incident(step, incident, ids)
         case "stop":
-            session.record_incident(step, incident, keys)
-            shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+            session.record_incident(step, incident, ids)
+            shown = ", ".join(key_of(name) for name in ids[:8]) + (", ..." if len(ids) > 8 else "")
             raise GuardError(
                 f"step {step}: {incident.message}; stopped before the optimizer step (guards: stop, skip or rewind). "
                 f"Samples of the batch: {shown}"
             )
 
 
-def _keys_at_fault(session: Session, micro_batches: Sequence[MicroBatch], sums: _Sums) -> list[str]:
+def _at_fault(session: Session, micro_batches: Sequence[MicroBatch], sums: _Sums) -> list[str]:
     """List the samples whose own loss is not finite; all of the batch where no loss says which."""
-    mine = {draw: key for batch in micro_batches for draw, key in zip(batch.draws, batch.keys, strict=True)}
+    mine = {draw: key for batch in micro_batches for draw, key in zip(batch.draws, batch.ids, strict=True)}
     broken = {int(draw) for draws, loss in sums.losses for draw in draws[~torch.isfinite(loss)].tolist()}
     gathered = session.layout.gather_objects((mine, broken))
     keys = {draw: key for known, _ in gathered for draw, key in known.items()}

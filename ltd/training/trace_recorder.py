@@ -63,6 +63,18 @@ class Recorder:
         """Evaluate as the stage does."""
         return self._stage.heldout()
 
+    def begin(self, step: int) -> None:
+        """Begin as the stage does."""
+        self._stage.begin(step)
+
+    def critic_terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Compute what the stage computes."""
+        return self._stage.critic_terms(tensors)
+
+    def end(self, *, applied: bool) -> None:
+        """End as the stage does."""
+        self._stage.end(applied=applied)
+
     def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute what the stage computes, and note it.
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltd.autoencoders import AutoencoderLoss, AutoencoderLossConfig, Posterior
+from ltd.autoencoders import AutoencoderLoss, AutoencoderLossConfig, Posterior, QuantizedPosterior
+from ltd.autoencoders.wavelet import high_frequency_loss
 from ltd.config import ConfigError
 
 VIDEO = torch.rand(3, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -30,7 +31,8 @@ def test_terms_per_sample(kind: str, expected: Tensor) -> None:
     torch.testing.assert_close(values[kind], expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(values["kl"], torch.full((3,), KL_PER_VALUE))
     torch.testing.assert_close(values["total"], expected + 0.5 * KL_PER_VALUE, atol=1e-6, rtol=1e-5)
-    assert set(values) == {kind, "kl", "total"}
+    torch.testing.assert_close(values["pixels"], values[kind])
+    assert set(values) == {kind, "kl", "pixels", "total"}
 
 
 def test_perceptual_term_is_called_with_both_videos_and_weighted() -> None:
@@ -41,6 +43,23 @@ def test_perceptual_term_is_called_with_both_videos_and_weighted() -> None:
     values = AutoencoderLoss(config, distance)(_reconstruction(), VIDEO, POSTERIOR)
     torch.testing.assert_close(values["perceptual"], distance(_reconstruction(), VIDEO))
     torch.testing.assert_close(values["total"], ERRORS.abs() + 0.1 * values["perceptual"], atol=1e-6, rtol=1e-5)
+
+
+def test_high_frequency_and_commitment_terms_are_weighted() -> None:
+    video = torch.rand(2, 3, 1, 8, 8)
+    moved = video.clone()
+    moved[:, :, :, ::2, ::2] += 0.4
+    moved[:, :, :, 1::2, 1::2] -= 0.4
+    codes = QuantizedPosterior(
+        torch.zeros(2, 2, 1, 2, 2), torch.zeros(2, 2, 1, 2, 2), torch.zeros(2, 1, 2, 2).long(), torch.tensor([1.0, 3.0])
+    )
+    config = AutoencoderLossConfig(high_frequency_weight=0.5, commitment_weight=2.0)
+    values = AutoencoderLoss(config, None)(moved, video, codes)
+    torch.testing.assert_close(values["high_frequency"], high_frequency_loss(moved, video, levels=1, kind="l1"))
+    assert values["high_frequency"].min() > 0.1
+    torch.testing.assert_close(values["pixels"], values["l1"] + 0.5 * values["high_frequency"])
+    torch.testing.assert_close(values["total"], values["pixels"] + torch.tensor([2.0, 6.0]))
+    assert "kl" not in values and torch.equal(codes.sample(torch.ones_like(codes.mean)), codes.mean)
 
 
 def test_zero_perceptual_weight_never_calls_the_network() -> None:

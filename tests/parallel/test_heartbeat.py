@@ -88,6 +88,8 @@ def test_an_error_of_a_lost_peer_is_told_from_others() -> None:
     assert is_lost_peer(RuntimeError("[transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"))
     assert is_lost_peer(torch.distributed.DistBackendError("NCCL communicator was aborted"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lost_peer(RuntimeError("data server http://media:80: Connection refused"))
+    assert not is_lost_peer(ConnectionResetError(104, "Connection reset by peer"))
     assert not is_lost_peer(torch.OutOfMemoryError("CUDA out of memory"))
 
 

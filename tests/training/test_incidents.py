@@ -128,12 +128,14 @@ def test_rewind_takes_the_steps_again_without_the_sample(
     records = quarantine(rewound)
     assert [(r["cause"], r["policy"], r["to"], r["keys"]) for r in records] == [("non_finite", "rewind", 2, [bad])]
     assert "step 4" in records[0]["message"]
+    excluded = storage.read_manifest(storage.checkpoint_path(rewound, 10))["guards"]["excluded"]
+    assert [name.partition(":")[2] for name in excluded] == [bad]
     with monkeypatch.context() as patch:
         original = Guards.__init__
 
         def excluding(self: Guards, config: GuardConfig, state: dict[str, Any] | None = None) -> None:
             original(self, config, state)
-            self.exclude([bad])
+            self.exclude(excluded)
 
         patch.setattr(Guards, "__init__", excluding)
         start = storage.checkpoint_path(clean[0], 2)

@@ -1,0 +1,408 @@
+"""The convolutional VAE family of released models: levels of residual blocks, per-frame attention in the middle.
+
+One architecture with few switches is the video VAE of Wan 2.1 and 2.2, the image VAE of Stable Diffusion, SDXL and Flux
+(``temporal_kernel: 1``), and an image VAE inflated to video (``ltd.autoencoders.inflate``). ``ltd.interop`` maps the
+weights to and from diffusers. Knows nothing of losses, data sets or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ltd.autoencoders.autoencoder import Autoencoder
+from ltd.autoencoders.blocks import Fold, Unfold
+from ltd.autoencoders.bottleneck import BottleneckConfig, KlConfig, num_moments
+from ltd.autoencoders.conv_parts import (
+    AverageDown,
+    ConvBlock,
+    FrameAttention,
+    NormConv,
+    PartSettings,
+    RepeatUp,
+    SpatialDown,
+    SpatialUp,
+    TemporalDown,
+    TemporalUp,
+)
+from ltd.config import ConfigError
+from ltd.nn.causal_conv import START, Factors, State, is_first
+from ltd.shapes import Compression
+
+#: Pixels (over frames and batch) that a level works on at once without gradients: enough to keep all threads busy, few
+#: enough that what lies between two layers stays small.
+PIECE_PIXELS = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvVaeConfig:
+    """Architecture of a ``ConvVae``; levels are listed from the pixels' side to the latents' side."""
+
+    kind: Literal["conv_vae"] = "conv_vae"
+    #: Colour channels of the video.
+    in_channels: int = 3
+    #: Channels of one latent cell.
+    latent_channels: int = 16
+    #: Pixels along height and width folded into channels before the first convolution.
+    patch: int = 1
+    #: Width of the encoder's and the decoder's first level.
+    encoder_width: int = 96
+    decoder_width: int = 96
+    #: Width of each level in units of the first; height and width are halved between levels.
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    #: Residual blocks of each level of the encoder; the decoder has one more.
+    blocks: int = 2
+    #: Between which levels the number of frames is halved too.
+    halve_time: tuple[bool, ...] = (False, True, True)
+    #: Whether the middle has attention among the pixels of a frame.
+    attention: bool = True
+    #: "rms" over the channels of a pixel, or "group" over a frame.
+    norm: Literal["rms", "group"] = "rms"
+    #: Groups of "group".
+    num_groups: int = 32
+    #: Frames that a convolution of 3x3 pixels sees; 1 makes an image VAE, which takes a clip frame by frame.
+    temporal_kernel: Literal[1, 3] = 3
+    #: What a convolution sees before the clip.
+    front: Literal["repeat", "zeros"] = "zeros"
+    #: Whether each level has a parameter-free path around it (average of groups down, repetition up).
+    shortcuts: bool = False
+    #: Whether enlarging halves the channels already, or leaves that to the next level's first block.
+    narrow_before: bool = True
+    #: Whether a pointwise convolution follows the encoder, and one goes before the decoder.
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    #: Whether the decoder's norms are scaled and shifted by the latent, pixel by pixel.
+    conditional_norm: bool = False
+    #: "refuse" sizes that the compression does not divide, or "crop": the last rows and columns get no latent cell.
+    odd_sizes: Literal["refuse", "crop"] = "refuse"
+    bottleneck: BottleneckConfig = field(default_factory=KlConfig)
+    #: Whether decoding clamps to [-1, 1] in evaluation mode.
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "latent_channels", "patch", "encoder_width", "decoder_width", "num_groups"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, needed 1 or more")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ConfigError(f"multipliers: got {self.multipliers}, needed one positive number per level")
+        if len(self.halve_time) != len(self.multipliers) - 1:
+            raise ConfigError(
+                f"halve_time: got {len(self.halve_time)} entries, needed {len(self.multipliers) - 1}: one between each "
+                f"two of the {len(self.multipliers)} levels (multipliers)"
+            )
+        if self.blocks < 1:
+            raise ConfigError(f"blocks: got {self.blocks}, needed 1 or more")
+        if self.temporal_kernel == 1 and any(self.halve_time):
+            raise ConfigError(
+                "halve_time: an image VAE (temporal_kernel: 1) keeps all frames; set all entries to false"
+            )
+        if self.odd_sizes == "crop" and self.patch > 1:
+            raise ConfigError(f"odd_sizes: crop needs patch 1, got {self.patch}; set odd_sizes to refuse")
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        for side in ("encoder", "decoder"):
+            widths = self.widths(side)
+            if self.norm == "group" and any(width % self.num_groups for width in widths):
+                raise ConfigError(
+                    f"num_groups: got {self.num_groups}, needed a divisor of the {side}'s widths {widths}"
+                )
+            if self.shortcuts:
+                self._check_shortcuts(side, widths)
+        if self.narrow_before and not self.shortcuts:
+            odd = [w for w in self.widths("decoder")[1:] if w % 2]
+            if odd:
+                raise ConfigError(f"narrow_before: halves the decoder's widths, got odd ones {odd}; set it to false")
+
+    def _check_shortcuts(self, side: str, widths: tuple[int, ...]) -> None:
+        before = (widths[0], *widths[:-1])  # of the encoder's levels, on their way down
+        for level, (fine, width) in enumerate(zip(before, widths, strict=True)):
+            cells = self.cells(level) if level < len(self.halve_time) else 1
+            if side == "encoder" and fine * cells % width:
+                raise ConfigError(f"multipliers[{level}]: {width} channels do not divide {fine} x {cells} (shortcuts)")
+            # The decoder's level starts from the width of the level below it.
+            below = widths[min(level + 1, len(widths) - 1)]
+            if side == "decoder" and level and width * self.cells(level - 1) % below:
+                raise ConfigError(
+                    f"multipliers[{level}]: {below} channels do not divide {width} x {self.cells(level - 1)} "
+                    "(shortcuts)"
+                )
+
+    def widths(self, side: str) -> tuple[int, ...]:
+        """List the width of each level of one side, ``encoder`` or ``decoder``."""
+        width = self.encoder_width if side == "encoder" else self.decoder_width
+        return tuple(width * multiplier for multiplier in self.multipliers)
+
+    def factors(self, level: int) -> Factors:
+        """Give the reduction (t, h, w) between a level and the next."""
+        return (2 if self.halve_time[level] else 1, 2, 2)
+
+    def cells(self, level: int) -> int:
+        """Count the pixels of a level that one of the next stands for."""
+        return 8 if self.halve_time[level] else 4
+
+    @property
+    def compression(self) -> Compression:
+        """Pixels per latent cell along each axis."""
+        space = self.patch * 2 ** len(self.halve_time)
+        return Compression(2 ** sum(self.halve_time), space, space)
+
+
+class ConvVae(Autoencoder):
+    """Convolutional VAE of clips and images; computes in its parameters' dtype and casts its input to it.
+
+    Reference: Wan Team (2025), arXiv 2503.20314, Sec. 4.1; Rombach et al. (2021), arXiv 2112.10752, App. E.1.
+
+    Args:
+        config: Architecture.
+    """
+
+    def __init__(self, config: ConvVaeConfig) -> None:
+        super().__init__(config)
+        self.config: ConvVaeConfig = config
+        self.encoder = _Encoder(config)
+        self.decoder = _Decoder(config)
+
+    def _moments(self, video: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
+        moments, state = self.encoder(video, state)
+        if self.quantizer is not None:
+            return moments, None, state
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar, state
+
+    def decode_chunk(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
+        """Decode one chunk of a stream; see ``Autoencoder.decode_chunk``."""
+        self._check_latents(latents)
+        video, state = self.decoder(self._enter(latents), state)
+        return video.clamp(-1, 1) if self.config.clamp and not self.training else video, state
+
+
+class _Encoder(nn.Module):
+    """From pixels to posterior moments."""
+
+    def __init__(self, config: ConvVaeConfig) -> None:
+        super().__init__()
+        settings = _settings(config)
+        widths = config.widths("encoder")
+        moments = num_moments(config.bottleneck, config.latent_channels)
+        self.fold = Fold((1, config.patch, config.patch))
+        self.conv_in = settings.conv(config.in_channels * config.patch**2, widths[0])
+        self.levels = nn.ModuleList()
+        for level, width in enumerate(widths):
+            last = level == len(widths) - 1
+            before = widths[max(level - 1, 0)]
+            self.levels.append(_DownLevel(config, before, width, None if last else config.factors(level)))
+        self.middle = _Middle(config, widths[-1])
+        self.out = NormConv(settings.norm(widths[-1]), settings.conv(widths[-1], moments))
+        self.quant_conv = settings.pointwise(moments, moments) if config.quant_conv else None
+        ahead = [2 ** sum(config.halve_time[level:]) for level in range(len(widths))]
+        self._units = [ahead[0], *ahead, 1, 1]
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        stages: list[_Stage] = [
+            lambda x, state, guide: self.conv_in(self.fold(x, state)[0], state),
+            *self.levels,
+            self.middle,
+            self._finish,
+        ]
+        return _descend(stages, self._units, x, state, None)
+
+    def _finish(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        x, state = self.out(x, state, None)
+        return (x if self.quant_conv is None else self.quant_conv(x)[0]), state
+
+
+class _Decoder(nn.Module):
+    """From latents to pixels."""
+
+    def __init__(self, config: ConvVaeConfig) -> None:
+        super().__init__()
+        settings = _settings(config)
+        widths = config.widths("decoder")
+        self.guided = config.conditional_norm
+        guide = config.latent_channels if self.guided else 0
+        latent = config.latent_channels
+        self.post_quant_conv = settings.pointwise(latent, latent) if config.post_quant_conv else None
+        self.conv_in = settings.conv(latent, widths[-1])
+        self.middle = _Middle(config, widths[-1], guide)
+        self.levels = nn.ModuleList()
+        width = widths[-1]
+        for level in reversed(range(len(widths))):
+            made = _UpLevel(config, width, widths[level], config.factors(level - 1) if level else None, guide)
+            self.levels.append(made)
+            width = made.out_channels
+        self.out = NormConv(settings.norm(width, guide), settings.conv(width, config.in_channels * config.patch**2))
+        self.unfold = Unfold((1, config.patch, config.patch))
+
+    def forward(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
+        stages: list[_Stage] = [self._begin, self.middle, *self.levels, self._finish]
+        return _descend(stages, [1] * len(stages), latents, state, latents if self.guided else None)
+
+    def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        return self.conv_in(x if self.post_quant_conv is None else self.post_quant_conv(x)[0], state)
+
+    def _finish(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        x, after = self.out(x, state, guide)
+        return self.unfold(x, state)[0], after
+
+
+class _Middle(nn.Module):
+    """A residual block, and a second one behind per-frame attention."""
+
+    def __init__(self, config: ConvVaeConfig, width: int, guide: int = 0) -> None:
+        super().__init__()
+        settings = _settings(config)
+        self.blocks = nn.ModuleList([ConvBlock(width, width, settings, guide) for _ in range(2)])
+        self.attention = FrameAttention(width, settings.norm(width)) if config.attention else None
+
+    def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        first, second = _parts(state, 2)
+        x, first = self.blocks[0](x, first, guide)
+        if self.attention is not None:
+            x, _ = self.attention(x, None, guide)
+        x, second = self.blocks[1](x, second, guide)
+        return x, _gather(state, first, second)
+
+
+class _DownLevel(nn.Module):
+    """Residual blocks and a reduction, with a path around both."""
+
+    def __init__(self, config: ConvVaeConfig, channels: int, out_channels: int, factors: Factors | None) -> None:
+        super().__init__()
+        settings = _settings(config)
+        widths = [channels, *[out_channels] * config.blocks]
+        self.blocks = nn.ModuleList(ConvBlock(a, b, settings) for a, b in pairwise(widths))
+        self.space = None if factors is None else SpatialDown(out_channels)
+        self.time = TemporalDown(out_channels) if factors is not None and factors[0] == 2 else None
+        self.around = AverageDown(channels, out_channels, factors or (1, 1, 1)) if config.shortcuts else None
+
+    def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        entered, parts = x, _parts(state, len(self.blocks) + 1)
+        after: list[State] = []
+        for block, part in zip(self.blocks, parts, strict=False):
+            x, part = block(x, part, guide)
+            after.append(part)
+        x = x if self.space is None else self.space(x)
+        x, part = (x, parts[-1]) if self.time is None else self.time(x, parts[-1])
+        if self.around is not None:
+            x = x + self.around(entered, first=is_first(state))
+        return x, _gather(state, *after, part)
+
+
+class _UpLevel(nn.Module):
+    """Residual blocks and an enlargement, with a path around both."""
+
+    def __init__(
+        self, config: ConvVaeConfig, channels: int, out_channels: int, factors: Factors | None, guide: int
+    ) -> None:
+        super().__init__()
+        settings = _settings(config)
+        self.factors = factors or (1, 1, 1)
+        widths = [channels, *[out_channels] * (config.blocks + 1)]
+        self.blocks = nn.ModuleList(ConvBlock(a, b, settings, guide) for a, b in pairwise(widths))
+        narrow = factors is not None and config.narrow_before and not config.shortcuts
+        self.out_channels = out_channels // 2 if narrow else out_channels
+        self.time = TemporalUp(out_channels) if self.factors[0] == 2 else None
+        self.space = None if factors is None else SpatialUp(out_channels, self.out_channels)
+        self.around = RepeatUp(channels, out_channels, factors) if config.shortcuts and factors is not None else None
+
+    def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        entered, parts = x, _parts(state, len(self.blocks) + 1)
+        after: list[State] = []
+        for block, part in zip(self.blocks, parts, strict=False):
+            x, part = block(x, part, guide)
+            after.append(part)
+        x, part = (x, parts[-1]) if self.time is None else self.time(x, parts[-1])
+        x = x if self.space is None else self.space(x)
+        if self.around is not None:
+            x = x + self.around(entered, first=is_first(state))
+        return x, _gather(state, *after, part)
+
+
+_Stage = Callable[[Tensor, State, "Tensor | None"], "tuple[Tensor, State]"]
+
+
+@dataclass
+class _Descent:
+    """A chunk on its way through stages; without gradients a large one goes on in pieces, depth first."""
+
+    stages: list[_Stage]
+    #: Frames of a stage's input that belong together, because what follows halves their number.
+    units: list[int]
+    states: list[State]
+
+    def whole(self, x: Tensor, guide: Tensor | None) -> Tensor:
+        """Run the stages one after another."""
+        for index, stage in enumerate(self.stages):
+            first = is_first(self.states[index])
+            x, self.states[index] = stage(x, self.states[index], guide)
+            guide = _follow(guide, x, first=first)
+        return x
+
+    def pieces(self, index: int, x: Tensor, guide: Tensor | None) -> Iterator[Tensor]:
+        """Run the stages from ``index`` on, yielding the last one's output as it comes."""
+        if index == len(self.stages):
+            yield x
+            return
+        cuts = _cut(x, self.units[index], first=is_first(self.states[index]))
+        if self.states[index] is None and len(cuts) > 1:
+            self.states[index:] = [START] * (len(self.stages) - index)
+        for start, stop in cuts:
+            follow = None if guide is None else guide[:, :, start:stop]
+            first = is_first(self.states[index])
+            y, self.states[index] = self.stages[index](x[:, :, start:stop], self.states[index], follow)
+            yield from self.pieces(index + 1, y, _follow(follow, y, first=first))
+
+
+def _descend(
+    stages: list[_Stage], units: list[int], x: Tensor, state: State, guide: Tensor | None
+) -> tuple[Tensor, State]:
+    descent = _Descent(stages, units, _parts(state, len(stages)))
+    if torch.is_grad_enabled():
+        out = descent.whole(x, guide)
+    else:
+        pieces = list(descent.pieces(0, x, guide))
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    return out, _gather(state, *descent.states)
+
+
+def _cut(x: Tensor, unit: int, *, first: bool) -> list[tuple[int, int]]:
+    """Cut a chunk into pieces of about ``PIECE_PIXELS``, whole units each; the clip's first frame stands for a unit."""
+    b, _, t, h, w = x.shape
+    size = max(1, PIECE_PIXELS // (b * h * w * unit)) * unit
+    head = size + 1 - unit if first else size
+    if t <= head:
+        return [(0, t)]
+    starts = [0, *range(head, t, size)]
+    return list(zip(starts, [*starts[1:], t], strict=True))
+
+
+def _follow(guide: Tensor | None, x: Tensor, *, first: bool) -> Tensor | None:
+    """Repeat the guide to the frames of x, whose number a stage may have doubled behind the first."""
+    if guide is None or guide.shape[2] == x.shape[2]:
+        return guide
+    return guide.repeat_interleave(2, dim=2)[:, :, int(first) :]
+
+
+def _settings(config: ConvVaeConfig) -> PartSettings:
+    return PartSettings(config.norm, config.num_groups, config.temporal_kernel, config.front)
+
+
+def _parts(state: State, count: int) -> list[State]:
+    """Split a state into those of ``count`` parts."""
+    if state is None:
+        return [None] * count
+    if is_first(state):
+        return [START] * count
+    if not isinstance(state, tuple) or len(state) != count:
+        raise TypeError("expected the state that the previous chunk returned")
+    return list(state)
+
+
+def _gather(before: State, *after: State) -> State:
+    return None if before is None else after

@@ -1,0 +1,152 @@
+"""Folders of diffusers' autoencoders, read and written: ``config.json`` and safetensors. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ltd import storage
+from ltd.autoencoders import Autoencoder, ConvVae, ConvVaeConfig
+from ltd.config import ConfigError
+from ltd.interop import kl_vae, mapping, wan_vae
+
+_LAYOUTS: dict[str, ModuleType] = {layout.CLASS_NAME: layout for layout in (wan_vae, kl_vae)}
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae:
+    """Read an autoencoder that diffusers saved.
+
+    Args:
+        source: Its folder, or that of a pipeline that holds it.
+        subfolder: Where in a pipeline it lies.
+
+    Returns:
+        The autoencoder in the dtype of the files, with its latent statistics.
+
+    Raises:
+        ConfigError: If the folder holds no such autoencoder, or a key, shape or dtype does not fit its configuration.
+    """
+    folder = Path(source)
+    if not (folder / "config.json").is_file() and (folder / subfolder / "config.json").is_file():
+        folder = folder / subfolder
+    tree = _read_config(folder)
+    layout = _LAYOUTS.get(tree.get("_class_name", ""))
+    if layout is None:
+        raise ConfigError(
+            f"{folder}: holds a {tree.get('_class_name', 'model without _class_name')!r}, "
+            f"needed {' or '.join(_LAYOUTS)}"
+        )
+    config: ConvVaeConfig = layout.to_config(tree)
+    theirs = _read_weights(folder)
+    if layout is kl_vae:
+        theirs = kl_vae.renamed(theirs)
+    _check_dtypes(theirs, folder)
+    with torch.device("meta"):
+        expected = _weights(ConvVae(config))
+    try:
+        ours = mapping.to_ours(layout.pairs(config), theirs, expected)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    model = ConvVae(config)
+    # The latent statistics keep their own precision.
+    model.load_state_dict(
+        ours | {f"latent_norm.{k}": v for k, v in model.latent_norm.state_dict().items()}, assign=True
+    )
+    model.set_latent_norm(*_statistics(tree, config.latent_channels))
+    return model.eval().requires_grad_(False)
+
+
+def export_autoencoder(model: Autoencoder, directory: str | Path) -> str:
+    """Write an autoencoder so that diffusers loads it.
+
+    Args:
+        model: Autoencoder of an architecture that diffusers has.
+        directory: Folder to make.
+
+    Returns:
+        Name of their class.
+
+    Raises:
+        ConfigError: If diffusers has no such architecture, says what differs; or the folder exists.
+    """
+    if not isinstance(model, ConvVae):
+        raise ConfigError(f"diffusers has no architecture for kind {model.config.kind!r}, only for 'conv_vae'")
+    layout = wan_vae if model.config.temporal_kernel == 3 else kl_vae
+    statistics = model.latent_norm.to_plain()
+    tree = layout.from_config(model.config, statistics["mean"], statistics["std"])
+    theirs = mapping.to_theirs(layout.pairs(model.config), _weights(model))
+    if Path(directory).exists():
+        raise ConfigError(f"{directory}: exists; name a new folder")
+    with storage.atomic_directory(directory) as folder:
+        storage.write_json(folder / "config.json", tree)
+        save_file({name: value.cpu() for name, value in theirs.items()}, folder / _WEIGHTS, {"format": "pt"})
+    return layout.CLASS_NAME
+
+
+def _weights(model: ConvVae) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("latent_norm.")}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: holds no config.json; needed a folder that diffusers saved")
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds no mapping")
+    return tree
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read one file of weights, or the parts that an index lists."""
+    index = folder / f"{_WEIGHTS}.index.json"
+    if (folder / _WEIGHTS).is_file():
+        names = [_WEIGHTS]
+    elif index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        old = next(iter(sorted(folder.glob("*.bin"))), None)
+        hint = f"; {old.name} is a pickle, which is never read: save it with safe_serialization=True" if old else ""
+        raise ConfigError(f"{folder}: holds no {_WEIGHTS}{hint}")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name:
+            raise ConfigError(f"{index}: names {name!r}, which is not a file of this folder")
+        try:
+            tensors |= load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder / name}: cannot be read ({error})") from None
+    return tensors
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    found: dict[torch.dtype, str] = {}
+    for name, value in tensors.items():
+        found.setdefault(value.dtype, name)
+    if len(found) > 1 or not all(dtype.is_floating_point for dtype in found):
+        listed = ", ".join(f"{name}: {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
+        raise ConfigError(f"{folder}: tensors are of several or no floating types ({listed}); needed one")
+
+
+def _statistics(tree: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]:
+    """Read what maps raw latents to the scale that a denoiser sees."""
+    mean, std = tree.get("latents_mean"), tree.get("latents_std")
+    if mean is None or std is None:
+        mean = [tree.get("shift_factor") or 0.0] * channels
+        std = [1.0 / tree.get("scaling_factor", 0.18215)] * channels
+    for name, value in (("latents_mean", mean), ("latents_std", std)):
+        if len(value) != channels:
+            raise ConfigError(f"{name}: got {len(value)} numbers, needed one for each of {channels} latent channels")
+    return torch.tensor(mean), torch.tensor(std)

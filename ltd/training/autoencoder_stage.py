@@ -1,0 +1,349 @@
+"""One step of autoencoder training: reconstruct, compare, judge; and what is measured on held-out clips."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ltd.autoencoders import (
+    Autoencoder,
+    AutoencoderLoss,
+    AutoencoderLossConfig,
+    DiscriminatorConfig,
+    Posterior,
+    build_discriminator,
+)
+from ltd.autoencoders.adversarial import balance, generator_loss, hinge_discriminator_loss
+from ltd.autoencoders.equivariance import (
+    EquivarianceConfig,
+    EquivarianceDraw,
+    Transform,
+    draw_transforms,
+    equivariance_error,
+    transform_latents,
+    transform_video,
+)
+from ltd.config import ConfigError
+from ltd.data import MicroBatch, PackedBatch
+from ltd.encoders.perceptual import build_perceptual
+from ltd.evaluation.artifacts import Artifacts
+from ltd.evaluation.fidelity import Psnr
+from ltd.evaluation.latent_health import CodeUsage, LatentHealth
+from ltd.inference.media import pixels_to_video, video_to_pixels
+from ltd.parallel.interface import Engine
+from ltd.parallel.layout import Layout
+from ltd.rng import DrawRandom
+from ltd.training.optim import OptimConfig
+from ltd.training.run import RunConfig, heldout_batches
+
+logger = logging.getLogger(__name__)
+
+#: Frames smaller than this have no perceptual distance and no artefact diagnostics.
+LEAST_PIXELS = 32
+#: What the equivariance error is measured under: a quarter turn, and three quarters of the size.
+_PROBES = {"turned": Transform(quarter_turns=1), "shrunk": Transform(scale=(0.75, 0.75))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """A discriminator that is trained beside the autoencoder, on an engine of its own.
+
+    Reference: Esser et al. (2020), arXiv 2012.09841, Sec. 3.1 and Eq. 6-7.
+    """
+
+    discriminator: DiscriminatorConfig
+    #: Its optimiser.
+    optim: OptimConfig
+    #: Weight of the autoencoder's adversarial term.
+    weight: float = 0.5
+    #: ``adaptive`` scales the term so that its gradient at the reconstruction is as large as that of the pixel terms.
+    balance: Literal["adaptive", "constant"] = "adaptive"
+    #: Largest adaptive scale.
+    limit: float = 1e4
+    #: Steps before the discriminator is trained, and before the term counts.
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "limit", "start_step"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, needed 0 or more")
+
+
+@dataclass
+class _Made:
+    """What ``terms`` made of a micro-batch, for the discriminator."""
+
+    video: Tensor
+    reconstruction: Tensor
+
+
+class AutoencoderStage:
+    """One step of autoencoder training.
+
+    Args:
+        run: Configuration of the run.
+        loss: Terms that compare a reconstruction with its video.
+        engine: Engine of the autoencoder.
+        layout: This process's position.
+        adversarial: Settings of the discriminator; None without one.
+        equivariance: Settings of the equivariance term; None without one.
+        critic: Engine of the discriminator.
+        frames_per_chunk: Frames that are encoded and decoded at a time; None for whole clips.
+    """
+
+    name = "autoencoder"
+
+    def __init__(
+        self,
+        run: RunConfig,
+        loss: AutoencoderLossConfig,
+        engine: Engine,
+        layout: Layout,
+        *,
+        adversarial: AdversarialConfig | None = None,
+        equivariance: EquivarianceConfig | None = None,
+        critic: Engine | None = None,
+        frames_per_chunk: int | None = None,
+    ) -> None:
+        self.run, self.engine, self.layout, self.critic = run, engine, layout, critic
+        self.adversarial, self.equivariance = adversarial, equivariance
+        assert isinstance(engine.module, Autoencoder)
+        self.model = engine.module
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+        if loss.perceptual_weight > 0:
+            perceptual = build_perceptual().to(layout.device)
+        self.loss = AutoencoderLoss(loss, perceptual)
+        self.frames_per_chunk = frames_per_chunk
+        # The discriminator's own engine must not hear of the autoencoder's pass through it: that goes through a copy.
+        self._judge: nn.Module | None = None
+        if adversarial is not None:
+            with torch.device(layout.device):
+                self._judge = build_discriminator(adversarial.discriminator).requires_grad_(False)
+        self._step = 0
+        self._draw = EquivarianceDraw()
+        self._made: _Made | None = None
+        quantizer: Any = self.model.quantizer
+        self._codebook = quantizer if hasattr(quantizer, "update") else None
+        if self._codebook is not None:
+            self._codebook.reduce_sum, self._codebook.gather_rows = layout.sum_, layout.gather_rows
+
+    def begin(self, step: int) -> None:
+        """Draw what is done to the latents of the step's samples: one transform for all, a function of the step."""
+        self._step = step
+        if self._criticized:
+            assert self.critic is not None and self._judge is not None
+            self.critic.copy_weights(self._judge)
+        if self.equivariance is not None:
+            self._draw = draw_transforms(self.equivariance, self.run.seed, step)
+
+    def end(self, *, applied: bool) -> None:
+        """Move the codebook, if there is one, as the samples of the step say."""
+        self._made = None
+        if self._codebook is not None:
+            if applied:
+                self._codebook.update()
+            else:
+                self._codebook.discard()
+
+    def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Take pixels and weights as they are."""
+        draws = torch.tensor(batch.draws, device=batch.weight.device)
+        return {"pixels": media_pixels(batch), "weight": batch.weight, "draws": draws}
+
+    def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Reconstruct from a posterior sample and compare.
+
+        Args:
+            tensors: ``pixels`` uint8 (b, t, h, w, c), ``draws`` (b,), ``weight`` (b,).
+
+        Returns:
+            Per-sample ``loss`` and its parts, (b,) each.
+        """
+        video = pixels_to_video(tensors["pixels"])
+        video = transform_video(video, self._draw.input, self.model.compression)
+        change = None if self._draw.latents.is_identity else self._draw.latents
+        reconstruction, posterior = self.engine(
+            video,
+            self._noise(video, tensors["draws"]),
+            draws=tensors["draws"],
+            weight=tensors["weight"],
+            change=None if change is None else lambda latents: transform_latents(latents, change),
+            frames_per_chunk=self.frames_per_chunk,
+        )
+        # A tensor of its own: engines hang hooks on what they return, and the balance differentiates up to here.
+        reconstruction = reconstruction.view_as(reconstruction)
+        if change is not None:
+            video = transform_video(video, change, self.model.compression)
+        values = self.loss(reconstruction, video, posterior)
+        total, compared = values.pop("total"), values.pop("pixels")
+        if self._criticized:
+            values |= self._adversarial_terms(reconstruction, compared * tensors["weight"], tensors["weight"])
+            total = total + values["adversarial"] * values["adversarial_weight"]
+            self._made = _Made(video, reconstruction.detach())
+        return {"loss": total, **values}
+
+    def critic_terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Judge real clips and their reconstructions.
+
+        Args:
+            tensors: What ``terms`` was given.
+
+        Returns:
+            Per-sample ``loss``, the same as ``discriminator``, and the mean logits of both, (b,) each; None before the
+            discriminator's first step.
+        """
+        if not self._criticized:
+            return None
+        assert self._made is not None and self.critic is not None
+        made, self._made = self._made, None
+        count = len(made.video)
+        # One call: an engine gathers sharded weights once, and its hooks see one forward pass per backward pass.
+        logits = self.critic(torch.cat([made.video.to(made.reconstruction), made.reconstruction]))
+        real, fake = logits[:count], logits[count:]
+        loss = hinge_discriminator_loss(real, fake)
+        means = {"logits_real": real.detach().float().flatten(1).mean(1)}
+        means |= {"logits_fake": fake.detach().float().flatten(1).mean(1)}
+        return {"loss": loss, "discriminator": loss.detach(), **means}
+
+    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
+        """Count the latent cells of the micro-batch."""
+        b, t, h, w, _ = tensors["pixels"].shape
+        c = self.model.compression
+        return int(b * c.latent_frames(t) * (h // c.h) * (w // c.w))
+
+    @torch.no_grad()
+    def heldout(self) -> dict[str, float]:
+        """Reconstruct every held-out sample from its latent mean.
+
+        Returns:
+            Mean PSNR in dB over clips and over images, artefacts of both, and the state of the latents.
+        """
+        found = _Heldout(self.model)
+        self.model.eval()
+        for batch in heldout_batches(self.run, self.layout):
+            pixels = media_pixels(batch)
+            video = pixels_to_video(pixels.to(self.layout.device))
+            reconstruction, posterior = self.engine(video, None)
+            errors = self._equivariance(video)
+            found.add(batch.kinds[0], batch.weight > 0, pixels, video, reconstruction, posterior, errors)
+        self.model.train()
+        return found.merged(self.layout)
+
+    @property
+    def _criticized(self) -> bool:
+        return self.adversarial is not None and self._step > self.adversarial.start_step
+
+    def _adversarial_terms(self, reconstruction: Tensor, compared: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        assert self.adversarial is not None and self._judge is not None
+        term = generator_loss(self._judge(reconstruction))
+        scale = reconstruction.new_tensor(self.adversarial.weight, dtype=torch.float32)
+        if self.adversarial.balance == "adaptive":
+            other = term * weight.to(term)
+            scale = scale * balance(compared, other, reconstruction, self.layout.mean, self.adversarial.limit)
+        return {"adversarial": term, "adversarial_weight": scale.expand_as(term)}
+
+    def _equivariance(self, video: Tensor) -> dict[str, Tensor]:
+        def encode(clip: Tensor) -> Tensor:
+            return self.model.encode(clip).mean
+
+        c = self.model.compression
+        probes = {name: probe for name, probe in _PROBES.items() if name != "turned" or c.h == c.w}
+        return {name: equivariance_error(encode, video, c, probe) for name, probe in probes.items()}
+
+    def _noise(self, video: Tensor, draws: Tensor) -> Tensor:
+        _, _, t, h, w = video.shape
+        c = self.model.compression
+        shape = (self.model.latent_channels, c.latent_frames(t), h // c.h, w // c.w)
+        return DrawRandom(self.run.seed, draws.tolist()).normal(shape, "posterior").to(video.device)
+
+
+class _Heldout:
+    """Sums over the held-out samples of one process."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        self._scores = {"video": Psnr(), "image": Psnr()}
+        self._artifacts = Artifacts()
+        self._latents = LatentHealth()
+        quantizer = model.quantizer
+        self._codes = None if quantizer is None else CodeUsage(quantizer.num_codes)
+        self._errors: dict[str, list[float]] = {}
+
+    def add(
+        self,
+        kind: str,
+        kept: Tensor,
+        pixels: Tensor,
+        video: Tensor,
+        reconstruction: Tensor,
+        posterior: Posterior,
+        errors: dict[str, Tensor],
+    ) -> None:
+        if not kept.any():
+            return
+        self._scores[kind].update(video_to_pixels(reconstruction).cpu()[kept], pixels[kept])
+        on_device = kept.to(video.device)
+        if min(video.shape[3:]) >= LEAST_PIXELS:
+            self._artifacts.update(reconstruction[on_device].float(), video[on_device])
+        indices = getattr(posterior, "indices", None)
+        if self._codes is not None and indices is not None:
+            self._codes.update(indices[on_device])
+            self._latents.update(posterior.mean[on_device])
+        else:
+            self._latents.update(posterior.mean[on_device], posterior.logvar[on_device])
+        for name, error in errors.items():
+            self._errors.setdefault(name, []).extend(error[on_device].tolist())
+
+    def merged(self, layout: Layout) -> dict[str, float]:
+        """Sum over all processes."""
+        states = layout.gather_objects(self._state())
+        values: dict[str, float] = {}
+        num_seen = 0
+        for kind in self._scores:
+            total = Psnr()
+            for state in states:
+                total.merge(state[kind])
+            if total.num_clips:
+                values[f"heldout/psnr_{kind}_db"] = total.clip_mean
+                num_seen += total.num_clips
+        if not num_seen:
+            return values
+        accumulators: dict[str, Any] = {"artifacts": Artifacts(), "latents": LatentHealth()}
+        if self._codes is not None:
+            accumulators["codes"] = CodeUsage(len(self._codes.counts))
+        for name, total_of in accumulators.items():
+            for state in states:
+                total_of.merge(state[name])
+            values |= {f"{name}/{key}": value for key, value in total_of.values().items()}
+        fired = [str(finding) for finding in accumulators["artifacts"].findings() if finding.fires]
+        logger.info("artefacts: %s", ", ".join(fired) if fired else "none")
+        for name in sorted({name for state in states for name in state["errors"]}):
+            errors = [error for state in states for error in state["errors"].get(name, [])]
+            values[f"latents/equivariance_error_{name}"] = sum(errors) / len(errors)
+        return values
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {kind: score.state() for kind, score in self._scores.items()}
+        state |= {"artifacts": self._artifacts.state(), "latents": self._latents.state(), "errors": self._errors}
+        return state | ({} if self._codes is None else {"codes": self._codes.state()})
+
+
+def media_pixels(batch: MicroBatch) -> Tensor:
+    """Take the pixels of a batch of media.
+
+    Args:
+        batch: What the loader gave.
+
+    Returns:
+        uint8 ``(b, t, h, w, c)``.
+
+    Raises:
+        ConfigError: If the batch holds latents.
+    """
+    if isinstance(batch, PackedBatch) or batch.pixels is None:
+        raise ConfigError("data.shards: holds latents; an autoencoder trains on media shards")
+    return batch.pixels

@@ -1,0 +1,275 @@
+"""The convolutional VAE family: streaming, causality, exact shortcuts, inflation, errors. All weights are redrawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder, conv_vae, inflate
+from ltd.autoencoders.conv_parts import ConditionalNorm, NormConv, SpatialUp, build_norm
+from ltd.config import ConfigError
+from ltd.nn.causal_conv import START, CausalConv3d
+
+TINY = ConvVaeConfig(
+    latent_channels=4, encoder_width=8, decoder_width=8, multipliers=(1, 2, 2), blocks=1, halve_time=(True, True)
+)
+VARIANTS = {
+    "wan 2.1": dataclasses.replace(TINY, odd_sizes="crop"),
+    "wan 2.2": dataclasses.replace(TINY, patch=2, decoder_width=12, shortcuts=True, halve_time=(False, True)),
+    "guided": dataclasses.replace(TINY, conditional_norm=True, narrow_before=False, front="repeat"),
+    "group": dataclasses.replace(TINY, norm="group", num_groups=4, quant_conv=False, attention=False),
+    "image": dataclasses.replace(
+        TINY, temporal_kernel=1, halve_time=(False, False), norm="group", num_groups=4, narrow_before=False
+    ),
+}
+
+
+def redraw(model: nn.Module) -> nn.Module:
+    """Fill every parameter, so that no zero hides a mistake."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            fan_in = value[0].numel() if value.ndim > 1 else 16
+            value.copy_(torch.randn(value.shape, generator=generator) * 1.2 * fan_in**-0.5)
+            if value.ndim == 1:
+                value.add_(0.5)
+    return model
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> ConvVae:
+    model = redraw(build_autoencoder(VARIANTS[name])).to(dtype)
+    assert isinstance(model, ConvVae)
+    return model
+
+
+def clip(model: ConvVae, latent_frames: int = 4) -> Tensor:
+    c = model.compression
+    shape = (2, 3, 1 + (latent_frames - 1) * c.t, 2 * c.h, 3 * c.w)
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(2)) * 2 - 1).to(next(model.parameters()).dtype)
+
+
+def compositions(total: int) -> Iterator[list[int]]:
+    if not total:
+        yield []
+    for head in range(1, total + 1):
+        for tail in compositions(total - head):
+            yield [head, *tail]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_streaming_equals_the_whole_for_every_chunking(name: str, grad: bool) -> None:
+    model, frames = make(name), 4
+    video = clip(model)
+    with torch.set_grad_enabled(grad):
+        posterior = model.encode(video)
+        whole = model.decode(posterior.mean)
+        assert whole.shape == video.shape and whole.std() > 0.1 and posterior.mean.std() > 0.1
+        for parts in compositions(frames):
+            pixels = [1 + (parts[0] - 1) * model.compression.t, *(part * model.compression.t for part in parts[1:])]
+            means = [p.mean for p in model.encode_stream(video.split(pixels, 2))]
+            torch.testing.assert_close(torch.cat(means, 2), posterior.mean, rtol=0, atol=1e-10)
+            decoded = torch.cat(list(model.decode_stream(posterior.mean.split(parts, 2))), 2)
+            torch.testing.assert_close(decoded, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_pieces_and_buffers_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name)
+    video = clip(model)
+    with torch.enable_grad():
+        expected = model.encode(video)
+        decoded = model.decode(expected.mean).detach()
+    calls = 0
+    for pixels in (1, 2 * 8 * 12, 1 << 20):
+        monkeypatch.setattr(conv_vae, "PIECE_PIXELS", pixels)
+        posterior = model.encode(video)
+        for got, wanted in ((posterior.mean, expected.mean), (posterior.logvar, expected.logvar)):
+            torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(model.decode(expected.mean), decoded, rtol=0, atol=1e-10)
+        # and of a stream, whose chunks are cut again
+        frames = list(model.decode_stream(expected.mean.split([1, 3], 2)))
+        torch.testing.assert_close(torch.cat(frames, 2), decoded, rtol=0, atol=1e-10)
+        calls += 1
+    assert calls == 3
+
+
+def test_small_pieces_go_depth_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_vae, "PIECE_PIXELS", 1)
+    model = make("wan 2.1", torch.float32)
+    sizes = []
+    model.decoder.out.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[2]))
+    with torch.no_grad():
+        model.decode(torch.randn(1, 4, 3, 2, 2))
+    assert sizes == [1] * 9
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_no_output_sees_a_later_frame(name: str) -> None:
+    model = make(name, torch.float32)
+    video = clip(model)
+    latents = model.encode(video).mean
+    frames = model.decode(latents)
+    for k in range(video.shape[2]):
+        changed = video.clone()
+        changed[:, :, k:] += 1
+        same = -(-k // model.compression.t)
+        assert torch.equal(model.encode(changed).mean[:, :, :same], latents[:, :, :same])
+    for k in range(latents.shape[2]):
+        moved = latents.clone()
+        moved[:, :, k:] += 1
+        same = model.compression.video_frames(k) if k else 0
+        assert torch.equal(model.decode(moved)[:, :, :same], frames[:, :, :same])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    model = make(name)
+    video, posterior = model(clip(model), None)
+    (video.square().mean() + posterior.kl().mean()).backward()
+    for parameter, value in model.named_parameters():
+        assert value.grad is not None and value.grad.abs().sum() > 0, parameter
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_enlarging_equals_nearest_neighbours_and_a_convolution(grad: bool) -> None:
+    up = redraw(SpatialUp(6, 5)).double()
+    x = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64)
+    frames = x.transpose(1, 2).flatten(0, 1)
+    expected = up.conv(F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+    with torch.set_grad_enabled(grad):
+        got = up(x).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    if grad:
+        inputs = [up.conv.weight, up.conv.bias]
+        wanted = torch.autograd.grad(expected.square().sum(), inputs)
+        for ours, theirs in zip(torch.autograd.grad(got.square().sum(), inputs), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("front", ["zeros", "repeat"])
+@torch.no_grad()
+def test_a_norm_that_writes_into_the_buffer_changes_nothing(front: str) -> None:
+    part = redraw(NormConv(build_norm("rms", 6, 1), CausalConv3d(6, 4, front=front))).double()  # type: ignore[arg-type]
+    x = torch.randn(2, 6, 5, 4, 3, dtype=torch.float64)
+    with torch.enable_grad():
+        whole, _ = part(x, None, None)
+    state, outputs = START, []
+    for chunk in (x[:, :, :1], x[:, :, 1:3], x[:, :, 3:]):
+        y, state = part(chunk, state, None)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 2), whole.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part(x, None, None)[0], whole.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_conditional_norm_starts_as_the_norm_and_reads_the_latent_of_its_pixel() -> None:
+    norm = build_norm("group", 8, 4)
+    conditional = ConditionalNorm(norm, 8, 3)
+    x, guide = torch.randn(2, 8, 3, 4, 6), torch.randn(2, 3, 3, 2, 3)
+    torch.testing.assert_close(conditional(x, guide), norm(x))
+    redraw(conditional)
+    scale, shift = conditional.modulation(guide).repeat_interleave(2, 3).repeat_interleave(2, 4).chunk(2, 1)
+    torch.testing.assert_close(conditional(x, guide), norm(x) * scale + shift)
+    constant = guide[..., :1, :1].expand_as(guide)
+    affine = conditional(x, constant)
+    scale, shift = conditional.modulation(constant[..., :1, :1]).chunk(2, 1)
+    torch.testing.assert_close(affine, norm(x) * scale + shift)
+
+
+def test_rms_norm_is_unit_length_times_the_root_of_the_channels() -> None:
+    norm = redraw(build_norm("rms", 8, 1))
+    x = torch.randn(2, 8, 3, 4, 4)
+    x[0, :, 0, 0, 0] = 0
+    expected = F.normalize(x, dim=1) * 8**0.5 * norm.weight[:, None, None, None]  # type: ignore[index]
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_group_norm_keeps_to_the_frame() -> None:
+    norm = build_norm("group", 8, 4)
+    x = torch.randn(2, 8, 3, 4, 4)
+    for frame in range(3):
+        torch.testing.assert_close(
+            norm(x)[:, :, frame], F.group_norm(x[:, :, frame], 4, eps=1e-6), rtol=1e-5, atol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_inflation_starts_as_the_image_vae() -> None:
+    image = make("image")
+    image.set_latent_norm(torch.arange(4.0), torch.full((4,), 2.0))
+    video = clip(make("wan 2.1"))  # 13 frames
+    per_frame = image.encode(video)
+    frames = image.decode(per_frame.mean)
+    same = inflate(image, halve_time=(False, False))
+    torch.testing.assert_close(same.encode(video).mean, per_frame.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(same.encode(video).logvar, per_frame.logvar, rtol=0, atol=1e-12)
+    torch.testing.assert_close(same.decode(per_frame.mean), frames, rtol=0, atol=1e-12)
+    short = inflate(image, halve_time=(True, True))
+    assert short.compression.t == 4
+    torch.testing.assert_close(short.encode(video).mean, per_frame.mean[:, :, ::4], rtol=0, atol=1e-12)
+    decoded = short.decode(per_frame.mean[:, :, ::4])
+    shown = torch.cat([frames[:, :, :1], frames[:, :, 4::4].repeat_interleave(4, 2)], 2)
+    torch.testing.assert_close(decoded, shown, rtol=0, atol=1e-12)
+    assert torch.equal(short.latent_norm.mean, image.latent_norm.mean)
+    drawn = inflate(image, halve_time=(True, True), tail=False)
+    assert not torch.allclose(drawn.encode(video).mean, short.encode(video).mean)
+    with pytest.raises(ConfigError, match="temporal_kernel: got 3"):
+        inflate(short, halve_time=(True, True))
+
+
+def test_clamps_in_evaluation_only() -> None:
+    model = redraw(build_autoencoder(dataclasses.replace(TINY, clamp=True)))
+    latents = torch.randn(1, 4, 2, 2, 2) * 5
+    assert model.train().decode(latents).abs().max() > 1
+    assert model.eval().decode(latents).abs().max() == 1
+
+
+@torch.no_grad()
+def test_cropping_gives_the_last_rows_no_cell() -> None:
+    model = make("wan 2.1")
+    video = torch.randn(1, 3, 5, 11, 14, dtype=torch.float64)
+    assert model.encode(video).mean.shape == (1, 4, 2, 2, 3)
+    with pytest.raises(ValueError, match=r"needed 4 or more"):
+        model.encode(video[..., :3])
+    with pytest.raises(ValueError, match="nearest: 8 and 16"):
+        make("wan 2.2").encode(video.new_zeros(1, 3, 3, 12, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_channels": 0}, "latent_channels: got 0"),
+        ({"multipliers": ()}, "multipliers: got"),
+        ({"halve_time": (True,)}, "halve_time: got 1 entries, needed 2"),
+        ({"blocks": 0}, "blocks: got 0"),
+        ({"temporal_kernel": 1}, "halve_time: an image VAE"),
+        ({"norm": "group", "num_groups": 3}, "num_groups: got 3"),
+        ({"odd_sizes": "crop", "patch": 2}, "odd_sizes: crop needs patch 1"),
+        ({"decoder_width": 7, "multipliers": (1, 1, 1)}, "narrow_before: halves the decoder's widths"),
+        ({"shortcuts": True, "multipliers": (1, 9, 9)}, r"multipliers\[1\]: 72 channels do not divide"),
+        ({"shortcuts": True, "encoder_width": 72, "decoder_width": 1, "multipliers": (1, 1, 9)}, r"multipliers\["),
+    ],
+)
+def test_refuses(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
+
+
+def test_wrong_sizes_name_the_nearest() -> None:
+    model = make("wan 2.2", torch.float32)
+    with pytest.raises(ValueError, match=r"1 \+ k \* 2 .*got 4; the nearest are 3 and 5"):
+        model.encode(torch.zeros(1, 3, 4, 16, 16))
+    with pytest.raises(ValueError, match=r"model.in_channels"):
+        model.encode(torch.zeros(1, 4, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"model.latent_channels"):
+        model.decode(torch.zeros(1, 5, 3, 2, 2))
+    with pytest.raises(ValueError, match="a later chunk needs a multiple of 2"):
+        list(model.encode_stream([torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 3, 16, 16)]))
