@@ -19,6 +19,7 @@ from ltd.data.write import write_bytes, write_image, write_video
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
 from ltd.inference.generate import Generator, Request, batches, load_generator, read_run_parts
 from ltd.inference.media import tile
+from ltd.inference.tiling import TilingConfig
 from ltd.progress import Progress
 from ltd.shapes import VideoShape
 
@@ -40,6 +41,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", default="ema", help="ema, raw, or the name of one average")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the denoiser")
     parser.add_argument("--autoencoder", help="where the autoencoder is, if not where the run's config says")
+    parser.add_argument("--tile", help="HEIGHTxWIDTH in pixels: decode in tiles of this size, chunk by chunk in time")
+    parser.add_argument("--tile-overlap", type=int, default=64, help="pixels that neighbouring tiles share")
     parser.add_argument("--fps", type=float, help="frames per second of the videos; the view's, or 24")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -95,6 +98,7 @@ def main(arguments: list[str]) -> int:
             shift=read_run_parts(args.run).shift if args.shift is None else ShiftConfig(factor=args.shift),
             guidance=GuidanceConfig(scale=args.guidance),
         )
+        tiling = read_tiling(args)
         generator: Generator | None = None
         with Progress(len(requests), "sample", unit="samples", done=0) as progress:
             for batch in batches(requests, args.batch_size):
@@ -107,6 +111,7 @@ def main(arguments: list[str]) -> int:
                         autoencoder=args.autoencoder,
                         precision=args.precision,
                         device=args.device,
+                        tiling=tiling,
                     )
                     try:
                         clips = generator.generate(batch, seed=args.seed)
@@ -116,6 +121,16 @@ def main(arguments: list[str]) -> int:
                 progress.update(len(batch))
         write_image(args.out / "grid.png", tile(list(journal.stills())))
     return 0
+
+
+def read_tiling(args: argparse.Namespace) -> TilingConfig | None:
+    """Read the tiles that frames are decoded in; None where they are decoded whole."""
+    if args.tile is None:
+        return None
+    height, by, width = args.tile.partition("x")
+    if not (by and height.isdigit() and width.isdigit()):
+        raise ConfigError(f"--tile: got {args.tile!r}, needed HEIGHTxWIDTH in pixels, such as 512x512")
+    return TilingConfig(tile=(int(height), int(width)), overlap=args.tile_overlap)
 
 
 def identify(run: str) -> str:

@@ -36,7 +36,7 @@ from ltd.shapes import Compression
 
 #: Pixels (over frames and batch) that a level works on at once without gradients: enough to keep all threads busy, few
 #: enough that what lies between two layers stays small.
-PIECE_PIXELS = 1 << 18
+PIECE_PIXELS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)

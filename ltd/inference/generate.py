@@ -20,6 +20,7 @@ from ltd.denoisers import Conditioning
 from ltd.diffusion import SamplerConfig, ShiftConfig, sample
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
 from ltd.inference.media import video_to_pixels
+from ltd.inference.tiling import TilingConfig, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape
 
@@ -104,6 +105,7 @@ class Generator:
         text: Embeds prompts.
         sampler: Solver, steps, guidance.
         negative: Prompt that guidance leads away from; "" is what dropped captions were trained with.
+        tiling: Tiles that frames are decoded in, chunk by chunk in time; None decodes whole.
 
     Raises:
         ConfigError: If the three do not fit together.
@@ -117,6 +119,7 @@ class Generator:
         *,
         sampler: SamplerConfig,
         negative: str = "",
+        tiling: TilingConfig | None = None,
     ) -> None:
         if denoiser.config.latent_channels != autoencoder.latent_channels:
             raise ConfigError(
@@ -126,7 +129,7 @@ class Generator:
         if denoiser.config.text_dim not in (None, text.dim):
             raise ConfigError(f"text: makes {text.dim} features, the denoiser takes {denoiser.config.text_dim}")
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
-        self.sampler, self.negative = sampler, negative
+        self.sampler, self.negative, self.tiling = sampler, negative, tiling
         self.device = next(denoiser.parameters()).device
 
     @torch.no_grad()
@@ -162,8 +165,16 @@ class Generator:
             stack=denoisers.stack,
             progress=progress,
         )
-        video = self.autoencoder.decode(self.autoencoder.denormalize(latents))
-        return video_to_pixels(video).cpu()
+        return video_to_pixels(self._decode(self.autoencoder.denormalize(latents))).cpu()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.tiling is None:
+            return self.autoencoder.decode(latents)
+        tiled = tiled_decode(self.autoencoder, latents, self.tiling)
+        if tiled.num_tiles > 1:
+            kind = "exact" if tiled.exact else "blended"
+            logger.info("decoded in %d tiles, %s; seams: %s", tiled.num_tiles, kind, tiled.seams)
+        return tiled.output
 
     def _condition(self, prompts: list[str]) -> Conditioning:
         text, mask = self.text.encode(prompts)
@@ -179,6 +190,7 @@ def load_generator(
     autoencoder: str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
+    tiling: TilingConfig | None = None,
 ) -> Generator:
     """Load everything that sampling from a run needs.
 
@@ -190,6 +202,7 @@ def load_generator(
         autoencoder: Where the autoencoder is now; what the run's configuration says by default.
         precision: Of the denoiser; the sampler's state, the text encoder and the autoencoder stay in fp32.
         device: Where to compute.
+        tiling: Tiles that frames are decoded in; None decodes whole.
 
     Returns:
         The generator.
@@ -210,7 +223,12 @@ def load_generator(
                 f"with {value}; give the autoencoder it was trained with"
             )
     return Generator(
-        denoiser, decoder, build_text_encoder(parts.text, device=device), sampler=sampler, negative=negative
+        denoiser,
+        decoder,
+        build_text_encoder(parts.text, device=device),
+        sampler=sampler,
+        negative=negative,
+        tiling=tiling,
     )
 
 

@@ -143,6 +143,28 @@ def test_sample_is_what_the_parts_give_by_hand(pipeline: Path) -> None:
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
+def test_frames_are_decoded_in_tiles(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--shapes", "5x64x96", "--per-prompt", "1"]
+    run_sample(pipeline, tmp_path / "whole", *shape)
+    run_sample(pipeline, tmp_path / "one", *shape, "--tile", "128x128")
+    run_sample(pipeline, tmp_path / "tiled", *shape, "--tile", "64x64", "--tile-overlap", "48")
+    clips = [
+        np.asarray(decode_clip((tmp_path / name / "0000.mp4").read_bytes(), start=0, num_frames=5), dtype=int)
+        for name in ("whole", "one", "tiled")
+    ]
+    assert clips[0].shape == (5, 64, 96, 3) and clips[0].std() > 1
+    assert np.abs(clips[1] - clips[0]).max() <= 2  # one tile, in chunks of time
+    assert 0 < np.abs(clips[2] - clips[0]).mean() < 4
+    for arguments, message in (
+        (["--tile", "32"], "--tile: got '32', needed HEIGHTxWIDTH"),
+        (["--tile", "32x48", "--tile-overlap", "48"], "tile: got (32, 48), needed more than overlap (48)"),
+        (["--tile", "64x64", "--tile-overlap", "30"], "overlap: got 30"),
+    ):
+        with pytest.raises(SystemExit):
+            run_sample(pipeline, tmp_path / "no", *shape, *arguments)
+        assert message in capsys.readouterr().err
+
+
 def test_batches_keep_order_and_split_by_shape() -> None:
     shapes = [VideoShape(9, 32, 32)] * 3 + [VideoShape(1, 32, 32)] * 2
     requests = [Request(prompt=str(i), repetition=0, shape=shape, fps=8.0) for i, shape in enumerate(shapes)]

@@ -63,10 +63,13 @@ def build(name: str, seed: int = 0) -> nn.Module:
         model = kind(**settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in model.parameters():
-            fan_in = value[0].numel() if value.ndim > 1 else 1
+        for parameter, value in model.named_parameters():
             drawn = torch.randn(value.shape, generator=generator)
-            value.copy_(drawn * 1.3 * fan_in**-0.5 if fan_in > 1 else 1 + 0.3 * drawn)
+            if parameter.endswith("bias"):
+                value.copy_(0.2 * drawn)
+            else:
+                fan_in = value[0].numel()
+                value.copy_(drawn * 1.3 * fan_in**-0.5 if fan_in > 1 else 1 + 0.3 * drawn)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from tools.proofs import streaming
 def test_every_limit_holds_for_the_narrow_models() -> None:
     narrow = {name: arch for name, arch in streaming.architectures().items() if name != "quickstart"}
     proof = streaming.measure(lambda: narrow)
-    assert len(proof.rows) == 4 and not proof.misses
+    assert len(proof.rows) == 10 and not proof.misses
 
 
 def test_a_model_that_looks_ahead_is_found() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltd import config
-from ltd.autoencoders import CausalVae, CausalVaeConfig, build_autoencoder
+from ltd.autoencoders import Autoencoder, AutoencoderConfig, CausalVaeConfig, ConvVaeConfig, build_autoencoder
 from ltd.rng import generator
 from ltd.training.autoencoder import AutoencoderRun
 from tools.proofs.table import Proof
@@ -22,8 +22,8 @@ LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 FRAMES = 17
 
 
-def architectures() -> dict[str, CausalVaeConfig]:
-    """List what is measured: the defaults at a small width, and the quickstart's own model."""
+def architectures() -> dict[str, AutoencoderConfig]:
+    """List what is measured: the defaults and the released designs at a small width, and the quickstart's own model."""
     run = config.load(AutoencoderRun, ROOT / "configs" / "autoencoder" / "quickstart.yaml")
     blocks = (1, 1, 1)
     default = CausalVaeConfig(channels=(16, 32, 64), encoder_blocks=blocks, decoder_blocks=blocks, linear_path=True)
@@ -31,10 +31,15 @@ def architectures() -> dict[str, CausalVaeConfig]:
         "default 4x8x8, narrow, with linear path": default,
         "default without linear path, zero padding": dataclasses.replace(default, linear_path=False, padding="zeros"),
         "quickstart": run.model,
+        "Wan 2.1 design, narrow": ConvVaeConfig(encoder_width=8, decoder_width=8, blocks=1),
+        "Wan 2.2 design, narrow": ConvVaeConfig(encoder_width=8, decoder_width=8, blocks=1, patch=2, shortcuts=True),
+        "conditional norms in the decoder": ConvVaeConfig(
+            encoder_width=8, decoder_width=8, blocks=1, conditional_norm=True, front="repeat"
+        ),
     }
 
 
-def redrawn(architecture: CausalVaeConfig, dtype: torch.dtype) -> CausalVae:
+def redrawn(architecture: AutoencoderConfig, dtype: torch.dtype) -> Autoencoder:
     """Build a model whose every weight is redrawn, so that no zero-initialised branch hides an error."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -62,7 +67,7 @@ def _pieces(x: Tensor, first: int, following: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def chunk_differences(model: CausalVae, video: Tensor) -> dict[str, float]:
+def chunk_differences(model: Autoencoder, video: Tensor) -> dict[str, float]:
     """Encode and decode in chunks of every size and compare with the whole clip.
 
     Args:
@@ -88,7 +93,7 @@ def chunk_differences(model: CausalVae, video: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def causality_violations(model: CausalVae, video: Tensor) -> tuple[int, int]:
+def causality_violations(model: Autoencoder, video: Tensor) -> tuple[int, int]:
     """Perturb each frame and each latent frame in turn.
 
     Args:
@@ -121,7 +126,7 @@ def causality_violations(model: CausalVae, video: Tensor) -> tuple[int, int]:
     return changed, unmoved
 
 
-def measure(architectures_of: Callable[[], dict[str, CausalVaeConfig]] = architectures) -> Proof:
+def measure(architectures_of: Callable[[], dict[str, AutoencoderConfig]] = architectures) -> Proof:
     """Measure every architecture in fp32 and fp64."""
     rows, misses = [], []
     for name, architecture in architectures_of().items():
