@@ -141,9 +141,11 @@ class Autoencoder(nn.Module):
         Yields:
             Posterior over each chunk's latents.
         """
-        state: State = START
+        states: list[State] = [START]
         for chunk in chunks:
-            posterior, state = self.encode_chunk(chunk, state)
+            posterior, state = self.encode_chunk(chunk, states.pop())  # nobody else holds the state that is used up
+            states.append(state)
+            del state
             yield posterior
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -155,9 +157,11 @@ class Autoencoder(nn.Module):
         Yields:
             ``(b, c, t', h, w)`` frames of each chunk.
         """
-        state: State = START
+        states: list[State] = [START]
         for chunk in chunks:
-            video, state = self.decode_chunk(chunk, state)
+            video, state = self.decode_chunk(chunk, states.pop())  # nobody else holds the state that is used up
+            states.append(state)
+            del state
             yield video
 
     def normalize(self, latents: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class NormConv(nn.Module):
         b, c, t, h, w = normed.shape
         buffer = normed.new_empty(b, count + t, h, w, c).permute(0, 4, 1, 2, 3)
         torch.ops.aten.silu.out(normed, out=buffer[:, :, count:])
+        del normed
         return self.conv.convolve_behind_front(buffer, state)
 
 

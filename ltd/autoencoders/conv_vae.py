@@ -7,12 +7,11 @@ weights to and from diffusers. Knows nothing of losses, data sets or devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ltd.autoencoders.autoencoder import Autoencoder
@@ -30,13 +29,10 @@ from ltd.autoencoders.conv_parts import (
     TemporalDown,
     TemporalUp,
 )
+from ltd.autoencoders.descent import Stage, descend, join_states, split_state
 from ltd.config import ConfigError
-from ltd.nn.causal_conv import START, Factors, State, is_first
+from ltd.nn.causal_conv import Factors, State, is_first
 from ltd.shapes import Compression
-
-#: Pixels (over frames and batch) that a level works on at once without gradients: enough to keep all threads busy, few
-#: enough that what lies between two layers stays small.
-PIECE_PIXELS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +165,22 @@ class ConvVae(Autoencoder):
         self.decoder = _Decoder(config)
 
     def _moments(self, video: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
-        moments, state = self.encoder(video, state)
+        states = split_state(state, self.encoder.num_stages)
+        del state  # whoever streams holds none of the old state while the new one is made
+        moments = self.encoder(video, states)
         if self.quantizer is not None:
-            return moments, None, state
+            return moments, None, join_states(states)
         mean, logvar = moments.chunk(2, dim=1)
-        return mean, logvar, state
+        return mean, logvar, join_states(states)
 
     def decode_chunk(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
         """Decode one chunk of a stream; see ``Autoencoder.decode_chunk``."""
         self._check_latents(latents)
-        video, state = self.decoder(self._enter(latents), state)
-        return video.clamp(-1, 1) if self.config.clamp and not self.training else video, state
+        states = split_state(state, self.decoder.num_stages)
+        del state
+        video = self.decoder(self._enter(latents), states)
+        video = video.clamp(-1, 1) if self.config.clamp and not self.training else video
+        return video, join_states(states)
 
 
 class _Encoder(nn.Module):
@@ -200,17 +201,20 @@ class _Encoder(nn.Module):
         self.middle = _Middle(config, widths[-1])
         self.out = NormConv(settings.norm(widths[-1]), settings.conv(widths[-1], moments))
         self.quant_conv = settings.pointwise(moments, moments) if config.quant_conv else None
-        ahead = [2 ** sum(config.halve_time[level:]) for level in range(len(widths))]
-        self._units = [ahead[0], *ahead, 1, 1]
+        # Frames that belong together because the levels from here on halve their number.
+        units = [2 ** sum(config.halve_time[level:]) for level in range(len(widths))]
+        self._units = [units[0]]
+        for made, unit in zip(self.levels, units, strict=True):
+            self._units += [unit] * len(_stages([made]))
+        self._units += [1, 1]
+        self.num_stages = len(self._units)
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        stages: list[_Stage] = [
-            lambda x, state, guide: self.conv_in(self.fold(x, state)[0], state),
-            *self.levels,
-            self.middle,
-            self._finish,
-        ]
-        return _descend(stages, self._units, x, state, None)
+    def forward(self, x: Tensor, states: list[State]) -> Tensor:
+        stages: list[Stage] = [self._begin, *_stages(self.levels), self.middle, self._finish]
+        return descend(stages, self._units, x, states)
+
+    def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        return self.conv_in(self.fold(x, state)[0], state)
 
     def _finish(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         x, state = self.out(x, state, None)
@@ -239,9 +243,11 @@ class _Decoder(nn.Module):
         self.out = NormConv(settings.norm(width, guide), settings.conv(width, config.in_channels * config.patch**2))
         self.unfold = Unfold((1, config.patch, config.patch))
 
-    def forward(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
-        stages: list[_Stage] = [self._begin, self.middle, *self.levels, self._finish]
-        return _descend(stages, [1] * len(stages), latents, state, latents if self.guided else None)
+        self.num_stages = 3 + len(_stages(self.levels))
+
+    def forward(self, latents: Tensor, states: list[State]) -> Tensor:
+        stages: list[Stage] = [self._begin, self.middle, *_stages(self.levels), self._finish]
+        return descend(stages, [1] * len(stages), latents, states, latents if self.guided else None)
 
     def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         return self.conv_in(x if self.post_quant_conv is None else self.post_quant_conv(x)[0], state)
@@ -261,12 +267,12 @@ class _Middle(nn.Module):
         self.attention = FrameAttention(width, settings.norm(width)) if config.attention else None
 
     def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
-        first, second = _parts(state, 2)
+        first, second = split_state(state, 2)
         x, first = self.blocks[0](x, first, guide)
         if self.attention is not None:
             x, _ = self.attention(x, None, guide)
         x, second = self.blocks[1](x, second, guide)
-        return x, _gather(state, first, second)
+        return x, _join(state, [first, second])
 
 
 class _DownLevel(nn.Module):
@@ -281,17 +287,22 @@ class _DownLevel(nn.Module):
         self.time = TemporalDown(out_channels) if factors is not None and factors[0] == 2 else None
         self.around = AverageDown(channels, out_channels, factors or (1, 1, 1)) if config.shortcuts else None
 
+    def stages(self) -> list[Stage]:
+        """List what can be run piece by piece: each part, or all with the path around them."""
+        return [self] if self.around is not None else [*self.blocks, self.resample]
+
     def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
-        entered, parts = x, _parts(state, len(self.blocks) + 1)
-        after: list[State] = []
-        for block, part in zip(self.blocks, parts, strict=False):
-            x, part = block(x, part, guide)
-            after.append(part)
-        x = x if self.space is None else self.space(x)
-        x, part = (x, parts[-1]) if self.time is None else self.time(x, parts[-1])
+        entered, states = x, split_state(state, len(self.blocks) + 1)
+        for index, part in enumerate((*self.blocks, self.resample)):
+            x, states[index] = part(x, states[index], guide)
         if self.around is not None:
             x = x + self.around(entered, first=is_first(state))
-        return x, _gather(state, *after, part)
+        return x, _join(state, states)
+
+    def resample(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        """Reduce space, then time."""
+        x = x if self.space is None else self.space(x)
+        return self.time(x, state) if self.time is not None else (x, _started(state))
 
 
 class _UpLevel(nn.Module):
@@ -311,98 +322,36 @@ class _UpLevel(nn.Module):
         self.space = None if factors is None else SpatialUp(out_channels, self.out_channels)
         self.around = RepeatUp(channels, out_channels, factors) if config.shortcuts and factors is not None else None
 
+    def stages(self) -> list[Stage]:
+        """List what can be run piece by piece: each part, or all with the path around them."""
+        return [self] if self.around is not None else [*self.blocks, self.resample]
+
     def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
-        entered, parts = x, _parts(state, len(self.blocks) + 1)
-        after: list[State] = []
-        for block, part in zip(self.blocks, parts, strict=False):
-            x, part = block(x, part, guide)
-            after.append(part)
-        x, part = (x, parts[-1]) if self.time is None else self.time(x, parts[-1])
-        x = x if self.space is None else self.space(x)
+        entered, states = x, split_state(state, len(self.blocks) + 1)
+        for index, part in enumerate((*self.blocks, self.resample)):
+            x, states[index] = part(x, states[index], guide)
         if self.around is not None:
             x = x + self.around(entered, first=is_first(state))
-        return x, _gather(state, *after, part)
+        return x, _join(state, states)
 
-
-_Stage = Callable[[Tensor, State, "Tensor | None"], "tuple[Tensor, State]"]
-
-
-@dataclass
-class _Descent:
-    """A chunk on its way through stages; without gradients a large one goes on in pieces, depth first."""
-
-    stages: list[_Stage]
-    #: Frames of a stage's input that belong together, because what follows halves their number.
-    units: list[int]
-    states: list[State]
-
-    def whole(self, x: Tensor, guide: Tensor | None) -> Tensor:
-        """Run the stages one after another."""
-        for index, stage in enumerate(self.stages):
-            first = is_first(self.states[index])
-            x, self.states[index] = stage(x, self.states[index], guide)
-            guide = _follow(guide, x, first=first)
-        return x
-
-    def pieces(self, index: int, x: Tensor, guide: Tensor | None) -> Iterator[Tensor]:
-        """Run the stages from ``index`` on, yielding the last one's output as it comes."""
-        if index == len(self.stages):
-            yield x
-            return
-        cuts = _cut(x, self.units[index], first=is_first(self.states[index]))
-        if self.states[index] is None and len(cuts) > 1:
-            self.states[index:] = [START] * (len(self.stages) - index)
-        for start, stop in cuts:
-            follow = None if guide is None else guide[:, :, start:stop]
-            first = is_first(self.states[index])
-            y, self.states[index] = self.stages[index](x[:, :, start:stop], self.states[index], follow)
-            yield from self.pieces(index + 1, y, _follow(follow, y, first=first))
-
-
-def _descend(
-    stages: list[_Stage], units: list[int], x: Tensor, state: State, guide: Tensor | None
-) -> tuple[Tensor, State]:
-    descent = _Descent(stages, units, _parts(state, len(stages)))
-    if torch.is_grad_enabled():
-        out = descent.whole(x, guide)
-    else:
-        pieces = list(descent.pieces(0, x, guide))
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-    return out, _gather(state, *descent.states)
-
-
-def _cut(x: Tensor, unit: int, *, first: bool) -> list[tuple[int, int]]:
-    """Cut a chunk into pieces of about ``PIECE_PIXELS``, whole units each; the clip's first frame stands for a unit."""
-    b, _, t, h, w = x.shape
-    size = max(1, PIECE_PIXELS // (b * h * w * unit)) * unit
-    head = size + 1 - unit if first else size
-    if t <= head:
-        return [(0, t)]
-    starts = [0, *range(head, t, size)]
-    return list(zip(starts, [*starts[1:], t], strict=True))
-
-
-def _follow(guide: Tensor | None, x: Tensor, *, first: bool) -> Tensor | None:
-    """Repeat the guide to the frames of x, whose number a stage may have doubled behind the first."""
-    if guide is None or guide.shape[2] == x.shape[2]:
-        return guide
-    return guide.repeat_interleave(2, dim=2)[:, :, int(first) :]
+    def resample(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        """Enlarge time, then space."""
+        x, state = self.time(x, state) if self.time is not None else (x, _started(state))
+        return (x if self.space is None else self.space(x)), state
 
 
 def _settings(config: ConvVaeConfig) -> PartSettings:
     return PartSettings(config.norm, config.num_groups, config.temporal_kernel, config.front)
 
 
-def _parts(state: State, count: int) -> list[State]:
-    """Split a state into those of ``count`` parts."""
-    if state is None:
-        return [None] * count
-    if is_first(state):
-        return [START] * count
-    if not isinstance(state, tuple) or len(state) != count:
-        raise TypeError("expected the state that the previous chunk returned")
-    return list(state)
+def _stages(levels: Iterable[nn.Module]) -> list[Stage]:
+    return [stage for level in levels if isinstance(level, _DownLevel | _UpLevel) for stage in level.stages()]
 
 
-def _gather(before: State, *after: State) -> State:
-    return None if before is None else after
+def _join(before: State, after: list[State]) -> State:
+    return None if before is None else tuple(after)
+
+
+def _started(state: State) -> State:
+    """Give the state of a part that keeps no frames: all it has to know is that the clip has begun."""
+    return None if state is None else (None,)

@@ -146,7 +146,7 @@ def measure() -> Proof:
         f"{SEEDS} draws of all weights each, fp32. Encode and decode: largest difference to diffusers over the output's"
         f" standard deviation, limit {LIMIT:g}; rounding: how far diffusers itself is from its own decoding in fp64. "
         "Same file, same frames: the exported file holds the same bits under the same names, and diffusers loads it "
-        "and decodes the same bits. Inflated: latents of a clip against the image VAE's of each fourth frame, untrained."
+        "and decodes the same bits. Inflated: latents of a clip against the image VAE's of each fourth frame."
     )
     return Proof("diffusers' autoencoders, loaded and written back", columns, rows, misses, notes)
 
