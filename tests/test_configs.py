@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ltd import config
+from ltd.autoencoders import build_autoencoder
 from ltd.inference.cache import CacheConfig
 from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.denoiser import DenoiserRun
@@ -48,3 +50,21 @@ def test_typo_in_a_real_schema_gets_the_right_hint(name: str, override: str, hin
         config.load(AutoencoderRun | DenoiserRun, ROOT / "configs" / "debug" / f"{name}.yaml", [override])
     assert hint in str(error.value)
     assert str(error.value).startswith(override.split("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "compression"),
+    [
+        ("causal_4x8x8", (4, 8, 8)),
+        ("high_compression_8x16x16", (8, 16, 16)),
+        ("wavelet_4x8x8", (4, 8, 8)),
+        ("inflated_sd", (4, 8, 8)),
+    ],
+)
+def test_autoencoder_designs_build_at_their_compression(name: str, compression: tuple[int, int, int]) -> None:
+    run = config.load(AutoencoderRun, ROOT / "configs" / "autoencoder" / f"{name}.yaml")
+    with torch.device("meta"):
+        model = build_autoencoder(run.model)
+    assert (model.compression.t, model.compression.h, model.compression.w) == compression
+    assert run.adversarial is not None
+    assert run.adversarial.discriminator.least_size <= 256
