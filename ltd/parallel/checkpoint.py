@@ -152,7 +152,7 @@ class _SharedReader(Reader):
         problem = None
         try:
             action()
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             problem = str(error)
         problems = [problem]
         if self._layout is not None and self._layout.any(problem is not None):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import dataclasses
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -278,9 +280,10 @@ class Saver:
         found = [text for text in self._layout.gather_objects(failure) if text is not None]
         if self._layout.is_main:
             storage.abort_directory(path)
+        full = any(os.strerror(number) in text for text in found for number in (errno.ENOSPC, errno.EDQUOT))
         raise StorageWriteError(
-            f"checkpoint {path} was not written, older ones are whole; free some space and run the same command to "
-            f"resume: {'; '.join(found)}"
+            f"checkpoint {path} was not written, older ones are whole; {'free some space and ' if full else ''}run the "
+            f"same command to resume: {'; '.join(found)}"
         )
 
 

@@ -130,6 +130,8 @@ def test_rewind_takes_the_steps_again_without_the_sample(
     assert "step 4" in records[0]["message"]
     excluded = storage.read_manifest(storage.checkpoint_path(rewound, 10))["guards"]["excluded"]
     assert [name.partition(":")[2] for name in excluded] == [bad]
+    # The medians know each step once: what was gone back from is forgotten.
+    assert len(storage.read_manifest(storage.checkpoint_path(rewound, 10))["guards"]["losses"]) == 10
     with monkeypatch.context() as patch:
         original = Guards.__init__
 

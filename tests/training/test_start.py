@@ -182,3 +182,19 @@ def test_two_rewinds_in_one_interval_are_both_recorded(
     assert run(shards, tmp_path / "run", "guards.non_finite=rewind", steps=6) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [record["to"] for record in records] == [2, 2]
+
+
+def test_the_heartbeat_hears_each_phase_of_a_step(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str, int]] = []
+    enter = session.Heartbeat.enter
+
+    def noted(self: Any, phase: str, step: int) -> None:
+        heard.append((phase, step))
+        enter(self, phase, step)
+
+    monkeypatch.setattr(session.Heartbeat, "enter", noted)
+    assert run(shards, tmp_path / "run", steps=2) == 0
+    phases = [phase for phase, step in heard if step == 2]
+    assert phases == ["data", "forward", "forward", "backward", "optimizer", "save", "evaluate"]
