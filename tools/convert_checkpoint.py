@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ltd import autoencoders, denoisers, storage
-from ltd.autoencoders.files import newest_export
+from ltd.autoencoders.files import TRAINING_ONLY, newest_export
 from ltd.command import command_line
 from ltd.config import ConfigError, from_dict
 from ltd.interop import export_autoencoder, import_autoencoder
@@ -76,7 +76,7 @@ def convert(source: Path, out: Path, weights: str) -> Shapes:
     reader = storage.open_run(source)
     group = storage.weights_group(reader, weights)
     config = storage.model_config(reader)
-    tensors = _Tensors(reader, group, _statistics(source, reader, config, weights))
+    tensors = _Tensors(reader, group, _statistics(source, reader, config, weights), config["kind"])
     check_fits(tensors.shapes, expected_shapes(config), reader.directory)
     storage.stream_model(out, tensors.shapes, tensors.read, export_config(reader, group, config))
     return tensors.shapes
@@ -185,11 +185,17 @@ class _Tensors:
         reader: The checkpoint.
         group: Group of the weights.
         replaced: Small tensors that take the place of stored ones.
+        kind: Of the run.
     """
 
-    def __init__(self, reader: Reader, group: str, replaced: Mapping[str, Tensor]) -> None:
+    def __init__(self, reader: Reader, group: str, replaced: Mapping[str, Tensor], kind: str) -> None:
         self._reader, self._replaced = reader, replaced
-        self._groups = {name: part for part in (group, "buffer") for name in _names(reader, part)}
+        self._groups = {
+            name: part
+            for part in (group, "buffer")
+            for name in _names(reader, part)
+            if not (kind == "autoencoder" and name.startswith(TRAINING_ONLY))
+        }
         self.shapes: Shapes = {
             name: (reader.dtype(part, name), reader.shape(part, name)) for name, part in self._groups.items()
         }

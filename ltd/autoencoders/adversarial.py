@@ -77,7 +77,7 @@ def gradient_penalty(logits: Tensor, moved_logits: Tensor, *, std: float) -> Ten
     return (change / std).square()
 
 
-def gradient_at(loss: Tensor, tensor: Tensor) -> Tensor:
+def gradient_at(loss: Tensor, tensor: Tensor, joint: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Differentiate a loss with respect to a tensor of its graph.
 
     Only the part of the graph between the two runs: no parameter's ``.grad`` is touched and no hook that reduces
@@ -86,6 +86,8 @@ def gradient_at(loss: Tensor, tensor: Tensor) -> Tensor:
     Args:
         loss: A scalar.
         tensor: Part of the loss's graph, for example the reconstruction.
+        joint: Two tensors of one value between the tensor and the loss, the earlier and the later: what the graph has
+            between them (an engine's hooks) is passed over.
 
     Returns:
         Gradient of the tensor's shape and dtype, detached.
@@ -94,8 +96,11 @@ def gradient_at(loss: Tensor, tensor: Tensor) -> Tensor:
         ValueError: If the loss does not depend on the tensor.
     """
     gradient: Tensor | None = None
-    if loss.requires_grad and tensor.requires_grad:
-        (gradient,) = torch.autograd.grad(loss, tensor, retain_graph=True, allow_unused=True)
+    outputs, given = loss, None
+    if joint is not None and loss.requires_grad:
+        outputs, given = joint[0], gradient_at(loss, joint[1])
+    if outputs.requires_grad and tensor.requires_grad:
+        (gradient,) = torch.autograd.grad(outputs, tensor, given, retain_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError(
             f"the loss does not depend on the tensor of shape {tuple(tensor.shape)} at which its gradient is asked "
@@ -126,6 +131,7 @@ def balance(
     at: Tensor,
     reduce_mean: Callable[[Tensor], Tensor] = keep_local,
     limit: float = 1e4,
+    joint: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Measure how much another loss has to be weighted so that its gradient equals the reference loss's.
 
@@ -143,6 +149,7 @@ def balance(
         at: ``(b, ...)`` tensor that both losses depend on, for example the reconstruction or the latents.
         reduce_mean: Mean over processes of a tensor; every process calls it equally often.
         limit: Largest weight.
+        joint: Where the reference loss's graph is passed over on the way to ``at``, see ``gradient_at``.
 
     Returns:
         fp32 scalar within [0, limit], without gradient, on the device of ``at``; the same on every process.
@@ -153,10 +160,10 @@ def balance(
     Reference: Esser et al. (2020), arXiv 2012.09841, Eq. 7, with the reconstruction in place of the last layer.
     """
     sums = []
-    for name, loss in (("reference_loss", reference_loss), ("other_loss", other_loss)):
+    for name, loss, jump in (("reference_loss", reference_loss, joint), ("other_loss", other_loss, None)):
         if loss.shape != at.shape[:1]:
             raise ValueError(f"{name}: got shape {tuple(loss.shape)}, needed one number per sample, ({at.shape[0]},)")
-        gradient = gradient_at(loss.sum(), at).float() * at[0].numel()
+        gradient = gradient_at(loss.sum(), at, jump).float() * at[0].numel()
         sums.append(gradient.flatten(1).square().mean(1).sum())
     reference, other, count = reduce_mean(torch.stack([*sums, sums[0].new_tensor(float(at.shape[0]))])).unbind()
     return adaptive_weight((reference / count).sqrt(), (other / count).sqrt(), limit=limit)

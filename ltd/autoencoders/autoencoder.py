@@ -31,6 +31,8 @@ class Autoencoder(nn.Module):
         self.latent_channels: int = config.latent_channels
         self.quantizer = build_bottleneck(config.bottleneck, config.latent_channels)
         self.latent_norm = LatentNorm(config.latent_channels)
+        #: What only training needs: a projection of the latents; never exported.
+        self.alignment: nn.Module | None = None
 
     @abstractmethod
     def _moments(self, video: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
@@ -107,6 +109,7 @@ class Autoencoder(nn.Module):
         weight: Tensor | None = None,
         change: Callable[[Tensor], Tensor] | None = None,
         frames_per_chunk: int | None = None,
+        tap: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Posterior]:
         """Encode, sample and decode.
 
@@ -118,6 +121,8 @@ class Autoencoder(nn.Module):
             change: What is done to the latents before they are decoded; they may change in size.
             frames_per_chunk: Frames that are encoded and decoded at a time, each chunk again in the backward pass, so
                 that memory does not grow with a clip's length; None for whole clips.
+            tap: Is given the reconstruction as the decoder made it; what is returned is then a view of it, so that an
+                engine's hooks on what the model returns lie behind it in the graph.
 
         Returns:
             Reconstruction, and the posterior.
@@ -129,8 +134,13 @@ class Autoencoder(nn.Module):
         latents = posterior.mean if noise is None else posterior.sample(noise)
         latents = latents if change is None else change(latents)
         if frames_per_chunk is None:
-            return self.decode(latents), posterior
-        return decode_checkpointed(self, latents, frames_per_chunk), posterior
+            reconstruction = self.decode(latents)
+        else:
+            reconstruction = decode_checkpointed(self, latents, frames_per_chunk)
+        if tap is not None:
+            tap(reconstruction)
+            reconstruction = reconstruction.view_as(reconstruction)
+        return reconstruction, posterior
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Posterior]:
         """Encode a clip that comes in chunks, yielding each chunk's posterior; equal to encoding it whole.

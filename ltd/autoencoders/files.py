@@ -20,6 +20,9 @@ from ltd.autoencoders.autoencoder import Autoencoder
 from ltd.autoencoders.build import AutoencoderConfig, build_autoencoder
 from ltd.config import ConfigError
 
+#: Tensors of a run that no export has.
+TRAINING_ONLY = "alignment."
+
 
 def save(model: Autoencoder, directory: str | Path, *, lineage: Mapping[str, Any] | None = None) -> None:
     """Write an exported folder: weights, latent statistics and configuration.
@@ -70,7 +73,7 @@ def load(
         if tree.get("kind") != "autoencoder":
             raise ConfigError(f"{path}: is a run of kind {tree.get('kind')!r}, needed an autoencoder's")
     model = build_autoencoder(ltd_config.from_dict(AutoencoderConfig, tree["model"]))
-    _fill(model, tensors, path)
+    _fill(model, {name: value for name, value in tensors.items() if not name.startswith(TRAINING_ONLY)}, path)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 

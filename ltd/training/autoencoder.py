@@ -27,14 +27,23 @@ from ltd.autoencoders import (
     inflate,
     initialize_from_data,
 )
+from ltd.autoencoders.alignment import LatentAlignment
 from ltd.autoencoders.sensitivity import pixel_scaled_std, pixel_sensitivity
 from ltd.config import ConfigError, to_dict
 from ltd.data import Batch, evaluation_batches
+from ltd.encoders.vision import VisionTeacher
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.rng import generator
-from ltd.training.autoencoder_stage import LEAST_PIXELS, AdversarialConfig, AutoencoderStage, media_pixels
+from ltd.training.autoencoder_stage import (
+    LEAST_PIXELS,
+    AdversarialConfig,
+    AlignmentRun,
+    AutoencoderStage,
+    Objective,
+    media_pixels,
+)
 from ltd.training.loop import fit
 from ltd.training.run import RunConfig, check_views
 from ltd.training.session import Session, open_layout, start_session
@@ -55,6 +64,8 @@ class AutoencoderRun(RunConfig):
     #: Latents are turned and scaled, and the video with them, so that a decoder of moved latents moves its frames
     #: (EQ-VAE); null leaves them alone.
     equivariance: EquivarianceConfig | None = None
+    #: Latents are drawn towards a vision network's features (VA-VAE); null leaves them alone.
+    alignment: AlignmentRun | None = None
     #: Run or exported folder whose weights a new run starts from. An image VAE becomes a video VAE by tail
     #: initialisation where the model is one.
     start_from: str | None = None
@@ -109,6 +120,10 @@ class AutoencoderRun(RunConfig):
                 raise ConfigError("frames_per_chunk: is for bottleneck.kind kl; set it to null")
             if self.parallel.zero == 3:
                 raise ConfigError("frames_per_chunk: does not go with parallel.zero=3 yet; use 2 or less, or null")
+        if self.alignment is not None and self.parallel.zero == 3:
+            raise ConfigError("alignment: does not go with parallel.zero=3 yet; use 2 or less, or null")
+        if self.alignment is not None and self.train == "decoder":
+            raise ConfigError("alignment: changes latents, and train=decoder keeps them; set it to null")
         if self.equivariance is not None and self.equivariance.rotate:
             factors = self.model.compression
             if factors.h != factors.w:
@@ -157,11 +172,14 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
         return None
     stage = AutoencoderStage(
         config,
-        config.loss,
+        Objective(
+            loss=config.loss,
+            adversarial=config.adversarial,
+            equivariance=config.equivariance,
+            alignment=config.alignment,
+        ),
         session.engine,
         layout,
-        adversarial=config.adversarial,
-        equivariance=config.equivariance,
         critic=None if session.critic is None else session.critic.engine,
         frames_per_chunk=config.frames_per_chunk,
     )
@@ -191,6 +209,9 @@ def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:
     check_views(config.data, model.compression)
     if fresh and config.start_from is not None:
         _take_weights(model, config.start_from)
+    if config.alignment is not None:
+        teacher = VisionTeacher(config.alignment.teacher)
+        model.alignment = LatentAlignment(model.latent_channels, teacher.dim, config.alignment.loss)
     if config.train == "decoder":
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():

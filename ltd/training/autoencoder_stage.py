@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from ltd.autoencoders import (
     build_discriminator,
 )
 from ltd.autoencoders.adversarial import balance, generator_loss, hinge_discriminator_loss
+from ltd.autoencoders.alignment import AlignmentConfig, LatentAlignment, teacher_features
 from ltd.autoencoders.equivariance import (
     EquivarianceConfig,
     EquivarianceDraw,
@@ -31,6 +32,7 @@ from ltd.autoencoders.equivariance import (
 from ltd.config import ConfigError
 from ltd.data import MicroBatch, PackedBatch
 from ltd.encoders.perceptual import build_perceptual
+from ltd.encoders.vision import VisionTeacher, VisionTeacherConfig
 from ltd.evaluation.artifacts import Artifacts
 from ltd.evaluation.fidelity import Psnr
 from ltd.evaluation.latent_health import CodeUsage, LatentHealth
@@ -74,6 +76,33 @@ class AdversarialConfig:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, needed 0 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignmentRun:
+    """Alignment of the latents with a frozen vision network.
+
+    Reference: Yao et al. (2025), arXiv 2501.01423 (VA-VAE).
+    """
+
+    teacher: VisionTeacherConfig
+    loss: AlignmentConfig = field(default_factory=AlignmentConfig)
+    #: Largest adaptive scale.
+    limit: float = 1e8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What an autoencoder is trained for."""
+
+    #: Terms that compare a reconstruction with its video.
+    loss: AutoencoderLossConfig
+    #: A discriminator; None without one.
+    adversarial: AdversarialConfig | None = None
+    #: Latents that are moved; None leaves them alone.
+    equivariance: EquivarianceConfig | None = None
+    #: Alignment, whose projection is the model's ``alignment``; None without it.
+    alignment: AlignmentRun | None = None
+
+
 @dataclass
 class _Made:
     """What ``terms`` made of a micro-batch, for the discriminator."""
@@ -87,11 +116,9 @@ class AutoencoderStage:
 
     Args:
         run: Configuration of the run.
-        loss: Terms that compare a reconstruction with its video.
+        objective: What it is trained for.
         engine: Engine of the autoencoder.
         layout: This process's position.
-        adversarial: Settings of the discriminator; None without one.
-        equivariance: Settings of the equivariance term; None without one.
         critic: Engine of the discriminator.
         frames_per_chunk: Frames that are encoded and decoded at a time; None for whole clips.
     """
@@ -101,29 +128,31 @@ class AutoencoderStage:
     def __init__(
         self,
         run: RunConfig,
-        loss: AutoencoderLossConfig,
+        objective: Objective,
         engine: Engine,
         layout: Layout,
         *,
-        adversarial: AdversarialConfig | None = None,
-        equivariance: EquivarianceConfig | None = None,
         critic: Engine | None = None,
         frames_per_chunk: int | None = None,
     ) -> None:
         self.run, self.engine, self.layout, self.critic = run, engine, layout, critic
-        self.adversarial, self.equivariance = adversarial, equivariance
+        self.adversarial, self.equivariance = objective.adversarial, objective.equivariance
+        self.alignment = objective.alignment
         assert isinstance(engine.module, Autoencoder)
         self.model = engine.module
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
-        if loss.perceptual_weight > 0:
+        if objective.loss.perceptual_weight > 0:
             perceptual = build_perceptual().to(layout.device)
-        self.loss = AutoencoderLoss(loss, perceptual)
+        self.loss = AutoencoderLoss(objective.loss, perceptual)
         self.frames_per_chunk = frames_per_chunk
         # The discriminator's own engine must not hear of the autoencoder's pass through it: that goes through a copy.
         self._judge: nn.Module | None = None
-        if adversarial is not None:
+        if self.adversarial is not None:
             with torch.device(layout.device):
-                self._judge = build_discriminator(adversarial.discriminator).requires_grad_(False)
+                self._judge = build_discriminator(self.adversarial.discriminator).requires_grad_(False)
+        self._teacher: VisionTeacher | None = None
+        if self.alignment is not None:
+            self._teacher = VisionTeacher(self.alignment.teacher).to(layout.device)
         self._step = 0
         self._draw = EquivarianceDraw()
         self._made: _Made | None = None
@@ -167,6 +196,7 @@ class AutoencoderStage:
         video = pixels_to_video(tensors["pixels"])
         video = transform_video(video, self._draw.input, self.model.compression)
         change = None if self._draw.latents.is_identity else self._draw.latents
+        decoded: list[Tensor] = []
         reconstruction, posterior = self.engine(
             video,
             self._noise(video, tensors["draws"]),
@@ -174,13 +204,21 @@ class AutoencoderStage:
             weight=tensors["weight"],
             change=None if change is None else lambda latents: transform_latents(latents, change),
             frames_per_chunk=self.frames_per_chunk,
+            tap=decoded.append,
         )
-        # A tensor of its own: engines hang hooks on what they return, and the balance differentiates up to here.
+        # Engines hang hooks on what they return, which may fire in the step's own backward pass only. The balances
+        # differentiate up to this view, and on from what the decoder gave.
         reconstruction = reconstruction.view_as(reconstruction)
+        seen = video
         if change is not None:
             video = transform_video(video, change, self.model.compression)
         values = self.loss(reconstruction, video, posterior)
         total, compared = values.pop("total"), values.pop("pixels")
+        if self.alignment is not None:
+            joint = (decoded.pop(), reconstruction)
+            terms = self._alignment_terms(posterior.mean, seen, compared * tensors["weight"], tensors, joint)
+            total = total + (terms["align_cosine"] + terms["align_distance"]) * terms["align_weight"]
+            values |= terms
         if self._criticized:
             values |= self._adversarial_terms(reconstruction, compared * tensors["weight"], tensors["weight"])
             total = total + values["adversarial"] * values["adversarial_weight"]
@@ -246,6 +284,25 @@ class AutoencoderStage:
             other = term * weight.to(term)
             scale = scale * balance(compared, other, reconstruction, self.layout.mean, self.adversarial.limit)
         return {"adversarial": term, "adversarial_weight": scale.expand_as(term)}
+
+    def _alignment_terms(
+        self,
+        latents: Tensor,
+        video: Tensor,
+        compared: Tensor,
+        tensors: dict[str, Tensor],
+        joint: tuple[Tensor, Tensor],
+    ) -> dict[str, Tensor]:
+        assert self.alignment is not None and self._teacher is not None
+        config, alignment = self.alignment.loss, self.model.alignment
+        assert isinstance(alignment, LatentAlignment)
+        features = teacher_features(self._teacher, video, self.model.compression.t, config.frames)
+        terms = alignment(latents, features, draws=tensors["draws"], seed=self.run.seed)
+        scale = latents.new_tensor(config.weight, dtype=torch.float32)
+        if config.adaptive:
+            other = (terms["align_cosine"] + terms["align_distance"]) * tensors["weight"]
+            scale = scale * balance(compared, other, latents, self.layout.mean, self.alignment.limit, joint)
+        return {**terms, "align_weight": scale.expand_as(terms["align_cosine"])}
 
     def _equivariance(self, video: Tensor) -> dict[str, Tensor]:
         def encode(clip: Tensor) -> Tensor:

@@ -181,3 +181,15 @@ def test_balance_limit_and_wrong_losses() -> None:
         balance(pixel, adversarial.mean(), reconstruction)
     with pytest.raises(ValueError, match=r"reference_loss: got shape \(1,\)"):
         balance(pixel[:1], adversarial, reconstruction)
+
+
+def test_a_gradient_passes_over_what_lies_in_a_joint() -> None:
+    at = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    inner = at.square()
+    between = inner.view_as(inner)
+    between.register_hook(lambda gradient: pytest.fail("an engine's hook fired"))
+    outer = between.view_as(between)
+    loss = outer.sin().sum()
+    torch.testing.assert_close(gradient_at(loss, at, (inner, outer)), (2 * at * at.square().cos()).detach())
+    with pytest.raises(ValueError, match="does not depend"):
+        gradient_at(loss, torch.randn(2, 3, requires_grad=True), (inner, outer))

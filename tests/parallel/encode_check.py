@@ -71,7 +71,9 @@ def check_encoded_once() -> dict[str, Any]:
 
     stage.inputs.autoencoder.encode, stage.inputs.encoder.encode = counted, counted_text
     batches = [own_batch(layout.sequence_rank, micro) for micro in range(MICRO_BATCHES)]
-    session = SimpleNamespace(layout=layout, engine=engine, beat=SimpleNamespace(enter=lambda phase, step: None))
+    session = SimpleNamespace(
+        layout=layout, engine=engine, critic=None, beat=SimpleNamespace(enter=lambda phase, step: None)
+    )
     sums = step._backward(session, stage, batches, 1.0, 1)
     return {
         "frames": layout.gather_objects(frames),

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
 
 import train
 from ltd import autoencoders, storage
 from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder
 from ltd.data.synthetic import make_toy_shards
+from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "debug" / "autoencoder_adversarial.yaml")
@@ -170,6 +172,46 @@ def test_a_video_vae_grows_from_an_image_vae(shards: Path, tmp_path: Path, capsy
     with pytest.raises(SystemExit):
         run(shards, tmp_path / "other", *off, steps=1)
     assert "has model.front = repeat, this run zeros" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32)
+    path = tmp_path_factory.mktemp("dino")
+    Dinov2Model(config).save_pretrained(path)
+    return f"alignment={{teacher: {{path: {path}, size: 32}}, loss: {{cosine_margin: 0, distance_margin: 0}}}}"
+
+
+def test_alignment_trains_alike_on_two_processes_and_is_not_exported(
+    teacher: str, shards: Path, tmp_path: Path
+) -> None:
+    off = (*SGD[:2], "adversarial=null", "equivariance=null")
+    assert run(shards, tmp_path / "off", *off, steps=4) == 0
+    assert run(shards, tmp_path / "one", *off, teacher, steps=4) == 0
+    launch(shards, tmp_path / "two", *off, teacher, "parallel.zero=2", steps=4)
+    one, two = state(tmp_path / "one", 4), state(tmp_path / "two", 4)
+    assert worst(one["master"], two["master"]) < 1e-5
+    moved = state(tmp_path / "one", 1)["master"]["alignment.projection.weight"]
+    assert not torch.equal(moved, one["master"]["alignment.projection.weight"])
+    plain = state(tmp_path / "off", 4)["master"]
+    assert any(not torch.equal(plain[name], one["master"][name]) for name in plain if name.startswith("encoder."))
+    row = rows(tmp_path / "one")[-1]
+    assert row["loss/align_cosine"] > 0 and row["loss/align_weight"] > 0
+    model = autoencoders.load(tmp_path / "one")
+    assert not any(name.startswith("alignment.") for name in model.state_dict())
+    command = [str(tmp_path / "one"), str(tmp_path / "out"), "--to", "safetensors", "--weights", "raw"]
+    assert convert_checkpoint.main(command) == 0
+    raw = autoencoders.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(raw[name], one["master"][name]) for name in plain)
+
+
+def test_alignment_of_weight_0_changes_no_bit(teacher: str, shards: Path, tmp_path: Path) -> None:
+    off = ("adversarial=null", "equivariance=null", "optim.grad_clip=null")
+    assert run(shards, tmp_path / "off", *off, steps=2) == 0
+    assert run(shards, tmp_path / "on", *off, teacher, "alignment.loss.weight=0", steps=2) == 0
+    before, after = state(tmp_path / "off", 2)["master"], state(tmp_path / "on", 2)["master"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])

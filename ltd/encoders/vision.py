@@ -1,0 +1,96 @@
+"""Vision networks whose feature maps latents may be aligned with: a transformers folder such as DINOv2's. Frozen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ltd.config import ConfigError
+from ltd.encoders.text import resolve_folder
+
+#: Mean and deviation of ImageNet's channels, which these networks were trained with.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTeacherConfig:
+    """A vision transformer in a transformers folder; nothing is downloaded or unpickled."""
+
+    #: Folder with config.json and safetensors (DINOv2, ViT, ...), or ``package:NAME``.
+    path: str
+    #: Side that frames are resized to; a multiple of the network's patch.
+    size: int = 224
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"size: got {self.size}, needed a multiple of the network's patch")
+
+
+class VisionTeacher(nn.Module):
+    """Feature maps of frames: the patch tokens of the last layer.
+
+    Args:
+        config: Folder and size.
+
+    Raises:
+        ConfigError: If the folder does not load, lacks weights, or the size is no multiple of its patch.
+    """
+
+    def __init__(self, config: VisionTeacherConfig) -> None:
+        super().__init__()
+        self.size = config.size
+        self.network, self.patch, self.dim = _load(config)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    @torch.no_grad()
+    def forward(self, video: Tensor) -> Tensor:
+        """Look at every frame by itself.
+
+        Args:
+            video: ``(b, 3, t, h, w)`` in [-1, 1].
+
+        Returns:
+            ``(b, dim, t, size / patch, size / patch)`` fp32, without gradient.
+        """
+        frames = rearrange(video.float(), "b c t h w -> (b t) c h w")
+        frames = F.interpolate(frames, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
+        pixels = ((frames.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        tokens = self.network(pixel_values=pixels).last_hidden_state  # (b t) n d
+        side = self.size // self.patch
+        # Class and register tokens come first.
+        maps = rearrange(tokens[:, -side * side :], "(b t) (h w) d -> b d t h w", b=video.shape[0], h=side)
+        return maps.float()
+
+
+def _load(config: VisionTeacherConfig) -> tuple[nn.Module, int, int]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("teacher: needs the package transformers; install the 'text' extra") from error
+    folder, _ = resolve_folder(config.path)
+    tree = json.loads((folder / "config.json").read_text())
+    patch, dim = tree.get("patch_size"), tree.get("hidden_size")
+    if not isinstance(patch, int) or not isinstance(dim, int):
+        raise ConfigError(f"path: {folder} is no vision transformer: config.json has no patch_size or hidden_size")
+    if config.size % patch:
+        raise ConfigError(f"size: got {config.size}, needed a multiple of the network's patch of {patch}")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        network, info = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"path: {folder} does not load as a vision network: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ConfigError(f"path: {folder} lacks {len(missing)} weights of its own config, the first is {missing[0]}")
+    return network.eval().requires_grad_(False), patch, dim
