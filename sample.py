@@ -42,7 +42,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the denoiser")
     parser.add_argument("--autoencoder", help="where the autoencoder is, if not where the run's config says")
     parser.add_argument("--tile", help="HEIGHTxWIDTH in pixels: decode in tiles of this size, chunk by chunk in time")
-    parser.add_argument("--tile-overlap", type=int, default=64, help="pixels that neighbouring tiles share")
+    parser.add_argument(
+        "--tile-overlap",
+        default="64",
+        help="pixels that neighbouring tiles share, or exact: as many as the whole frame's result needs",
+    )
     parser.add_argument("--fps", type=float, help="frames per second of the videos; the view's, or 24")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -130,7 +134,10 @@ def read_tiling(args: argparse.Namespace) -> TilingConfig | None:
     height, by, width = args.tile.partition("x")
     if not (by and height.isdigit() and width.isdigit()):
         raise ConfigError(f"--tile: got {args.tile!r}, needed HEIGHTxWIDTH in pixels, such as 512x512")
-    return TilingConfig(tile=(int(height), int(width)), overlap=args.tile_overlap)
+    overlap = args.tile_overlap
+    if overlap != "exact" and not overlap.isdigit():
+        raise ConfigError(f"--tile-overlap: got {overlap!r}, needed pixels, or exact")
+    return TilingConfig(tile=(int(height), int(width)), overlap="exact" if overlap == "exact" else int(overlap))
 
 
 def identify(run: str) -> str:

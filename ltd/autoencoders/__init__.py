@@ -1,6 +1,6 @@
 """Causal video autoencoders, their losses, latent statistics and files. Knows nothing of training or processes."""
 
-from ltd.autoencoders.autoencoder import Autoencoder
+from ltd.autoencoders.autoencoder import Autoencoder, Side
 from ltd.autoencoders.bottleneck import BottleneckConfig, KlConfig, QuantizedPosterior
 from ltd.autoencoders.build import AutoencoderConfig, build_autoencoder
 from ltd.autoencoders.causal_vae import CausalVae, CausalVaeConfig
@@ -33,6 +33,7 @@ __all__ = [
     "PatchDiscriminator",
     "Posterior",
     "QuantizedPosterior",
+    "Side",
     "VqConfig",
     "build_autoencoder",
     "build_discriminator",

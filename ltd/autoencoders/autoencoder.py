@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ltd.autoencoders.latents import LOGVAR_RANGE, LatentNorm, Posterior
 from ltd.autoencoders.streaming import decode_checkpointed, encode_checkpointed
 from ltd.nn.causal_conv import START, State, is_first
 from ltd.shapes import Compression, VideoShape
+
+#: Half of an autoencoder.
+Side: TypeAlias = Literal["encode", "decode"]
 
 
 class Autoencoder(nn.Module):
@@ -52,6 +55,18 @@ class Autoencoder(nn.Module):
         Raises:
             ValueError: If the number of channels is not ``latent_channels``.
         """
+
+    def spatial_halo(self, side: Side) -> tuple[int, int] | None:
+        """Say how many latent cells beyond its own a cell depends on, or reaches, along height and width.
+
+        Args:
+            side: ``decode``: pixels of one cell see this many cells further. ``encode``: a cell sees the pixels of this
+                many cells further.
+
+        Returns:
+            Cells (height, width); None where a cell may see the whole frame.
+        """
+        return None
 
     def encode_chunk(
         self, video: Tensor, state: State, *, draws: Tensor | None = None, weight: Tensor | None = None

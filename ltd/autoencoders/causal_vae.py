@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ltd.autoencoders.autoencoder import Autoencoder, widen
+from ltd.autoencoders.autoencoder import Autoencoder, Side, widen
 from ltd.autoencoders.blocks import (
     Downsample,
     Fold,
@@ -109,6 +109,10 @@ class CausalVae(Autoencoder):
             rebuild = FixedCausalConv3d(config.latent_channels, block, config.linear_kernel)
             self.linear_encoder.extend([fold, project])
             self.linear_decoder.extend([rebuild, unfold])
+
+    def spatial_halo(self, side: Side) -> tuple[int, int]:
+        """Say how far a latent cell reaches; exact, not a bound. See ``Autoencoder.spatial_halo``."""
+        return _reach(self.config, 1, side), _reach(self.config, 2, side)
 
     @property
     def _block(self) -> Factors:
@@ -238,6 +242,26 @@ def _check_shortcuts(config: CausalVaeConfig) -> None:
                 f"channels[{level + 1}]: got {coarse}, needed a divisor of channels[{level}] * prod(factors[{level}]) "
                 f"= {fine * math.prod(factors)}, or shortcuts: false"
             )
+
+
+def _reach(config: CausalVaeConfig, axis: int, side: Side) -> int:
+    stem, block = config.stem_kernel[axis] // 2, sum(kernel[axis] // 2 for kernel in config.block_kernels)
+    counts = config.decoder_blocks if side == "decode" else config.encoder_blocks
+    last = len(counts) - 1
+    reach = stem
+    if side == "decode":  # from pixels back to latents: what f pixels share is one cell of the next level
+        for level, count in enumerate(counts):
+            reach += count * block
+            if level < last:
+                reach = -(-reach // config.factors[level][axis])
+        linear = config.linear_kernel[axis] // 2 if config.linear_path else 0
+        return max(reach + stem, linear)
+    for level in range(last, -1, -1):  # from a latent back to pixels, and then in units of cells
+        reach += counts[level] * block
+        if level:
+            reach *= config.factors[level - 1][axis]
+    pixels = (reach + stem) * config.front[axis]
+    return -(-pixels // (config.compression.h, config.compression.w)[axis - 1])
 
 
 def _smallest(value: int | tuple[object, ...]) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ltd.nn.causal_conv import CausalConv3d, Factors, Front, State, depth_to_space, is_first, space_to_depth
 from ltd.nn.norm import ChannelRMSNorm, FrameGroupNorm
+from ltd.nn.seams import ExtendRows, gather_pixels
 
 NormKind: TypeAlias = Literal["rms", "group"]
 #: ``torch.nn.functional.normalize`` divides by max(|x|, 1e-12); under the root of a mean that is far below this.
@@ -140,13 +141,15 @@ class FrameAttention(nn.Module):
         self.norm = norm
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
+        self.gather_pixels = gather_pixels
 
     def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         """Refine ``(b, c, t, h, w)``; carries nothing from chunk to chunk."""
         b, _, t, h, w = x.shape
         pixels = rearrange(self.norm(x), "b c t h w -> (b t) (h w) c")
-        q, k, v = self.qkv(pixels).unsqueeze(1).chunk(3, dim=-1)  # (b t) 1 (h w) c
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        q, kv = self.qkv(pixels).split((pixels.shape[-1], 2 * pixels.shape[-1]), dim=-1)  # (b t) (h w) c
+        k, v = self.gather_pixels(kv).unsqueeze(1).chunk(2, dim=-1)  # (b t) 1 (h w) c
+        mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k, v).squeeze(1)
         mixed = rearrange(self.out(mixed), "(b t) (h w) c -> b c t h w", b=b, t=t, h=h, w=w)
         return x + mixed, state
 
@@ -161,9 +164,13 @@ class SpatialDown(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.extend_rows: ExtendRows | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(b, c, t, h, w)`` to ``(b, c, t, floor(h / 2), floor(w / 2))``."""
+        if self.extend_rows is not None:
+            x = self.extend_rows(x, 0, 1, "zeros")
+            return _unfold_frames(self.conv(F.pad(_fold_frames(x), (0, 1))), x.shape[0])
         return _unfold_frames(self.conv(F.pad(_fold_frames(x), (0, 1, 0, 1))), x.shape[0])
 
 
@@ -181,6 +188,7 @@ class SpatialUp(nn.Module):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.extend_rows: ExtendRows | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(b, channels, t, h, w)`` to ``(b, out_channels, t, 2 h, 2 w)``."""
@@ -188,7 +196,10 @@ class SpatialUp(nn.Module):
         b, _, t, h, w = x.shape
         c = self.conv.out_channels
         bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
-        y = F.conv2d(_fold_frames(x), weight, bias, padding=1)  # (b t) 4c (h + 1) (w + 1)
+        if self.extend_rows is None:
+            y = F.conv2d(_fold_frames(x), weight, bias, padding=1)  # (b t) 4c (h + 1) (w + 1)
+        else:
+            y = F.conv2d(_fold_frames(self.extend_rows(x, 1, 1, "zeros")), weight, bias, padding=(0, 1))
         y = y.permute(0, 2, 3, 1).unflatten(-1, (2, 2, c))
         # Phase (p, q) of the small grid starts p rows and q columns into the padded result.
         phases = [[y[:, p : p + h, q : q + w, p, q] for q in (0, 1)] for p in (0, 1)]

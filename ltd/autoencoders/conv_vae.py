@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ltd.autoencoders.autoencoder import Autoencoder
+from ltd.autoencoders.autoencoder import Autoencoder, Side
 from ltd.autoencoders.blocks import Fold, Unfold
 from ltd.autoencoders.bottleneck import BottleneckConfig, KlConfig, num_moments
 from ltd.autoencoders.conv_parts import (
@@ -29,7 +29,7 @@ from ltd.autoencoders.conv_parts import (
     TemporalDown,
     TemporalUp,
 )
-from ltd.autoencoders.descent import Stage, descend, join_states, split_state
+from ltd.autoencoders.descent import PIECE_PIXELS, Stage, descend, join_states, split_state
 from ltd.config import ConfigError
 from ltd.nn.causal_conv import Factors, State, is_first
 from ltd.shapes import Compression
@@ -164,6 +164,13 @@ class ConvVae(Autoencoder):
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
 
+    def spatial_halo(self, side: Side) -> tuple[int, int] | None:
+        """Bound how far a latent cell reaches; None with attention or group norms. See ``Autoencoder.spatial_halo``."""
+        if self.config.attention or self.config.norm == "group":
+            return None
+        reach = _decoder_reach(self.config) if side == "decode" else _encoder_reach(self.config)
+        return reach, reach
+
     def _moments(self, video: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
         states = split_state(state, self.encoder.num_stages)
         del state  # whoever streams holds none of the old state while the new one is made
@@ -208,10 +215,11 @@ class _Encoder(nn.Module):
             self._units += [unit] * len(_stages([made]))
         self._units += [1, 1]
         self.num_stages = len(self._units)
+        self.piece_pixels = PIECE_PIXELS
 
     def forward(self, x: Tensor, states: list[State]) -> Tensor:
         stages: list[Stage] = [self._begin, *_stages(self.levels), self.middle, self._finish]
-        return descend(stages, self._units, x, states)
+        return descend(stages, self._units, x, states, piece_pixels=self.piece_pixels)
 
     def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         return self.conv_in(self.fold(x, state)[0], state)
@@ -242,12 +250,13 @@ class _Decoder(nn.Module):
             width = made.out_channels
         self.out = NormConv(settings.norm(width, guide), settings.conv(width, config.in_channels * config.patch**2))
         self.unfold = Unfold((1, config.patch, config.patch))
-
         self.num_stages = 3 + len(_stages(self.levels))
+        self.piece_pixels = PIECE_PIXELS
 
     def forward(self, latents: Tensor, states: list[State]) -> Tensor:
         stages: list[Stage] = [self._begin, self.middle, *_stages(self.levels), self._finish]
-        return descend(stages, [1] * len(stages), latents, states, latents if self.guided else None)
+        guide = latents if self.guided else None
+        return descend(stages, [1] * len(stages), latents, states, guide, piece_pixels=self.piece_pixels)
 
     def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         return self.conv_in(x if self.post_quant_conv is None else self.post_quant_conv(x)[0], state)
@@ -338,6 +347,25 @@ class _UpLevel(nn.Module):
         """Enlarge time, then space."""
         x, state = self.time(x, state) if self.time is not None else (x, _started(state))
         return (x if self.space is None else self.space(x)), state
+
+
+def _decoder_reach(config: ConvVaeConfig) -> int:
+    """Follow the pixels of one latent cell back to the cells that they see."""
+    level, reach = 2 * (config.blocks + 1), 1  # pixels on either side: a level's convolutions, and the last one
+    for _ in config.halve_time:
+        reach += level
+        # The 3x3 convolution sees enlarged cells: one pixel more on the fine grid, whole cells on the coarse one.
+        reach = -(-(reach + 1) // 2)
+    return reach + level + 4 + 1  # the coarsest level, the middle's two blocks, the first convolution
+
+
+def _encoder_reach(config: ConvVaeConfig) -> int:
+    """Follow one latent cell back to the cells whose pixels it sees."""
+    reach = 1 + 4
+    for _ in config.halve_time:
+        reach = 2 * (reach + 2 * config.blocks) + 1  # of the two pixels behind a cell, one more on the far side
+    reach += 2 * config.blocks + 1
+    return -(-reach // (config.compression.h // config.patch))
 
 
 def _settings(config: ConvVaeConfig) -> PartSettings:

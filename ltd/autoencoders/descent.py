@@ -21,7 +21,13 @@ Stage = Callable[[Tensor, State, "Tensor | None"], "tuple[Tensor, State]"]
 
 
 def descend(
-    stages: list[Stage], units: list[int], x: Tensor, states: list[State], guide: Tensor | None = None
+    stages: list[Stage],
+    units: list[int],
+    x: Tensor,
+    states: list[State],
+    guide: Tensor | None = None,
+    *,
+    piece_pixels: int = PIECE_PIXELS,
 ) -> Tensor:
     """Run a chunk through stages; without gradients a large one goes on in pieces, depth first.
 
@@ -31,11 +37,12 @@ def descend(
         x: ``(b, c, t, h, w)``.
         states: State of each stage, replaced by that for the next chunk; old ones are let go as soon as they are used.
         guide: Goes along with x, repeated where a stage doubles the frames.
+        piece_pixels: Pixels that a stage works on at once.
 
     Returns:
         Output of the last stage.
     """
-    descent = _Descent(stages, units, states)
+    descent = _Descent(stages, units, states, piece_pixels)
     if torch.is_grad_enabled():
         return descent.whole(x, guide)
     whole = all(state is None for state in states)
@@ -77,6 +84,7 @@ class _Descent:
     stages: list[Stage]
     units: list[int]
     states: list[State]
+    piece_pixels: int
 
     def whole(self, x: Tensor, guide: Tensor | None) -> Tensor:
         """Run the stages one after another."""
@@ -91,7 +99,7 @@ class _Descent:
         if index == len(self.stages):
             yield x
             return
-        cuts = _cut(x, self.units[index], first=is_first(self.states[index]))
+        cuts = _cut(x, self.units[index], self.piece_pixels, first=is_first(self.states[index]))
         if self.states[index] is None and len(cuts) > 1:
             self.states[index:] = [START] * (len(self.stages) - index)
         for start, stop in cuts:
@@ -106,10 +114,10 @@ class _Descent:
         return x
 
 
-def _cut(x: Tensor, unit: int, *, first: bool) -> list[tuple[int, int]]:
-    """Cut a chunk into pieces of about ``PIECE_PIXELS``, whole units each; the clip's first frame stands for a unit."""
+def _cut(x: Tensor, unit: int, piece_pixels: int, *, first: bool) -> list[tuple[int, int]]:
+    """Cut a chunk into pieces of about ``piece_pixels``, whole units each; the clip's first frame stands for a unit."""
     b, _, t, h, w = x.shape
-    size = max(1, PIECE_PIXELS // (b * h * w * unit)) * unit
+    size = max(1, piece_pixels // (b * h * w * unit)) * unit
     head = size + 1 - unit if first else size
     if t <= head:
         return [(0, t)]

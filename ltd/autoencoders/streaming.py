@@ -12,7 +12,7 @@ Reference: Chen et al. (2016), arXiv 1604.06174, Sec. 4 (recomputation), applied
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class ChunkedAutoencoder(Protocol):
 
     compression: Compression
     latent_channels: int
+
+    def spatial_halo(self, side: Literal["encode", "decode"]) -> tuple[int, int] | None:
+        """Latent cells (height, width) that a cell depends on, or reaches; None where it may be the whole frame."""
+        ...
 
     def encode_chunk(self, video: Tensor, state: State) -> tuple[Posterior, State]:
         """Encode ``1 + k * compression.t`` frames first and multiples of ``compression.t`` later."""

@@ -1,8 +1,8 @@
 """Large frames through an autoencoder tile by tile, streamed in time inside each tile, and how visible the seams are.
 
-An axis of the frame is cut into overlapping pieces. Where the model says how far a latent cell reaches (``known_halo``)
-and the overlap is at least twice that, tiles are blended only where both are exact: the result is the whole frame's.
-Otherwise they are blended linearly over all of the overlap, and ``SeamReport`` says what is left to see.
+An axis of the frame is cut into overlapping pieces. Where the model says how far a latent cell reaches
+(``spatial_halo``) and the overlap is at least twice that, tiles are blended only where both are exact: the result is the
+whole frame's. Otherwise they are blended linearly over all of the overlap, and ``SeamReport`` says what is left to see.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from ltd.autoencoders import CausalVae, CausalVaeConfig, Posterior
+from ltd.autoencoders import Posterior, Side
 from ltd.autoencoders.streaming import ChunkedAutoencoder, stream_decode, stream_encode
 from ltd.config import ConfigError
 from ltd.shapes import VideoShape
 
 T = TypeVar("T")
-Side = Literal["encode", "decode"]
 #: Lines between pixels (or cells) ``p - 1`` and ``p``, of rows and of columns.
 Boundaries = tuple[Sequence[int], Sequence[int]]
 
@@ -32,15 +31,16 @@ class TilingConfig:
 
     #: Height and width of a tile; multiples of the compression.
     tile: tuple[int, int] = (512, 512)
-    #: Pixels that neighbouring tiles share, at least; a multiple of the compression.
-    overlap: int = 128
+    #: Pixels that neighbouring tiles share, at least; a multiple of the compression. ``exact`` takes what the result of
+    #: the whole frame needs, twice what a pixel depends on, and refuses models whose pixels depend on the whole frame.
+    overlap: int | Literal["exact"] = 128
     #: Most frames that go through the model at once.
     frames_per_chunk: int = 16
 
     def __post_init__(self) -> None:
-        if self.overlap < 0:
+        if self.overlap != "exact" and self.overlap < 0:
             raise ConfigError(f"overlap: got {self.overlap}, needed 0 or more")
-        if min(self.tile) <= self.overlap:
+        if self.overlap != "exact" and min(self.tile) <= self.overlap:
             raise ConfigError(f"tile: got {self.tile}, needed more than overlap ({self.overlap}) along both axes")
         if self.frames_per_chunk < 1:
             raise ConfigError(f"frames_per_chunk: got {self.frames_per_chunk}, needed 1 or more")
@@ -81,37 +81,6 @@ class Piece:
     inside: slice
     #: Share of each of them; over all pieces the shares of a pixel sum to 1.
     weight: Tensor
-
-
-def spatial_halo(config: CausalVaeConfig, side: Side = "decode") -> tuple[int, int]:
-    """Compute how many latent cells beyond its own a cell depends on, or reaches, along height and width.
-
-    Args:
-        config: Architecture of the autoencoder.
-        side: ``decode``: pixels of one cell see this many cells further. ``encode``: a cell sees the pixels of this
-            many cells further.
-
-    Returns:
-        Cells (height, width); exact, not a bound.
-    """
-    return _reach(config, 1, side), _reach(config, 2, side)
-
-
-def known_halo(model: Any, side: Side = "decode") -> tuple[int, int] | None:
-    """Find the halo of a model.
-
-    Args:
-        model: A model with ``spatial_halo`` in latent cells, one number or (height, width), good for both sides, or
-            None where every cell sees the whole frame; or a ``CausalVae``, whose halo follows from its configuration.
-        side: Half of the model that is asked for.
-
-    Returns:
-        Latent cells (height, width); None if the model says none.
-    """
-    if not hasattr(model, "spatial_halo"):
-        return spatial_halo(model.config, side) if isinstance(model, CausalVae) else None
-    halo = model.spatial_halo
-    return (halo, halo) if isinstance(halo, int) else halo
 
 
 def make_pieces(spans: Sequence[tuple[int, int]], ramps: Sequence[tuple[int, int]], unit: int) -> list[Piece]:
@@ -252,12 +221,13 @@ def _plan(
     model: ChunkedAutoencoder, config: TilingConfig, sizes: tuple[int, int], side: Side, units: tuple[int, int]
 ) -> _Plan:
     """Cut both axes of a frame of ``sizes`` latent cells; ``units`` pixels of the result come from a cell."""
-    _check(model, config)
-    halo = known_halo(model, side)
+    halo = model.spatial_halo(side)
+    _check(model, config, halo)
     axes, lines, exact = [], [], True
     blocks = (model.compression.h, model.compression.w)
     for axis, (size, unit, block) in enumerate(zip(sizes, units, blocks, strict=True)):
-        tile, overlap = config.tile[axis] // block, config.overlap // block
+        tile = config.tile[axis] // block
+        overlap = 2 * halo[axis] if config.overlap == "exact" and halo else _pixels(config.overlap) // block
         enough = halo is not None and overlap >= 2 * halo[axis]
         margin = halo[axis] if halo is not None and enough else 0
         spans = _spans(size, tile, overlap)
@@ -268,16 +238,29 @@ def _plan(
     return _Plan(axes[0], axes[1], (lines[0], lines[1]), exact)
 
 
-def _check(model: ChunkedAutoencoder, config: TilingConfig) -> None:
+def _check(model: ChunkedAutoencoder, config: TilingConfig, halo: tuple[int, int] | None) -> None:
     for axis, block in enumerate((model.compression.h, model.compression.w)):
         name = "hw"[axis]
-        for field, value in (("tile", config.tile[axis]), ("overlap", config.overlap)):
+        for field, value in (("tile", config.tile[axis]), ("overlap", _pixels(config.overlap))):
             if value % block:
                 shown = config.tile if field == "tile" else value
                 raise ConfigError(f"{field}: got {shown}, needed multiples of {block} (model.compression.{name})")
-    least = getattr(model, "receptive_overlap", None)
-    if least is not None and config.overlap < least:
-        raise ConfigError(f"overlap: got {config.overlap}, needed at least {least} pixels (model.receptive_overlap)")
+        if config.overlap != "exact":
+            continue
+        if halo is None:
+            raise ConfigError(
+                f"overlap: got exact, but pixels of this {type(model).__name__} depend on the whole frame (attention, "
+                "or norms over it); give pixels, and tiles are blended"
+            )
+        if config.tile[axis] <= 2 * halo[axis] * block:
+            raise ConfigError(
+                f"tile: got {config.tile}, needed more than {2 * halo[axis] * block} pixels along {name} for overlap "
+                "exact: twice what a pixel depends on"
+            )
+
+
+def _pixels(overlap: int | str) -> int:
+    return 0 if isinstance(overlap, str) else overlap
 
 
 def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
@@ -315,26 +298,6 @@ def _assemble(
 
 def _scale(cells: slice, block: int) -> slice:
     return slice(cells.start * block, cells.stop * block)
-
-
-def _reach(config: CausalVaeConfig, axis: int, side: Side) -> int:
-    stem, block = config.stem_kernel[axis] // 2, sum(kernel[axis] // 2 for kernel in config.block_kernels)
-    counts = config.decoder_blocks if side == "decode" else config.encoder_blocks
-    last = len(counts) - 1
-    reach = stem
-    if side == "decode":  # from pixels back to latents: what f pixels share is one cell of the next level
-        for level, count in enumerate(counts):
-            reach += count * block
-            if level < last:
-                reach = -(-reach // config.factors[level][axis])
-        linear = config.linear_kernel[axis] // 2 if config.linear_path else 0
-        return max(reach + stem, linear)
-    for level in range(last, -1, -1):  # from a latent back to pixels, and then in units of cells
-        reach += counts[level] * block
-        if level:
-            reach *= config.factors[level - 1][axis]
-    pixels = (reach + stem) * config.front[axis]
-    return -(-pixels // (config.compression.h, config.compression.w)[axis - 1])
 
 
 def _steps(video: Tensor, axis: int) -> Tensor:

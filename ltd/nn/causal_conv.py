@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ltd.nn.seams import ExtendRows
+
 # None: a whole clip. (): the start of a stream. Otherwise what a module carries to the next chunk.
 State: TypeAlias = "Tensor | tuple[State, ...] | None"
 START: State = ()
@@ -79,6 +81,7 @@ class CausalConv3d(nn.Conv3d):
         self.edges = ((w - stride_w) // 2, (w - stride_w + 1) // 2, (h - stride_h) // 2, (h - stride_h + 1) // 2)
         self.edge_mode: Padding = padding
         self.front: Front = front
+        self.extend_rows: ExtendRows | None = None
 
     def forward(  # type: ignore[override]  # the state travels with the tensor
         self, x: Tensor, state: State = None
@@ -127,7 +130,9 @@ class CausalConv3d(nn.Conv3d):
 
     def _convolve(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.edges
-        if self.edge_mode == "replicate" and any(self.edges):
+        if self.extend_rows is not None and (top or bottom):
+            x, top, bottom = self.extend_rows(x, top, bottom, self.edge_mode), 0, 0
+        if self.edge_mode == "replicate" and any((left, right, top, bottom)):
             x = F.pad(x, (left, right, top, bottom, 0, 0), mode="replicate")
         elif left != right or top != bottom:
             x = F.pad(x, (left, right, top, bottom, 0, 0))

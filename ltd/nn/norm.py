@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltd.nn.seams import SumStrips
+
 
 class RMSNorm(nn.Module):
     """Divide the last dimension by its root mean square and scale it per channel.
@@ -46,13 +48,37 @@ class ChannelRMSNorm(RMSNorm):
 
 
 class FrameGroupNorm(nn.GroupNorm):
-    """GroupNorm of each frame by itself, so that no frame sees another."""
+    """GroupNorm of each frame by itself, so that no frame sees another.
+
+    Args:
+        num_groups: Groups of channels.
+        num_channels: Channels.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
+        super().__init__(num_groups, num_channels, eps)
+        self.sum_strips: SumStrips | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise groups of channels over each frame of ``(b, c, t, h, w)``, or over an image ``(b, c, h, w)``."""
         if x.ndim == 4:
             return super().forward(x)
+        if self.sum_strips is not None:
+            return self._over_strips(x, self.sum_strips)
         b = x.shape[0]
         frames = x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
         normed = super().forward(frames)
         return normed.permute(0, 2, 3, 1).unflatten(0, (b, -1)).permute(0, 4, 1, 2, 3)
+
+    def _over_strips(self, x: Tensor, total: SumStrips) -> Tensor:
+        """Normalise a strip of each frame by the statistics of all strips."""
+        grouped = x.unflatten(1, (self.num_groups, -1))  # b g c t h w
+        grouped = grouped if grouped.dtype == torch.float64 else grouped.float()
+        count = total(grouped.new_tensor([float(grouped[:, 0, :, 0].numel() // x.shape[0])]))
+        mean = total(grouped.sum((2, 4, 5), keepdim=True)) / count
+        centred = grouped - mean
+        variance = total(centred.square().sum((2, 4, 5), keepdim=True)) / count
+        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2)
+        scale, shift = (p.to(normed.dtype)[:, None, None, None] for p in (self.weight, self.bias))
+        return (normed * scale + shift).to(x.dtype)

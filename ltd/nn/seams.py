@@ -13,13 +13,26 @@ uses it holds the operation as an *attribute* (never a global), whose default is
   tokens): sequence parallelism has no rule for it and refuses the model.
 - ``reduce_mean(x)``: mean over processes, for statistics of a batch.
 - ``reduce_sum(x)``: sum over processes, on modules that learn from sums over the global batch (``Vq``).
+- ``extend_rows(x, above, below, padding)``: rows of ``(b, c, t, h, w)`` that a convolution reads beyond the strip of a
+  frame that this process has: a neighbour's, or padding at the frame's edge. None where a process has whole frames, so
+  that a module pads in its own way.
+- ``gather_pixels(x)``: pixels ``(n, h * w, d)`` of a strip -> those of the whole frame, on ``FrameAttention``.
+- ``sum_strips(x)``: sum over the strips of a frame, on ``FrameGroupNorm``; None where a process has whole frames.
+- ``piece_pixels``: how many pixels a network takes at a time; 0 takes as few as it can, so that all processes of a
+  group take their strips in equally many pieces.
 - ``gather_rows(x)``: rows ``(n, d)`` of all processes one after the other in the order of their ranks; every process
   gives equally many; on the same modules.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from torch import Tensor
+
+ExtendRows: TypeAlias = Callable[[Tensor, int, int, str], Tensor]
+SumStrips: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def shard_tokens(x: Tensor) -> Tensor:
@@ -49,4 +62,9 @@ def reduce_sum(x: Tensor) -> Tensor:
 
 def gather_rows(x: Tensor) -> Tensor:
     """Keep the own rows ``(n, d)``: the single-device identity."""
+    return x
+
+
+def gather_pixels(x: Tensor) -> Tensor:
+    """Keep the pixels ``(n, h * w, d)`` of a whole frame: the single-device identity."""
     return x

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltd.autoencoders import CausalVae, CausalVaeConfig
+from ltd.autoencoders import Autoencoder, AutoencoderConfig, CausalVaeConfig, ConvVaeConfig, build_autoencoder
 from ltd.config import ConfigError
 from ltd.inference.halo import decode_strips, stream_strips
 from ltd.nn.causal_conv import State
@@ -32,7 +32,17 @@ CONFIG = CausalVaeConfig(
     shortcuts=False,
     linear_path=True,
 )
-MODELS = {
+#: Attention over the frame in the middle, norms over the frame, shortcuts, norms guided by the latent.
+CONV = ConvVaeConfig(
+    latent_channels=3, encoder_width=4, decoder_width=4, multipliers=(1, 2, 2), halve_time=(False, True), blocks=1
+)
+MODELS: dict[str, tuple[AutoencoderConfig, torch.dtype]] = {
+    "attention": (CONV, torch.float64),
+    "group norms": (dataclasses.replace(CONV, norm="group", num_groups=2, front="repeat"), torch.float64),
+    "shortcuts": (dataclasses.replace(CONV, shortcuts=True, patch=2), torch.float64),
+    "guided": (dataclasses.replace(CONV, conditional_norm=True), torch.float64),
+    "attention in float": (CONV, torch.float32),
+    "group norms in bfloat16": (dataclasses.replace(CONV, norm="group", num_groups=2), torch.bfloat16),
     "replicate": (CONFIG, torch.float64),
     "zeros": (dataclasses.replace(CONFIG, padding="zeros"), torch.float64),
     "float": (CONFIG, torch.float32),
@@ -47,22 +57,22 @@ class Global(nn.Module):
 
     compression = Compression(1, 2, 2)
     latent_channels = 3
-    spatial_halo = None
 
     def decode_chunk(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
         video = latents.repeat_interleave(2, 3).repeat_interleave(2, 4)
         return video + latents.mean((3, 4), keepdim=True), state
 
 
-def build(name: str) -> CausalVae:
+def build(name: str) -> Autoencoder:
     config, dtype = MODELS[name]
-    model = CausalVae(config)
+    model = build_autoencoder(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for value in [*model.parameters(), *model.linear_decoder.buffers()]:
+        fixed = [value for key, value in model.named_buffers() if key.startswith("linear_decoder")]
+        for value in [*model.parameters(), *fixed]:
             fan_in = max(1, value[0].numel()) if value.ndim > 1 else 4
             value.copy_(torch.randn(value.shape, generator=generator) * fan_in**-0.5)
-    return model.to(dtype)
+    return model.to(dtype).eval()
 
 
 def draw(frames: int, rows: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -87,7 +97,7 @@ def measure(layout: Layout) -> dict[str, Any]:
 
 
 def measure_rest(layout: Layout) -> dict[str, Any]:
-    """What is refused, what is blended, and how much a member holds and sends."""
+    """What is refused, what the chunks are, and that all members call equally often."""
     found: dict[str, Any] = {}
     model, latents = build("replicate"), draw(3, 13, seed=0)
     for name, arguments in {
@@ -100,17 +110,13 @@ def measure_rest(layout: Layout) -> dict[str, Any]:
             found[name] = None
         except ConfigError as error:
             found[name] = str(error)
-    constant = torch.full_like(latents, 0.5)
-    blended = decode_strips(Global(), constant, layout, blend=2)  # type: ignore[arg-type]
-    found["blended constant"] = _difference(blended, torch.ones(2, 3, 3, 26, 8, dtype=torch.float64))
-    ramp = torch.arange(13.0, dtype=torch.float64)[:, None].expand_as(latents)
-    blended = decode_strips(Global(), ramp, layout, blend=2, everywhere=True)  # type: ignore[arg-type]
-    found["blended ramp"] = None if blended is None else blended[0, 0, 0, :, 0].tolist()
+    before = model.decode(latents)
     counts = [layout.collectives]
     for everywhere in (True, False):
         chunks = list(stream_strips(model, latents, layout, frames_per_chunk=2, everywhere=everywhere))
         counts.append(layout.collectives)
     found["chunks"] = [None if chunk is None else chunk.shape[2] for chunk in chunks]
+    found["whole after strips"] = _difference(model.decode(latents), before)
     found["collectives"] = [after - before for before, after in pairwise(counts)]
     return found
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltd.autoencoders import CausalVae, CausalVaeConfig, Posterior
+from ltd.autoencoders import CausalVae, CausalVaeConfig, ConvVae, ConvVaeConfig, Posterior
 from ltd.config import ConfigError, from_dict
 from ltd.inference.tiling import (
     TilingConfig,
-    known_halo,
     make_pieces,
     seam_metric,
-    spatial_halo,
     tiled_decode,
     tiled_encode,
 )
@@ -75,9 +73,7 @@ def _random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def _overlap(model: CausalVae, side: Any, halos: int = 2) -> int:
     """Pixels of ``halos`` halos along both axes, in whole cells of both."""
     block = model.compression
-    return max(
-        halos * cells * size for cells, size in zip(spatial_halo(model.config, side), (block.h, block.w), strict=True)
-    )
+    return max(halos * cells * size for cells, size in zip(model.spatial_halo(side), (block.h, block.w), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -155,7 +151,10 @@ class _Pointwise:
     """Gives back what it gets."""
 
     def __init__(self, halo: int | None = None) -> None:
-        self.compression, self.latent_channels, self.spatial_halo = Compression(1, 1, 1), 3, halo
+        self.compression, self.latent_channels, self.halo = Compression(1, 1, 1), 3, halo
+
+    def spatial_halo(self, side: str) -> tuple[int, int] | None:
+        return None if self.halo is None else (self.halo, self.halo)
 
     def decode_chunk(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
         return latents.clone(), state
@@ -226,13 +225,15 @@ def test_seam_metric_by_hand() -> None:
         ({"tile": (23, 32), "overlap": 8}, r"tile: got \(23, 32\), needed multiples of 2 \(model\.compression\.h\)"),
         ({"tile": (32, 30), "overlap": 8}, r"tile: got \(32, 30\), needed multiples of 4 \(model\.compression\.w\)"),
         ({"tile": (32, 32), "overlap": 6}, r"overlap: got 6, needed multiples of 4 \(model\.compression\.w\)"),
-        ({"tile": (32, 32), "overlap": 8}, r"overlap: got 8, needed at least 12 pixels \(model\.receptive_overlap\)"),
+        (
+            {"tile": (8, 64), "overlap": "exact"},
+            r"tile: got \(8, 64\), needed more than \d+ pixels along h for overlap ",
+        ),
         ({"tile": (32, 32), "overlap": 12, "frames_per_chunk": 1}, r"frames_per_chunk: got 1, needed at least 2 "),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused_before_it_is_called(fields: Any, message: str) -> None:
     model = _model()
-    model.receptive_overlap = 12  # type: ignore[assignment]
     config = TilingConfig(**fields)
     with pytest.raises(ConfigError, match=message):
         tiled_decode(model, _random(1, 3, 3, 27, 19), config)
@@ -261,11 +262,51 @@ def test_odd_video_is_refused_before_the_model_is_called() -> None:
     assert not model.sizes
 
 
-def test_halo_is_the_models_own_if_it_says_one() -> None:
-    model = _model()
-    assert known_halo(model) == spatial_halo(SMALL)
-    assert known_halo(model, "encode") == spatial_halo(SMALL, "encode")
-    for said, expected in ((7, (7, 7)), ((1, 2), (1, 2)), (None, None)):
-        model.spatial_halo = said  # type: ignore[assignment]
-        assert known_halo(model) == expected
-    assert known_halo(torch.nn.Identity()) is None
+CONV = ConvVaeConfig(
+    latent_channels=3,
+    encoder_width=4,
+    decoder_width=4,
+    multipliers=(1, 2, 2),
+    halve_time=(False, True),
+    blocks=1,
+    attention=False,
+)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"patch": 2, "shortcuts": True}, {"conditional_norm": True, "front": "repeat"}]
+)
+def test_exact_tiles_of_a_convolutional_vae_are_the_whole_frames(changes: dict[str, Any]) -> None:
+    model = ConvVae(dataclasses.replace(CONV, **changes)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            fan_in = value[0].numel() if value.ndim > 1 else 4
+            value.copy_(torch.randn(value.shape, generator=generator) * fan_in**-0.5)
+    model = model.double()
+    unit = model.compression.h
+    for side in ("decode", "encode"):
+        halo = model.spatial_halo(side)  # type: ignore[arg-type]
+        assert halo is not None
+        tile = (2 * halo[0] + 2) * unit
+        cells = 2 * halo[0] + 5
+        config = TilingConfig(tile=(tile, cells * unit), overlap="exact")
+        with torch.no_grad():
+            if side == "decode":
+                latents = _random(1, 3, 2, cells, 2)
+                tiled: Any = tiled_decode(model, latents, config)
+                found, whole = tiled.output, model.decode(latents)
+            else:
+                video = _random(1, 3, 3, cells * unit, 2 * unit)
+                tiled = tiled_encode(model, video, config)
+                found, whole = tiled.output.mean, model.encode(video).mean
+        assert tiled.exact
+        assert tiled.num_tiles > 1
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-11 * float(whole.std()))
+
+
+def test_models_that_see_the_whole_frame_have_no_exact_tiles() -> None:
+    for changes in ({"attention": True}, {"norm": "group", "num_groups": 2}):
+        model = ConvVae(dataclasses.replace(CONV, **changes))
+        with pytest.raises(ConfigError, match=r"overlap: got exact, but pixels of this ConvVae depend on the whole"):
+            tiled_decode(model, torch.zeros(1, 3, 1, 4, 4), TilingConfig(overlap="exact"))
