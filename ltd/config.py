@@ -76,6 +76,21 @@ def _drop_other_kinds(tree: Any, changes: Any) -> None:
             _drop_other_kinds(old, new)
 
 
+def merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Put changes over nested plain values, as overrides are put over a file.
+
+    Args:
+        tree: Nested plain values.
+        changes: What differs; a list takes the place of the list before, a section of another ``kind`` begins empty.
+
+    Returns:
+        New values; neither argument is touched.
+    """
+    base, over = OmegaConf.create(_plain(tree)), OmegaConf.create(_plain(changes))
+    _drop_other_kinds(base, over)
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.merge(base, over)))
+
+
 def from_dict(cls: Any, mapping: Mapping[str, Any]) -> Any:
     """Build the typed configuration from plain values.
 

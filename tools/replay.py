@@ -12,10 +12,11 @@ Exit code 0: equal within the tolerance; 1: different; 2: the command cannot be 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -138,6 +139,20 @@ def describe_comparison(found: Comparison) -> list[str]:
     return lines
 
 
+@contextlib.contextmanager
+def _without_news() -> Iterator[None]:
+    """Keep the start of a run from telling what a replay changed: its directory, and that it evaluates nothing."""
+    loggers = [logging.getLogger(f"ltd.training.{name}") for name in ("start", "session")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _short(difference: Difference | None) -> str:
     return "none" if difference is None else str(difference)
 
@@ -156,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not args.tolerance >= 0:
             raise ConfigError(f"--tolerance: got {args.tolerance}, needed 0 or more")
         if args.step is not None:
-            logging.getLogger("ltd.training.session").setLevel(logging.ERROR)  # what a replay changes is no news
-            return run_replay(args.first, args.step, args.trace, args.rest, args.tolerance)
+            with _without_news():
+                return run_replay(args.first, args.step, args.trace, args.rest, args.tolerance)
         if args.trace is not None or len(args.rest) != 1:
             raise ConfigError("needed RUN --step N, or two traces A B")
         found = compare(Trace.read(args.first), Trace.read(args.rest[0]), tolerance=args.tolerance)

@@ -1,8 +1,9 @@
 """Large frames through an autoencoder tile by tile, streamed in time inside each tile, and how visible the seams are.
 
 An axis of the frame is cut into overlapping pieces. Where the model says how far a latent cell reaches
-(``spatial_halo``) and the overlap is at least twice that, tiles are blended only where both are exact: the result is the
-whole frame's. Otherwise they are blended linearly over all of the overlap, and ``SeamReport`` says what is left to see.
+(``spatial_halo``) and the overlap is at least twice that, tiles are blended only where both are exact: the result is
+the whole frame's. Otherwise they are blended linearly over all of the overlap, and ``SeamReport`` says what is left to
+see.
 """
 
 from __future__ import annotations

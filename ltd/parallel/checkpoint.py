@@ -86,7 +86,8 @@ def load(
 
     Args:
         path: Checkpoint directory.
-        engine: Engine of a freshly built model of the same configuration.
+        engine: Engine of a freshly built model of the same configuration. Parameters that were trained and are frozen
+            now, or the other way, are taken over, with a warning.
         ema: Averaged weights to restore; those that the checkpoint lacks start from the masters.
         layout: Processes that load together, and stop together if one of them meets damage; None for one alone.
         critic: Engine of a discriminator; it stays as it is, with a warning, where the checkpoint has none.
@@ -97,7 +98,8 @@ def load(
     Raises:
         StorageError: On all processes, if a file is missing or damaged; names it, and an older checkpoint to use.
     """
-    reader = _SharedReader(path, layout)
+    reader: Reader = _SharedReader(path, layout)
+    reader = _Refit(reader, engine)
     check_same_model(reader, engine)
     engine.load_shards(reader, int(reader.manifest["optimizer_step"]))
     reader.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(engine).items()])
@@ -136,6 +138,55 @@ class _CriticReader(Reader):
 
     def fill(self, fills: Iterable[Fill]) -> None:
         self._reader.fill([dataclasses.replace(fill, group=CRITIC + fill.group) for fill in fills])
+
+
+class _Refit(Reader):
+    """A checkpoint as an engine needs it that trains other parameters than the one that wrote it.
+
+    Trained parameters lie under "master", frozen ones under "buffer". A parameter that was frozen has no averages,
+    which then start from its value, and no moments, which then start at zero.
+    """
+
+    def __init__(self, reader: Reader, engine: Engine) -> None:
+        self._reader = reader
+        self.directory, self.manifest = reader.directory, reader.manifest
+        names = {group: set(reader.names(group)) for group in reader.groups()}
+        trained = {name: p.requires_grad for name, p in engine.module.named_parameters()}
+        masters, buffers = names.get("master", set()), names.get("buffer", set())
+        self._thawed = {name for name, now in trained.items() if now and name in buffers and name not in masters}
+        self._frozen = {name for name, now in trained.items() if not now and name in masters}
+        for what, found in (("trained and are frozen", self._frozen), ("frozen and are trained", self._thawed)):
+            if found:
+                logger.warning("%s: %d parameters were %s now", reader.directory, len(found), what)
+
+    def groups(self) -> set[str]:
+        return self._reader.groups()
+
+    def names(self, group: str) -> list[str]:
+        names = self._reader.names(group)
+        match group:
+            case "master":
+                return [name for name in names if name not in self._frozen] + sorted(self._thawed)
+            case "buffer":
+                return [name for name in names if name not in self._thawed] + sorted(self._frozen)
+        return names
+
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        return self._reader.shape(self._group(group, name), name)
+
+    def fill(self, fills: Iterable[Fill]) -> None:
+        found = []
+        for item in fills:
+            if item.name in self._thawed and item.group not in ("master", "buffer", *self._reader.averages()):
+                item.target.zero_()
+            else:
+                found.append(dataclasses.replace(item, group=self._group(item.group, item.name)))
+        self._reader.fill(found)
+
+    def _group(self, group: str, name: str) -> str:
+        if name in self._frozen and group == "buffer":
+            return "master"
+        return "buffer" if name in self._thawed else group
 
 
 class _SharedReader(Reader):

@@ -44,9 +44,11 @@ from ltd.training.autoencoder_stage import (
     Objective,
     media_pixels,
 )
-from ltd.training.loop import fit
+from ltd.training.loop import train
 from ltd.training.run import RunConfig, check_views
 from ltd.training.session import Session, open_layout, start_session
+from ltd.training.stages import at_step
+from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
 
 logger = logging.getLogger(__name__)
@@ -110,8 +112,6 @@ class AutoencoderRun(RunConfig):
             raise ConfigError("start_from: brings weights, and initialize_from computes them; set one of the two")
         if self.train == "decoder" and self.parallel.zero == 3:
             raise ConfigError("train: decoder holds frozen weights, which parallel.zero=3 does not take; use 2 or less")
-        if self.train == "decoder" and self.start_from is None:
-            raise ConfigError("train: decoder needs an encoder that was trained; set start_from")
         chunk, unit = self.frames_per_chunk, self.model.compression.t
         if chunk is not None:
             if chunk < 1 or chunk % unit:
@@ -163,13 +163,14 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
     Returns:
         The session, which the caller closes, and the stage; None when the run has all its steps.
     """
-    critic = None
+    found = find_start(config, layout)
+    if found is None:
+        return None
+    config, critic = found.run, None
     if config.adversarial is not None:
         settings = config.adversarial
         critic = (lambda: build_discriminator(settings.discriminator), settings.optim)
-    session = start_session(config, layout, beat, lambda fresh: _build(config, fresh), critic)
-    if session is None:
-        return None
+    session = start_session(found, layout, beat, lambda fresh: _build(config, fresh), critic)
     stage = AutoencoderStage(
         config,
         Objective(
@@ -194,17 +195,14 @@ def run(config: AutoencoderRun) -> None:
     """
     with open_layout(config) as (layout, beat):
         config = with_data(config, config.toy_data, layout)
-        started = start(config, layout, beat)
-        finished = True
-        if started is not None:
-            with started[0]:
-                finished = fit(*started)
-        if finished:
+        if train(config, layout, beat, start):
             beat.enter("evaluate", config.steps)
-            _export(config, layout)
+            _export(at_step(config, config.steps)[0], layout)
 
 
 def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:
+    if fresh and config.train == "decoder" and config.start_from is None:
+        raise ConfigError("train: decoder needs an encoder that was trained; set start_from")
     model = autoencoders.build_autoencoder(config.model)
     check_views(config.data, model.compression)
     if fresh and config.start_from is not None:

@@ -32,9 +32,10 @@ from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
-from ltd.training.loop import fit
+from ltd.training.loop import train
 from ltd.training.run import RunConfig, check_views, heldout_batches
 from ltd.training.session import Session, open_layout, start_session
+from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
 
 logger = logging.getLogger(__name__)
@@ -285,16 +286,17 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     Returns:
         The session, which the caller closes, and the stage; None when the run has all its steps.
     """
-    config = with_data(config, config.toy_data, layout)
+    found = find_start(with_data(config, config.toy_data, layout), layout)
+    if found is None:
+        return None
+    config = found.run
     inputs: list[LatentInputs] = []
 
     def accept(lineage: dict[str, Any]) -> None:
         inputs.append(LatentInputs(config, layout))
         _check_lineage(lineage, inputs[0].lineage())
 
-    session = start_session(config, layout, beat, lambda fresh: _build(config, layout, fresh=fresh), accept=accept)
-    if session is None:
-        return None
+    session = start_session(found, layout, beat, lambda fresh: _build(config, layout, fresh=fresh), accept=accept)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
     return session, stage
@@ -307,10 +309,7 @@ def run(config: DenoiserRun) -> None:
         config: The run.
     """
     with open_layout(config) as (layout, beat):
-        started = start(config, layout, beat)
-        if started is not None:
-            with started[0]:
-                fit(*started)
+        train(config, layout, beat, start)
 
 
 def _autoencoder(run: DenoiserRun) -> autoencoders.Autoencoder:

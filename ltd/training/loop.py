@@ -6,22 +6,31 @@ stops all processes together.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from ltd import storage
 from ltd.data import StepInfo
+from ltd.parallel.heartbeat import Heartbeat
+from ltd.parallel.layout import Layout
 from ltd.progress import Progress
 from ltd.training.data_wait import DataWait
 from ltd.training.guards import GuardError
+from ltd.training.run import RunConfig
 from ltd.training.session import Session, explain_loss
 from ltd.training.step import RewindError, Stage, StepResult, take_step
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=RunConfig)
+Starter: TypeAlias = Callable[[R, Layout, Heartbeat], "tuple[Session, Stage] | None"]
 
 
 class StopSignal:
@@ -49,14 +58,14 @@ def every(step: int, interval: int) -> bool:
 
 
 def fit(session: Session, stage: Stage) -> bool:
-    """Train until the run has its steps, logging, evaluating and saving on the way.
+    """Train until the stage of the run has its steps, logging, evaluating and saving on the way.
 
     Args:
         session: Run, processes, engine, data and trackers.
         stage: What one step is.
 
     Returns:
-        Whether the run has all its steps; False if SIGTERM ended it early, after a checkpoint was written.
+        Whether the stage has all its steps; False if SIGTERM ended it early, after a checkpoint was written.
 
     Raises:
         GuardError: If a step must not be taken and ``guards`` say stop; a checkpoint of the steps before is written.
@@ -80,6 +89,34 @@ def fit(session: Session, stage: Stage) -> bool:
                 raise
 
 
+def train(run: R, layout: Layout, beat: Heartbeat, start: Starter[R]) -> bool:
+    """Take a run through its stages, from where it stands.
+
+    Args:
+        run: The run.
+        layout: Its processes.
+        beat: Their heartbeat.
+        start: Builds the session and the stage of where the run stands; None when it has all its steps.
+
+    Returns:
+        Whether the run has all its steps; False if SIGTERM ended it early, after a checkpoint was written.
+    """
+    while (started := start(run, layout, beat)) is not None:
+        with started[0] as session:
+            if not fit(*started):
+                return False
+            done, following = session.until == run.steps, session.until
+        # The engines of this stage go before those of the next are built.
+        del started, session
+        gc.collect()
+        if done:
+            break
+        logger.info("the stage from step %d begins", following)
+        # What refuses to write over checkpoints has written this run's own.
+        run = replace(run, resume="auto") if run.resume == "never" else run
+    return True
+
+
 class _Loop:
     """Steps from where the session stands to the end, or to the first that must be gone back from."""
 
@@ -94,7 +131,7 @@ class _Loop:
     def run(self) -> bool:
         session, run = self.session, self.session.run
         batches = iter(session.loader)
-        for done in range(session.start_step + 1, run.steps + 1):
+        for done in range(session.start_step + 1, session.until + 1):
             began = time.perf_counter()
             session.beat.enter("data", done)
             micro_batches, info = next(batches)
@@ -108,7 +145,7 @@ class _Loop:
             session.saver.settle(*saving)
             self.data_state = info.state
             self._log(done, result, info, time.perf_counter() - began, data_s)
-            if every(done, run.checkpoint.every) or done == run.steps or stopping:
+            if every(done, run.checkpoint.every) or done == session.until or stopping:
                 session.save(done, info.state)
                 self.save_blocked_s = session.saver.blocked_s
             if stopping and done < run.steps:

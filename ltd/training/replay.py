@@ -28,6 +28,7 @@ from ltd.tracking.tracker import METRICS
 from ltd.training import autoencoder, denoiser
 from ltd.training.guards import GuardError
 from ltd.training.session import Session, open_layout
+from ltd.training.stages import at_step
 from ltd.training.step import RewindError, Stage, StepResult, take_step
 from ltd.training.trace import Sample, Trace
 from ltd.training.trace_recorder import Recorder
@@ -105,7 +106,12 @@ def replay(run: Run, run_dir: str | Path, step: int, *, trace: bool = False) -> 
     with open_layout(run) as (layout, beat), tempfile.TemporaryDirectory(prefix="ltd-replay-") as scratch:
         before = [path for path in storage.checkpoints(run_dir) if storage.checkpoint_step(path) < step]
         found: Path | None = layout.broadcast_object(before[-1] if before else _origin(run, step))
-        config = _quiet(run, scratch, found)
+        config, until = at_step(run, 0 if found is None else storage.checkpoint_step(found))
+        if step > until:
+            raise ConfigError(
+                f"--step: got {step}, but the last checkpoint before it, {found}, is of the stage that ends at {until}"
+            )
+        config = _quiet(config, scratch, found)
         rewound: list[list[str]] = []
         while True:
             with _started(config, layout, beat) as (session, stage):

@@ -16,6 +16,7 @@ from ltd.shapes import Compression, num_tokens
 from ltd.tracking.tracker import TrackingConfig
 from ltd.training.guards import GuardConfig
 from ltd.training.optim import OptimConfig
+from ltd.training.stages import StageConfig, check_stages
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class RunConfig:
     log_every: int = 1
     #: CPU threads of each process; null leaves PyTorch's choice.
     num_threads: int | None = None
+    #: Fields that change at a step; the checkpoint at each boundary is always written.
+    stages: tuple[StageConfig, ...] = ()
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -99,6 +102,7 @@ class RunConfig:
             raise ConfigError(f"num_threads: must be at least 1 or null, got {self.num_threads}")
         if not self.run_dir:
             raise ConfigError("run_dir: is empty, needed a directory")
+        check_stages(self, self.stages, self.steps)
 
 
 def check_views(data: DataConfig, compression: Compression, patch: tuple[int, int, int] = (1, 1, 1)) -> None:

@@ -20,7 +20,6 @@ from torch import nn
 
 from ltd import config as config_io
 from ltd import storage
-from ltd.config import ConfigError
 from ltd.data import Loader, build_loader
 from ltd.parallel import checkpoint as checkpoints
 from ltd.parallel import preflight
@@ -36,6 +35,7 @@ from ltd.tracking.tracker import Tracker
 from ltd.training.guards import GuardError, Guards, Incident
 from ltd.training.optim import OptimConfig, learning_rate
 from ltd.training.run import RunConfig
+from ltd.training.start import Start
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,12 @@ class Critic:
 class Session:
     """Everything a loop needs besides the stage."""
 
+    #: What holds in this stage of the run.
     run: RunConfig
+    #: The whole run, with its stages.
+    base: RunConfig
+    #: Steps done at the end of the stage.
+    until: int
     layout: Layout
     beat: Heartbeat
     compiled: Compiled
@@ -90,7 +95,7 @@ class Session:
             "data": data_state,
             "tracker": self.tracker.state(),
             "guards": self.guards.state(),
-            "config": config_io.to_dict(self.run),
+            "config": config_io.to_dict(self.base),
             "lineage": self.lineage,
         }
         self.saver.save(step, extra)
@@ -187,17 +192,17 @@ def explain_loss(layout: Layout, beat: Heartbeat, error: RuntimeError) -> None:
 
 
 def start_session(
-    run: RunConfig,
+    start: Start,
     layout: Layout,
     beat: Heartbeat,
     build_module: Callable[[bool], nn.Module],
     critic: tuple[Callable[[], nn.Module], OptimConfig] | None = None,
     accept: Callable[[dict[str, Any]], None] | None = None,
-) -> Session | None:
+) -> Session:
     """Write the configuration, build the module, engine, EMA and loader, and restore them from a checkpoint.
 
     Args:
-        run: Configuration of the run; its ``data.shards`` are set.
+        start: Where it begins; the ``data.shards`` of its run are set.
         layout: Processes of the run.
         beat: Their heartbeat.
         build_module: Makes the module; told whether its values count (no checkpoint replaces them).
@@ -205,23 +210,21 @@ def start_session(
         accept: Is given the lineage of the checkpoint, before anything of the run is replaced, and may refuse it.
 
     Returns:
-        The session, or None when the run had already done its steps.
+        The session.
 
     Raises:
-        ConfigError: If the checkpoint is of another model, or ``resume`` names none.
+        ConfigError: If the checkpoint is of another model.
     """
+    run = start.run
     beat.enter("start", 0)
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
-    start = _find_start(run, layout)
-    if start is None:
-        return None
     if accept is not None:
         accept(start.manifest.get("lineage", {}))
     if run.evaluation.every and run.evaluation.shards is None:
         logger.warning("evaluation.shards is null: nothing is evaluated in training")
     if start.checkpoint is None:  # a run that goes on replaces its configuration only once its checkpoint is accepted
-        _save_config(run, layout)
+        _save_config(start.base, layout)
     loader = _build_loader(run, layout, start.manifest)
     _preflight(run, layout, loader)
     torch.manual_seed(derive_seed(run.seed, "initialization"))
@@ -237,11 +240,13 @@ def start_session(
         checkpoints.load(start.checkpoint, engine, ema, layout, critic=None if beside is None else beside.engine)
         if start.own and layout.is_main:
             storage.set_aside_newer(run.run_dir, start.checkpoint)
-        _save_config(run, layout)
+        _save_config(start.base, layout)
     if layout.is_main and run.parallel.engine == "deepspeed":
         storage.write_json(Path(run.run_dir) / "deepspeed.json", engine.resolved_config())
     return Session(
         run=run,
+        base=start.base,
+        until=start.until,
         layout=layout,
         beat=beat,
         compiled=compiled,
@@ -273,53 +278,6 @@ def _build_engine(run: RunConfig, layout: Layout, module: nn.Module, optim: Opti
         layout=layout,
         num_backwards=run.parallel.accumulation * run.parallel.sequence,
     )
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where a run starts: nowhere, at its own latest checkpoint, or at another run's."""
-
-    checkpoint: Path | None
-    manifest: dict[str, Any]
-    own: bool
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest.get("step", 0))
-
-
-def _find_start(run: RunConfig, layout: Layout) -> _Start | None:
-    """Find the checkpoint to start from, the same on all processes; None when the run has all its steps already."""
-    found: _Start | Exception | None = None
-    if layout.is_main:
-        try:
-            found = _locate_start(run)
-        except (ConfigError, storage.StorageError) as error:
-            found = error
-    # One process decides: file systems show a new checkpoint to some hosts later than to others.
-    found = layout.broadcast_object(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-def _locate_start(run: RunConfig) -> _Start | None:
-    run_dir = Path(run.run_dir)
-    found = checkpoints.resolve(run.resume, run_dir)
-    own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
-    start = _Start(found, storage.read_manifest(found) if found else {}, own)
-    before, now = start.manifest.get("config", {}).get("kind"), getattr(run, "kind", None)
-    if found and before != now:
-        raise ConfigError(f"run_dir: {found} is a checkpoint of kind {before!r}, this run is of kind {now!r}")
-    if found and start.step >= run.steps:
-        if not own:
-            raise ConfigError(
-                f"steps: got {run.steps}, but resume = {run.resume} has {start.step} already; raise steps"
-            )
-        logger.info("%s already has its %d steps; nothing to train (raise steps to go on)", run_dir, run.steps)
-        return None
-    _announce_resume(found, start.manifest, run)
-    return start
 
 
 def _save_config(run: RunConfig, layout: Layout) -> None:
@@ -374,23 +332,6 @@ def _preflight(run: RunConfig, layout: Layout, loader: Loader) -> None:
     }
     found = preflight.check(layout, digests, storage_dir=Path(run.run_dir))
     logger.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-
-
-def _announce_resume(found: Path | None, manifest: dict[str, Any], run: RunConfig) -> None:
-    if found is None:
-        logger.info("starting anew in %s", run.run_dir)
-        return
-    logger.info("resuming from %s at step %d", found, manifest["step"])
-    before, now = _flat(manifest["config"]), _flat(config_io.to_dict(run))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key != "resume":
-            logger.warning("%s was %r in the checkpoint and is %r now", key, before.get(key), now.get(key))
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {key: value for name, item in tree.items() for key, value in _flat(item, f"{path}.{name}").items()}
-    return {path.removeprefix("."): tree}
 
 
 def _announce(run: RunConfig, layout: Layout, module: nn.Module, loader: Loader) -> None:

@@ -19,7 +19,7 @@ from ltd import storage
 from ltd.config import ConfigError
 from ltd.data import MicroBatch
 from ltd.data.synthetic import make_toy_shards
-from ltd.training import session
+from ltd.training import session, start
 from ltd.training.autoencoder import AutoencoderStage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,12 +104,12 @@ def test_one_process_decides_where_all_start(shards: Path, tmp_path: Path, monke
     def fail(run: object) -> None:
         raise AssertionError("looked for a checkpoint by itself")
 
-    monkeypatch.setattr(session, "_locate_start", fail)
-    main: Any = session._Start(tmp_path / "step-00000004", {"step": 4}, True)
-    assert session._find_start(None, Other()) is main  # type: ignore[arg-type]
+    monkeypatch.setattr(start, "_locate_start", fail)
+    main: Any = start.Start(None, tmp_path / "step-00000004", {"step": 4}, True)  # type: ignore[type-var]
+    assert start.find_start(None, Other()) is main  # type: ignore[arg-type]
     main = ConfigError("resume: no")
     with pytest.raises(ConfigError, match="resume: no"):
-        session._find_start(None, Other())  # type: ignore[arg-type]
+        start.find_start(None, Other())  # type: ignore[arg-type]
 
 
 def test_a_step_whose_samples_all_failed_changes_nothing(

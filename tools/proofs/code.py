@@ -29,7 +29,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "av": ("ltd.data",),
     "webdataset": ("ltd.data",),
     "flash_attn": ("ltd.nn.attention",),
-    "transformers": ("ltd.encoders.text",),
+    "transformers": ("ltd.encoders",),
 }
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 VAGUE_NAMES = {"base", "common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
