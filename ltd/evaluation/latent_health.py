@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -280,12 +280,16 @@ class ActivationProbe:
     Args:
         module: Module whose submodules are watched.
         names: Their names, as in ``module.named_modules()``. An output that is a tuple counts with its first tensor.
+        each: Is given the name and every output, detached, as it comes; nothing is collected then.
 
     Raises:
         ValueError: If there is no submodule of a name.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], each: Callable[[str, Tensor], None] | None = None
+    ) -> None:
+        self._each = each
         self._collected: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         known = dict(module.named_modules())
@@ -316,9 +320,17 @@ class ActivationProbe:
     def _hook(self, name: str) -> Any:
         def collect(_module: nn.Module, _inputs: object, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            self._collected.setdefault(name, []).append(tensor.detach())
+            if self._each is None:
+                self._collected.setdefault(name, []).append(tensor.detach())
+            else:
+                self._each(name, tensor.detach())
 
         return collect
+
+
+def least_positions(sigmas: float = DROPLET_SIGMAS) -> int:
+    """Count the positions that a map needs for one of them to lie so far from its mean."""
+    return int(sigmas**2) + 2
 
 
 def droplets(activation: Tensor, sigmas: float = DROPLET_SIGMAS) -> tuple[Tensor, Tensor]:
@@ -341,7 +353,7 @@ def droplets(activation: Tensor, sigmas: float = DROPLET_SIGMAS) -> tuple[Tensor
     if activation.dim() not in (4, 5):
         raise ValueError(f"got activation {tuple(activation.shape)}, needed (b, c, h, w) or (b, c, t, h, w)")
     positions = activation.shape[-1] * activation.shape[-2]
-    if positions - 1 <= sigmas**2:
+    if positions < least_positions(sigmas):
         raise ValueError(f"got maps of {positions} positions, needed more than {sigmas**2 + 1:g} for {sigmas:g} sigmas")
     maps = activation.detach().double().flatten(-2)
     squares = (maps - maps.mean(-1, keepdim=True)).square()

@@ -36,8 +36,8 @@ from ltd.inference.media import pixels_to_video
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.rng import generator
+from ltd.training.autoencoder_heldout import LEAST_PIXELS
 from ltd.training.autoencoder_stage import (
-    LEAST_PIXELS,
     AdversarialConfig,
     AlignmentRun,
     AutoencoderStage,

@@ -15,7 +15,6 @@ from ltd.autoencoders import (
     AutoencoderLoss,
     AutoencoderLossConfig,
     DiscriminatorConfig,
-    Posterior,
     build_discriminator,
 )
 from ltd.autoencoders.adversarial import balance, generator_loss, hinge_discriminator_loss
@@ -33,20 +32,16 @@ from ltd.config import ConfigError
 from ltd.data import MicroBatch, PackedBatch
 from ltd.encoders.perceptual import build_perceptual
 from ltd.encoders.vision import VisionTeacher, VisionTeacherConfig
-from ltd.evaluation.artifacts import Artifacts
-from ltd.evaluation.fidelity import Psnr
-from ltd.evaluation.latent_health import CodeUsage, LatentHealth
-from ltd.inference.media import pixels_to_video, video_to_pixels
+from ltd.inference.media import pixels_to_video
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
+from ltd.training.autoencoder_heldout import Heldout
 from ltd.training.optim import OptimConfig
 from ltd.training.run import RunConfig, heldout_batches
 
 logger = logging.getLogger(__name__)
 
-#: Frames smaller than this have no perceptual distance and no artefact diagnostics.
-LEAST_PIXELS = 32
 #: What the equivariance error is measured under: a quarter turn, and three quarters of the size.
 _PROBES = {"turned": Transform(quarter_turns=1), "shrunk": Transform(scale=(0.75, 0.75))}
 
@@ -261,12 +256,13 @@ class AutoencoderStage:
         Returns:
             Mean PSNR in dB over clips and over images, artefacts of both, and the state of the latents.
         """
-        found = _Heldout(self.model)
+        found = Heldout(self.model)
         self.model.eval()
         for batch in heldout_batches(self.run, self.layout):
             pixels = media_pixels(batch)
             video = pixels_to_video(pixels.to(self.layout.device))
-            reconstruction, posterior = self.engine(video, None)
+            with found.watching(batch.weight > 0):
+                reconstruction, posterior = self.engine(video, None)
             errors = self._equivariance(video)
             found.add(batch.kinds[0], batch.weight > 0, pixels, video, reconstruction, posterior, errors)
         self.model.train()
@@ -317,76 +313,6 @@ class AutoencoderStage:
         c = self.model.compression
         shape = (self.model.latent_channels, c.latent_frames(t), h // c.h, w // c.w)
         return DrawRandom(self.run.seed, draws.tolist()).normal(shape, "posterior").to(video.device)
-
-
-class _Heldout:
-    """Sums over the held-out samples of one process."""
-
-    def __init__(self, model: Autoencoder) -> None:
-        self._scores = {"video": Psnr(), "image": Psnr()}
-        self._artifacts = Artifacts()
-        self._latents = LatentHealth()
-        quantizer = model.quantizer
-        self._codes = None if quantizer is None else CodeUsage(quantizer.num_codes)
-        self._errors: dict[str, list[float]] = {}
-
-    def add(
-        self,
-        kind: str,
-        kept: Tensor,
-        pixels: Tensor,
-        video: Tensor,
-        reconstruction: Tensor,
-        posterior: Posterior,
-        errors: dict[str, Tensor],
-    ) -> None:
-        if not kept.any():
-            return
-        self._scores[kind].update(video_to_pixels(reconstruction).cpu()[kept], pixels[kept])
-        on_device = kept.to(video.device)
-        if min(video.shape[3:]) >= LEAST_PIXELS:
-            self._artifacts.update(reconstruction[on_device].float(), video[on_device])
-        indices = getattr(posterior, "indices", None)
-        if self._codes is not None and indices is not None:
-            self._codes.update(indices[on_device])
-            self._latents.update(posterior.mean[on_device])
-        else:
-            self._latents.update(posterior.mean[on_device], posterior.logvar[on_device])
-        for name, error in errors.items():
-            self._errors.setdefault(name, []).extend(error[on_device].tolist())
-
-    def merged(self, layout: Layout) -> dict[str, float]:
-        """Sum over all processes."""
-        states = layout.gather_objects(self._state())
-        values: dict[str, float] = {}
-        num_seen = 0
-        for kind in self._scores:
-            total = Psnr()
-            for state in states:
-                total.merge(state[kind])
-            if total.num_clips:
-                values[f"heldout/psnr_{kind}_db"] = total.clip_mean
-                num_seen += total.num_clips
-        if not num_seen:
-            return values
-        accumulators: dict[str, Any] = {"artifacts": Artifacts(), "latents": LatentHealth()}
-        if self._codes is not None:
-            accumulators["codes"] = CodeUsage(len(self._codes.counts))
-        for name, total_of in accumulators.items():
-            for state in states:
-                total_of.merge(state[name])
-            values |= {f"{name}/{key}": value for key, value in total_of.values().items()}
-        fired = [str(finding) for finding in accumulators["artifacts"].findings() if finding.fires]
-        logger.info("artefacts: %s", ", ".join(fired) if fired else "none")
-        for name in sorted({name for state in states for name in state["errors"]}):
-            errors = [error for state in states for error in state["errors"].get(name, [])]
-            values[f"latents/equivariance_error_{name}"] = sum(errors) / len(errors)
-        return values
-
-    def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {kind: score.state() for kind, score in self._scores.items()}
-        state |= {"artifacts": self._artifacts.state(), "latents": self._latents.state(), "errors": self._errors}
-        return state | ({} if self._codes is None else {"codes": self._codes.state()})
 
 
 def media_pixels(batch: MicroBatch) -> Tensor:

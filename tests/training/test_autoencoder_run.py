@@ -19,6 +19,8 @@ import train
 from ltd import autoencoders, storage
 from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder
 from ltd.data.synthetic import make_toy_shards
+from ltd.parallel import Layout, ParallelConfig
+from ltd.training.autoencoder_heldout import Heldout
 from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,3 +299,31 @@ def test_refuses(
     assert exit_code.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+def test_droplets_in_the_decoder_are_found_where_they_are(shards: Path) -> None:
+    torch.manual_seed(0)
+    config = ConvVaeConfig(latent_channels=4, encoder_width=8, decoder_width=8, multipliers=(1, 2), halve_time=(True,))
+    model = ConvVae(config).eval()
+    video = torch.rand(2, 3, 5, 48, 48) * 2 - 1
+    kept = torch.tensor([True, False])
+
+    def measure() -> dict[str, float]:
+        found = Heldout(model)
+        with torch.no_grad(), found.watching(kept):
+            reconstruction, posterior = model(video, None)
+        pixels = torch.zeros(2, 5, 48, 48, 3, dtype=torch.uint8)
+        found.add("video", kept, pixels, video, reconstruction, posterior, {})
+        return found.merged(Layout(ParallelConfig(engine="torch"), global_rank=0, world_size=1, local_rank=0))
+
+    assert measure()["artifacts/droplet_share"] == 0
+    block = model.get_submodule("decoder.levels.1.blocks.0")
+
+    def plant(_module: Any, _inputs: Any, output: Any) -> Any:
+        output[0][kept, :, :, 3, 3] += 1e4
+        return output
+
+    handle = block.register_forward_hook(plant)
+    assert measure()["artifacts/droplet_share"] == 1
+    handle.remove()
+    assert measure()["artifacts/droplet_share"] == 0

@@ -1,0 +1,137 @@
+"""What is measured of an autoencoder on held-out samples: PSNR, artefacts, and the state of its latents and codes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ltd.autoencoders import Autoencoder, Posterior
+from ltd.autoencoders.blocks import ResidualBlock
+from ltd.autoencoders.conv_parts import ConvBlock
+from ltd.evaluation.artifacts import Artifacts
+from ltd.evaluation.fidelity import Psnr
+from ltd.evaluation.latent_health import ActivationProbe, CodeUsage, LatentHealth, least_positions
+from ltd.inference.media import video_to_pixels
+from ltd.parallel.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+#: Frames smaller than this have no perceptual distance and no artefact diagnostics.
+LEAST_PIXELS = 32
+
+
+class Heldout:
+    """Sums over the held-out samples of one process.
+
+    Args:
+        model: The autoencoder; the residual blocks of its decoder are watched for droplets.
+    """
+
+    def __init__(self, model: Autoencoder) -> None:
+        self._model = model
+        self._layers = [
+            name
+            for name, module in model.named_modules()
+            if name.startswith("decoder.") and isinstance(module, ConvBlock | ResidualBlock)
+        ]
+        self._scores = {"video": Psnr(), "image": Psnr()}
+        self._artifacts = Artifacts()
+        self._latents = LatentHealth()
+        quantizer = model.quantizer
+        self._codes = None if quantizer is None else CodeUsage(quantizer.num_codes)
+        self._errors: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def watching(self, kept: Tensor) -> Iterator[None]:
+        """Count droplets in what the decoder computes of a batch inside the context.
+
+        Args:
+            kept: Which of its samples count, ``(b,)`` bool.
+        """
+
+        def count(name: str, activation: Tensor) -> None:
+            if kept.any() and activation.shape[-1] * activation.shape[-2] >= least_positions():
+                self._artifacts.droplet.update({name: activation[kept.to(activation.device)].float()})
+
+        with ActivationProbe(self._model, self._layers, count):
+            yield
+
+    def add(
+        self,
+        kind: str,
+        kept: Tensor,
+        pixels: Tensor,
+        video: Tensor,
+        reconstruction: Tensor,
+        posterior: Posterior,
+        errors: dict[str, Tensor],
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            kind: ``video`` or ``image``.
+            kept: Which of its samples count, ``(b,)`` bool.
+            pixels: uint8 ``(b, t, h, w, c)``.
+            video: The same in [-1, 1], ``(b, c, t, h, w)``.
+            reconstruction: What became of it.
+            posterior: Over its latents.
+            errors: Equivariance error of each sample by probe, ``(b,)`` each.
+        """
+        if not kept.any():
+            return
+        self._scores[kind].update(video_to_pixels(reconstruction).cpu()[kept], pixels[kept])
+        on_device = kept.to(video.device)
+        if min(video.shape[3:]) >= LEAST_PIXELS:
+            self._artifacts.update(reconstruction[on_device].float(), video[on_device])
+        indices = getattr(posterior, "indices", None)
+        if self._codes is not None and indices is not None:
+            self._codes.update(indices[on_device])
+            self._latents.update(posterior.mean[on_device])
+        else:
+            self._latents.update(posterior.mean[on_device], posterior.logvar[on_device])
+        for name, error in errors.items():
+            self._errors.setdefault(name, []).extend(error[on_device].tolist())
+
+    def merged(self, layout: Layout) -> dict[str, float]:
+        """Sum over all processes; called by all.
+
+        Args:
+            layout: The processes.
+
+        Returns:
+            Figures by their names in ``metrics.jsonl``; empty without a sample.
+        """
+        states = layout.gather_objects(self._state())
+        values: dict[str, float] = {}
+        num_seen = 0
+        for kind in self._scores:
+            total = Psnr()
+            for state in states:
+                total.merge(state[kind])
+            if total.num_clips:
+                values[f"heldout/psnr_{kind}_db"] = total.clip_mean
+                num_seen += total.num_clips
+        if not num_seen:
+            return values
+        accumulators: dict[str, Any] = {"artifacts": Artifacts(), "latents": LatentHealth()}
+        if self._codes is not None:
+            accumulators["codes"] = CodeUsage(len(self._codes.counts))
+        for name, total_of in accumulators.items():
+            for state in states:
+                total_of.merge(state[name])
+            values |= {f"{name}/{key}": value for key, value in total_of.values().items()}
+        fired = [str(finding) for finding in accumulators["artifacts"].findings() if finding.fires]
+        logger.info("artefacts: %s", ", ".join(fired) if fired else "none")
+        for name in sorted({name for state in states for name in state["errors"]}):
+            errors = [error for state in states for error in state["errors"].get(name, [])]
+            values[f"latents/equivariance_error_{name}"] = sum(errors) / len(errors)
+        return values
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {kind: score.state() for kind, score in self._scores.items()}
+        state |= {"artifacts": self._artifacts.state(), "latents": self._latents.state(), "errors": self._errors}
+        return state | ({} if self._codes is None else {"codes": self._codes.state()})
