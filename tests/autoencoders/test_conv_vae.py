@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder, descent, inflate
+from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder, inflate
 from ltd.autoencoders.conv_parts import ConditionalNorm, NormConv, SpatialUp, build_norm
 from ltd.config import ConfigError
 from ltd.nn.causal_conv import START, CausalConv3d
@@ -80,7 +80,7 @@ def test_streaming_equals_the_whole_for_every_chunking(name: str, grad: bool) ->
 
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
-def test_pieces_and_buffers_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_and_buffers_change_nothing(name: str) -> None:
     model = make(name)
     video = clip(model)
     with torch.enable_grad():
@@ -88,7 +88,7 @@ def test_pieces_and_buffers_change_nothing(name: str, monkeypatch: pytest.Monkey
         decoded = model.decode(expected.mean).detach()
     calls = 0
     for pixels in (1, 2 * 8 * 12, 1 << 20):
-        monkeypatch.setattr(descent, "PIECE_PIXELS", pixels)
+        model.encoder.piece_pixels = model.decoder.piece_pixels = pixels
         posterior = model.encode(video)
         for got, wanted in ((posterior.mean, expected.mean), (posterior.logvar, expected.logvar)):
             torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=1e-10)
@@ -100,9 +100,9 @@ def test_pieces_and_buffers_change_nothing(name: str, monkeypatch: pytest.Monkey
     assert calls == 3
 
 
-def test_small_pieces_go_depth_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descent, "PIECE_PIXELS", 1)
+def test_small_pieces_go_depth_first() -> None:
     model = make("wan 2.1", torch.float32)
+    model.decoder.piece_pixels = 1
     sizes = []
     model.decoder.out.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[2]))
     with torch.no_grad():
