@@ -31,6 +31,7 @@ from ltd.autoencoders.alignment import LatentAlignment
 from ltd.autoencoders.sensitivity import pixel_scaled_std, pixel_sensitivity
 from ltd.config import ConfigError, to_dict
 from ltd.data import Batch, evaluation_batches
+from ltd.encoders.perceptual import PerceptualConfig, StLpipsConfig
 from ltd.encoders.vision import VisionTeacher
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.heartbeat import Heartbeat
@@ -61,6 +62,8 @@ class AutoencoderRun(RunConfig):
     kind: Literal["autoencoder"] = "autoencoder"
     model: AutoencoderConfig
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    #: Network of ``loss.perceptual_weight``.
+    perceptual: PerceptualConfig = field(default_factory=StLpipsConfig)
     #: A discriminator trained beside it; null trains none.
     adversarial: AdversarialConfig | None = None
     #: Latents are turned and scaled, and the video with them, so that a decoder of moved latents moves its frames
@@ -175,6 +178,7 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
         config,
         Objective(
             loss=config.loss,
+            perceptual=config.perceptual,
             adversarial=config.adversarial,
             equivariance=config.equivariance,
             alignment=config.alignment,

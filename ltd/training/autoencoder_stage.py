@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from ltd.autoencoders.equivariance import (
 )
 from ltd.config import ConfigError
 from ltd.data import MicroBatch, PackedBatch
-from ltd.encoders.perceptual import build_perceptual
+from ltd.encoders.perceptual import PerceptualConfig, PerceptualDistance, StLpipsConfig, build_perceptual
 from ltd.encoders.vision import VisionTeacher, VisionTeacherConfig
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.interface import Engine
@@ -90,6 +89,8 @@ class Objective:
 
     #: Terms that compare a reconstruction with its video.
     loss: AutoencoderLossConfig
+    #: Network of the perceptual term.
+    perceptual: PerceptualConfig = field(default_factory=StLpipsConfig)
     #: A discriminator; None without one.
     adversarial: AdversarialConfig | None = None
     #: Latents that are moved; None leaves them alone.
@@ -135,9 +136,10 @@ class AutoencoderStage:
         self.alignment = objective.alignment
         assert isinstance(engine.module, Autoencoder)
         self.model = engine.module
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+        perceptual: PerceptualDistance | None = None
         if objective.loss.perceptual_weight > 0:
-            perceptual = build_perceptual().to(layout.device)
+            perceptual = build_perceptual(objective.perceptual, device=layout.device)
+            logger.info("perceptual distance: %s", perceptual.name)
         self.loss = AutoencoderLoss(objective.loss, perceptual)
         self.frames_per_chunk = frames_per_chunk
         # The discriminator's own engine must not hear of the autoencoder's pass through it: that goes through a copy.
