@@ -100,7 +100,8 @@ def from_config(config: ConvVaeConfig, mean: list[float], std: list[float]) -> d
     }
     for name, value in needed.items():
         if getattr(config, name) != value:
-            raise ConfigError(f"{name}: got {getattr(config, name)}, {CLASS_NAME} needs {value}")
+            hint = "; it concerns decoding only: set it in the folder's config.json" if name == "clamp" else ""
+            raise ConfigError(f"{name}: got {getattr(config, name)}, {CLASS_NAME} needs {value}{hint}")
     levels = len(config.multipliers)
     shared = len(set(mean)) == 1 and len(set(std)) == 1
     return {

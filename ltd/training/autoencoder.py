@@ -137,6 +137,7 @@ class AutoencoderRun(RunConfig):
 
     def _check_sizes(self) -> None:
         """Refuse views that a loss cannot look at, before work starts."""
+        self._check_bands()
         needed = {"loss.perceptual_weight": LEAST_PIXELS} if self.loss.perceptual_weight else {}
         if self.adversarial is not None:
             needed["adversarial.discriminator"] = self.adversarial.discriminator.least_size
@@ -153,6 +154,27 @@ class AutoencoderRun(RunConfig):
                     raise ConfigError(
                         f"data.views[{number}]: the shorter side{why} is {size} pixels, {field_name} needs {least}"
                     )
+
+    def _check_bands(self) -> None:
+        """Refuse sizes that cannot be halved as often as the high-frequency term asks."""
+        levels, factors = self.loss.high_frequency_levels, self.model.compression
+        if not self.loss.high_frequency_weight:
+            return
+        sizes: dict[str, tuple[int, int]] = {}
+        if self.data.batching.kind == "fixed":
+            views = enumerate(self.data.views)
+            sizes |= {f"data.views[{number}]": (view.shape.height, view.shape.width) for number, view in views}
+        else:
+            _, height, width = self.data.batching.token
+            sizes["data.batching.token"] = (height, width)
+        if self.equivariance is not None:
+            sizes["the compression, to multiples of which equivariance scales"] = (factors.h, factors.w)
+        for name, (height, width) in sizes.items():
+            if height % 2**levels or width % 2**levels:
+                raise ConfigError(
+                    f"loss.high_frequency_levels: got {levels}, but {height} x {width} ({name}) are no multiples of "
+                    f"{2**levels}"
+                )
 
 
 def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Session, AutoencoderStage] | None:

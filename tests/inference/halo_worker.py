@@ -17,6 +17,7 @@ from ltd.config import ConfigError
 from ltd.inference.halo import decode_strips, stream_strips
 from ltd.nn.causal_conv import State
 from ltd.parallel import Layout, ParallelConfig
+from ltd.parallel.halo import strips
 from ltd.shapes import Compression
 from tests.parallel import forked
 
@@ -72,6 +73,9 @@ def build(name: str) -> Autoencoder:
         for value in [*model.parameters(), *fixed]:
             fan_in = max(1, value[0].numel()) if value.ndim > 1 else 4
             value.copy_(torch.randn(value.shape, generator=generator) * fan_in**-0.5)
+    for side in (model.encoder, model.decoder):  # large frames in pieces: strips of other sizes must be cut alike
+        if "piece_pixels" in vars(side):
+            side.piece_pixels = 200
     return model.to(dtype).eval()
 
 
@@ -93,6 +97,21 @@ def measure(layout: Layout) -> dict[str, Any]:
             for everywhere in (False, True):
                 video = decode_strips(model, own, layout, frames_per_chunk=3, everywhere=everywhere)
                 found[f"{name} {frames}x{rows} {everywhere}"] = _difference(video, whole)
+    return found
+
+
+def measure_encoding(layout: Layout) -> dict[str, Any]:
+    """Encode strips of rows at the same seams, and compare with one process's latents."""
+    found: dict[str, Any] = {}
+    for name, (_, dtype) in MODELS.items():
+        model, rows = build(name), 13
+        unit = model.compression.h
+        video = torch.randn(1, 3, 5, rows * unit, 4 * unit, generator=torch.Generator().manual_seed(3)).to(dtype)
+        with torch.no_grad():
+            whole = model.encode(video).mean
+            with strips(model, rows, layout) as own:
+                part = model.encode(video[..., own.start * unit : own.stop * unit, :]).mean
+        found[f"encode {name}"] = _difference(part, whole[..., own, :])
     return found
 
 
@@ -133,7 +152,7 @@ def work(out: Path, sequence: int) -> None:
     torch.set_num_threads(1)
     layout = Layout.from_environment(ParallelConfig(sequence=sequence, timeout_s=60))
     try:
-        found = measure(layout) | measure_rest(layout)
+        found = measure(layout) | measure_encoding(layout) | measure_rest(layout)
     finally:
         layout.close()
     (out / f"rank{layout.global_rank}.json").write_text(json.dumps(found))

@@ -128,6 +128,7 @@ def test_strips_equal_one_process(results: dict[str, list[dict[str, Any]]], worl
     limits = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}
     for rank, found in enumerate(results[world]):
         for name, (_, dtype) in MODELS.items():
+            assert found[f"encode {name}"] <= limits[dtype], (rank, name, found)
             for frames, rows in SIZES:
                 assert found[f"{name} {frames}x{rows} True"] <= limits[dtype], (rank, name, found)
                 on_first = found[f"{name} {frames}x{rows} False"]

@@ -17,9 +17,12 @@ from transformers import Dinov2Config, Dinov2Model
 
 import train
 from ltd import autoencoders, storage
+from ltd import config as config_io
 from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder
+from ltd.config import ConfigError
 from ltd.data.synthetic import make_toy_shards
 from ltd.parallel import Layout, ParallelConfig
+from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.autoencoder_heldout import Heldout
 from tools import convert_checkpoint
 
@@ -327,3 +330,18 @@ def test_droplets_in_the_decoder_are_found_where_they_are(shards: Path) -> None:
     assert measure()["artifacts/droplet_share"] == 1
     handle.remove()
     assert measure()["artifacts/droplet_share"] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("loss.high_frequency_levels=6", "equivariance=null"),
+            r"levels: got 6, but 32 x 32 \(data\.views\[0\]\) are no",
+        ),
+        (("loss.high_frequency_levels=4",), r"got 4, but 4 x 4 \(the compression, to multiples of which equivariance"),
+    ],
+)
+def test_bands_that_no_size_has_are_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_io.load(AutoencoderRun, CONFIG, ["loss.high_frequency_weight=1", *overrides])

@@ -109,6 +109,36 @@ def test_saving_inside_a_stage_and_resuming_there_changes_nothing(staged: Path, 
     assert equal(state(tmp_path / "run", STEPS), state(staged, STEPS))
 
 
+def test_what_a_stage_thaws_begins_without_moments_and_resumes_bit_for_bit(
+    staged: Path, shards: Path, tmp_path: Path
+) -> None:
+    later = [{"from_step": 2, "set": {"train": "all"}}]
+    overrides = (f"data.shards={shards}", f"start_from={staged}", "train=decoder")
+    for name in ("whole", "again"):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = write_config(folder, stages=later, steps=4)
+        if name == "again":
+            shutil.copytree(tmp_path / "whole" / "run", folder / "run")
+            for step in (3, 4):
+                shutil.rmtree(storage.checkpoint_path(folder / "run", step))
+            storage.write_latest(folder / "run", storage.checkpoint_path(folder / "run", 2))
+        assert train.main([path, f"run_dir={folder / 'run'}", *overrides, "checkpoint.every=1"]) == 0
+    found = {step: state(tmp_path / "whole" / "run", step) for step in (1, 2, 3, 4)}
+    assert equal(found[4], state(tmp_path / "again" / "run", 4))
+    name = "encoder.conv_in.weight"
+    assert torch.equal(found[1]["buffer"][name], found[2]["buffer"][name]) and name not in found[2]["master"]
+    assert not torch.equal(found[2]["buffer"][name], found[3]["master"][name])
+    # The first moment after one step from zero is that step's share of the gradient: no larger than (1 - beta1) times
+    # the clipped gradient's norm of 1.
+    assert 0 < float(found[3]["exp_avg"][name].norm()) <= 0.1 + 1e-6
+    # Its average began at the frozen value: after one step it lies between that and the new one.
+    before, after, average = found[2]["buffer"][name], found[3]["master"][name], found[3]["ema_0.95"][name]
+    share = float(((average - before) * (after - before)).sum() / (after - before).square().sum())
+    assert 0 < share < 1
+    torch.testing.assert_close(average, before + share * (after - before), rtol=0, atol=1e-6)
+
+
 def test_a_step_of_any_stage_can_be_taken_again(staged: Path, tmp_path: Path) -> None:
     run = load_run(staged, [])
     for step in (2, 3, 6, 8):
