@@ -232,7 +232,8 @@ def _compare(comparison: Comparison, found: dict[tuple[str, int], dict[str, floa
         needed = "more" if comparison.expected > 0 else "less"
     means = [statistics.mean(figures[key] for figures in arm) for key in (name, "seconds") for arm in (base, other)]
     row = [comparison.base, comparison.other, len(seeds), name, means[0], means[1], mean, f"{low:+.3g} to {high:+.3g}"]
-    miss = f"{comparison.other} against {comparison.base}, {len(seeds)} seeds, {name}: {low:+.3g} to {high:+.3g}, expected {needed}"
+    pair = f"{comparison.other} against {comparison.base}, {len(seeds)} seeds, {name}"
+    miss = f"{pair}: {low:+.3g} to {high:+.3g}, expected {needed}"
     return [*row, means[2], means[3], holds], None if holds else miss
 
 
