@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from ltd.config import ConfigError
 from ltd.data.decode import decode_clip, decode_image
 from ltd.data.write import write_bytes, write_image, write_video
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
-from ltd.inference.generate import Generator, Request, batches, load_generator, read_run_parts
+from ltd.inference.generate import Generator, Request, batches, load_generator, load_guide, read_run_parts
 from ltd.inference.media import tile
 from ltd.inference.tiling import TilingConfig
 from ltd.progress import Progress
@@ -34,8 +36,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt and shape")
     parser.add_argument("--shapes", help="FRAMESxHEIGHTxWIDTH,... ; the run's training views if left out")
     parser.add_argument("--steps", type=int, default=50, help="solver steps")
-    parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
+    parser.add_argument("--solver", choices=get_args(get_type_hints(SamplerConfig)["kind"]), default="euler")
+    parser.add_argument("--order", type=int, choices=(1, 2, 3), default=2, help="of unipc")
+    parser.add_argument("--noise", type=float, default=1.0, help="strength of the noise of sde")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is off")
+    parser.add_argument("--guidance-interval", help="LOW,HIGH: times (1 is noise) between which guidance acts")
+    parser.add_argument(
+        "--guidance-rescale", type=float, default=0.0, help="share of the guided result that is rescaled"
+    )
+    parser.add_argument("--guidance-channels", type=int, help="guide only so many channels of the latents")
+    parser.add_argument("--guide", help="run of a weaker denoiser to lead away from instead of the negative prompt")
     parser.add_argument("--shift", type=float, help="factor of the time shift; the training's if left out")
     parser.add_argument("--negative", default="", help="prompt to lead away from")
     parser.add_argument("--weights", default="ema", help="ema, raw, or the name of one average")
@@ -95,13 +105,8 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     with command_line():
         requests = plan(args)
-        journal = Journal(args, identify(args.run))
-        sampler = SamplerConfig(
-            kind=args.solver,
-            steps=args.steps,
-            shift=read_run_parts(args.run).shift if args.shift is None else ShiftConfig(factor=args.shift),
-            guidance=GuidanceConfig(scale=args.guidance),
-        )
+        journal = Journal(args, identify(args.run) + (identify(args.guide) if args.guide else ""))
+        sampler = read_sampler(args)
         tiling = read_tiling(args)
         generator: Generator | None = None
         with Progress(len(requests), "sample", unit="samples", done=0) as progress:
@@ -117,6 +122,9 @@ def main(arguments: list[str]) -> int:
                         device=args.device,
                         tiling=tiling,
                     )
+                    if args.guide is not None and generator.guide is None:
+                        options = {"weights": args.weights, "precision": args.precision, "device": args.device}
+                        generator.guide = load_guide(args.run, args.guide, **options)
                     try:
                         clips = generator.generate(batch, seed=args.seed)
                     except ValueError as error:
@@ -125,6 +133,30 @@ def main(arguments: list[str]) -> int:
                 progress.update(len(batch))
         write_image(args.out / "grid.png", tile(list(journal.stills())))
     return 0
+
+
+def read_sampler(args: argparse.Namespace) -> SamplerConfig:
+    """Read the solver and guidance; the shift is the training's if none is given."""
+    low, comma, high = (args.guidance_interval or "0,1").partition(",")
+    try:
+        interval = (float(low), float(high if comma else "nan"))
+    except ValueError:
+        interval = (math.nan, math.nan)
+    if not math.isfinite(sum(interval)):
+        raise ConfigError(f"--guidance-interval: got {args.guidance_interval!r}, needed LOW,HIGH such as 0.1,0.9")
+    return SamplerConfig(
+        kind=args.solver,
+        steps=args.steps,
+        order=args.order,
+        noise=args.noise,
+        shift=read_run_parts(args.run).shift if args.shift is None else ShiftConfig(factor=args.shift),
+        guidance=GuidanceConfig(
+            scale=args.guidance,
+            interval=interval,
+            channels=args.guidance_channels,
+            rescale=args.guidance_rescale,
+        ),
+    )
 
 
 def read_tiling(args: argparse.Namespace) -> TilingConfig | None:

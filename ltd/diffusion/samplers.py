@@ -1,4 +1,4 @@
-"""Samplers: integrate dx/dt = v(x, t) from noise (t = 1) to data (t = 0). One signature; a denoiser is any callable."""
+"""Sampling: from noise (t = 1) to data (t = 0) by one of several solvers. A denoiser is any callable."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from torch import Tensor
 
 from ltd.config import ConfigError
 from ltd.diffusion.guidance import Denoiser, GuidanceConfig, guided
+from ltd.diffusion.solvers import Dpmpp2m, Euler, EulerMaruyama, Heun, Solver, UniPc
 from ltd.diffusion.times import ShiftConfig, shift_times
+from ltd.rng import DrawRandom
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """Solver, number of steps and guidance."""
 
-    kind: Literal["euler", "heun"] = "euler"
-    """Euler is of first order; Heun of second, with two evaluations per step but the last."""
+    kind: Literal["euler", "heun", "dpmpp_2m", "unipc", "sde"] = "euler"
+    """Euler is of first order; Heun of second, with two evaluations per step but the last; DPM-Solver++(2M) and UniPC
+    are of higher order with one; sde adds noise on the way (Euler-Maruyama)."""
+    order: Literal[1, 2, 3] = 2
+    """Order of unipc; the others have their own."""
+    noise: float = 1.0
+    """Strength c of sde: its diffusion is w(t) = c t; 0 is Euler's method."""
     steps: int = 50
     """Number of steps, 1 or more."""
     shift: ShiftConfig = field(default_factory=ShiftConfig)
@@ -33,6 +40,10 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps: got {self.steps}, needed 1 or more")
+        if self.kind == "unipc" and self.steps < self.order:
+            raise ConfigError(f"steps: got {self.steps}, needed at least order = {self.order}")
+        if self.noise < 0:
+            raise ConfigError(f"noise: got {self.noise}, needed 0 or more")
 
 
 def time_grid(config: SamplerConfig, cells: int) -> Tensor:
@@ -57,6 +68,7 @@ def sample(
     config: SamplerConfig,
     *,
     null_cond: Any = None,
+    random: DrawRandom | None = None,
     stack: Callable[[list[Any]], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -68,6 +80,7 @@ def sample(
         cond: Conditions, passed on to the denoiser.
         config: Solver, steps, shift, guidance.
         null_cond: What guidance leads away from, ``b`` rows; needed when its scale is not 1.
+        random: Random numbers of the ``b`` samples; needed by ``kind: sde``.
         stack: Joins a list of conditions row by row; with it both passes of guidance are one call on ``2 b`` rows.
         progress: Called with (steps done, steps) after each step.
 
@@ -75,13 +88,14 @@ def sample(
         Data ``(b, c, t, h, w)`` in the dtype of ``noise``.
 
     Raises:
-        ValueError: If guidance is on and ``null_cond`` is missing.
+        ValueError: If guidance is on and has nothing to lead away from, or the solver needs random numbers.
     """
     if config.guidance.scale != 1 and null_cond is None:
         raise ValueError(
             f"guidance.scale = {config.guidance.scale} needs a null condition (the empty or negative prompt)"
         )
     model = guided(denoiser, null_cond, config.guidance, stack=stack)
+    solver = _solver(config, random)
     x = noise.to(torch.promote_types(noise.dtype, getattr(torch, config.state)))
     times = time_grid(config, noise[0, 0].numel()).tolist()
 
@@ -90,12 +104,23 @@ def sample(
         return model(state.to(noise.dtype), t, cond).to(state.dtype)
 
     for index, (now, after) in enumerate(pairwise(times)):
-        v = velocity(x, now)
-        following = x + (after - now) * v
-        # The last step stays Euler, as in EDM: still second order in all, and the model is not asked about t = 0.
-        if config.kind == "heun" and index + 1 < config.steps:
-            following = x + (after - now) / 2 * (v + velocity(following, after))
-        x = following
+        x = solver.step(velocity, x, now, after)
         if progress is not None:
             progress(index + 1, config.steps)
     return x.to(noise.dtype)
+
+
+def _solver(config: SamplerConfig, random: DrawRandom | None) -> Solver:
+    match config.kind:
+        case "euler":
+            return Euler()
+        case "heun":
+            return Heun()
+        case "dpmpp_2m":
+            return Dpmpp2m()
+        case "unipc":
+            return UniPc(config.order)
+        case "sde":
+            if random is None:
+                raise ValueError("kind sde draws noise: needed random, the random numbers of the samples")
+            return EulerMaruyama(config.noise, random)

@@ -5,6 +5,7 @@ A sample's noise is a function of (seed, prompt, repetition, shape): the same wh
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from ltd import autoencoders, denoisers, storage
 from ltd.config import ConfigError, from_dict
 from ltd.denoisers import Conditioning
-from ltd.diffusion import SamplerConfig, ShiftConfig, sample
+from ltd.diffusion import Denoiser, GuidanceConfig, SamplerConfig, ShiftConfig, guided, sample
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
 from ltd.inference.media import video_to_pixels
 from ltd.inference.tiling import TilingConfig, tiled_decode
@@ -105,6 +106,7 @@ class Generator:
         text: Embeds prompts.
         sampler: Solver, steps, guidance.
         negative: Prompt that guidance leads away from; "" is what dropped captions were trained with.
+        guide: A weaker denoiser that guidance leads away from instead (autoguidance).
         tiling: Tiles that frames are decoded in, chunk by chunk in time; None decodes whole.
 
     Raises:
@@ -119,6 +121,7 @@ class Generator:
         *,
         sampler: SamplerConfig,
         negative: str = "",
+        guide: denoisers.Dit | None = None,
         tiling: TilingConfig | None = None,
     ) -> None:
         if denoiser.config.latent_channels != autoencoder.latent_channels:
@@ -129,7 +132,7 @@ class Generator:
         if denoiser.config.text_dim not in (None, text.dim):
             raise ConfigError(f"text: makes {text.dim} features, the denoiser takes {denoiser.config.text_dim}")
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
-        self.sampler, self.negative, self.tiling = sampler, negative, tiling
+        self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
 
     @torch.no_grad()
@@ -155,13 +158,20 @@ class Generator:
         latent = self.autoencoder.compression.latent(shapes.pop())
         draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape)) for r in requests]
         size = (self.autoencoder.latent_channels, latent.num_frames, latent.height, latent.width)
-        noise = DrawRandom(seed, draws).normal(size, "sample").to(self.device)
+        random = DrawRandom(seed, draws)
+        noise = random.normal(size, "sample").to(self.device)
+        denoiser: Denoiser = self.denoiser
+        sampler = self.sampler
+        if self.guide is not None:
+            denoiser = guided(denoiser, None, sampler.guidance, guide=self.guide)
+            sampler = dataclasses.replace(sampler, guidance=GuidanceConfig())
         latents = sample(
-            self.denoiser,
+            denoiser,
             noise,
             self._condition([r.prompt for r in requests]),
-            self.sampler,
+            sampler,
             null_cond=self._condition([self.negative] * len(requests)),
+            random=random,
             stack=denoisers.stack,
             progress=progress,
         )
@@ -206,6 +216,9 @@ def load_generator(
 
     Returns:
         The generator.
+
+    Raises:
+        ConfigError: If the autoencoder is not of the denoiser's latents.
     """
     parts = read_run_parts(run_dir)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -230,6 +243,39 @@ def load_generator(
         negative=negative,
         tiling=tiling,
     )
+
+
+def load_guide(
+    run_dir: str | Path,
+    guide: str | Path,
+    *,
+    weights: str = "ema",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: torch.device | str = "cpu",
+) -> denoisers.Dit:
+    """Load a weaker denoiser that guidance leads away from (autoguidance); give it to a ``Generator`` as ``guide``.
+
+    Args:
+        run_dir: Run directory of the denoiser that is guided.
+        guide: Run directory of the weaker one.
+        weights: ``ema``, ``raw``, or the name of one average.
+        precision: Of the weaker denoiser.
+        device: Where to compute.
+
+    Returns:
+        The weaker denoiser.
+
+    Raises:
+        ConfigError: If the two were not trained on the same latents and texts.
+    """
+    ours, theirs = read_run_parts(run_dir), read_run_parts(guide)
+    if theirs.text != ours.text:
+        raise ConfigError(f"guide: {guide} was trained with another text encoder than {run_dir}")
+    for name in ("time", "autoencoder_hash", "latent_norm"):
+        if theirs.lineage.get(name) != ours.lineage.get(name):
+            raise ConfigError(f"guide: {name} of {guide} is another than that of {run_dir}; needed one trained alike")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return denoisers.load(guide, weights=weights, device=device, dtype=dtype)
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:

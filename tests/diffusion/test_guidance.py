@@ -73,9 +73,33 @@ def test_the_sampler_guides():
     assert not torch.allclose(by_hand, sample(Denoiser(), X, COND, SamplerConfig(steps=3)))
 
 
+def test_a_weaker_denoiser_takes_the_place_of_no_condition():
+    denoiser, weaker = Denoiser(), Denoiser()
+
+    def guide(x_t, t, cond):
+        return 0.5 * weaker(x_t, t, cond)
+
+    v = guided(denoiser, None, GuidanceConfig(scale=2.5), guide=guide)(X, T, COND)
+    assert torch.allclose(v, 0.5 * plain(COND) + 2.5 * 0.5 * plain(COND))
+    assert denoiser.calls == weaker.calls == [3]
+    assert guided(denoiser, None, GuidanceConfig(), guide=guide) is denoiser
+
+
+def test_rescaling_brings_back_the_deviation_of_the_condition():
+    plainly, conditional = run(scale=2.5)[0], plain(COND)
+    dims = (1, 2, 3, 4)
+    whole = run(scale=2.5, rescale=1.0)[0]
+    assert torch.allclose(whole.std(dims), conditional.std(dims), rtol=1e-5)
+    assert not torch.allclose(plainly.std(dims), conditional.std(dims), rtol=0.05)
+    half = run(scale=2.5, rescale=0.5)[0]
+    assert torch.allclose(half, (whole + plainly) / 2, atol=1e-6)
+    assert torch.equal(run(scale=2.5, rescale=0.0)[0], plainly)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rescale": 1.5}, r"rescale: got 1.5, needed within \[0, 1\]"),
         ({"interval": (0.8, 0.2)}, "interval: got"),
         ({"interval": (0.0, 1.5)}, "interval"),
         ({"channels": 0}, "channels"),

@@ -1,8 +1,14 @@
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 
 from ltd.config import ConfigError
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig, sample, time_grid
+from ltd.diffusion.solvers import Dpmpp2m, UniPc
+from ltd.rng import DrawRandom
+from tests.diffusion.conftest import MEAN, STD, velocity
 
 
 def error(gaussian, kind, steps, factor):
@@ -72,3 +78,86 @@ def test_guidance_without_a_null_condition_is_refused(gaussian):
 def test_no_steps_are_refused():
     with pytest.raises(ConfigError, match="steps: got 0"):
         SamplerConfig(steps=0)
+
+
+SOLVERS = ("dpmpp_2m", "unipc")
+#: Order measured from 320 to 640 steps. Both ends lie at an infinite log-signal-to-noise ratio, where a step is of
+#: first order: UniPC of order 3 is of order 2 in all, and the others come near theirs slowly.
+ORDERS = {("dpmpp_2m", 2): 1.65, ("unipc", 1): 1.7, ("unipc", 2): 1.9, ("unipc", 3): 1.9}
+
+
+@pytest.mark.parametrize(("kind", "order"), ORDERS)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_order_of_the_multistep_solvers(gaussian, kind, order, factor):
+    def at(steps):
+        config = SamplerConfig(kind=kind, order=order, steps=steps, shift=ShiftConfig(factor=factor))
+        return (sample(gaussian.velocity, gaussian.noise, None, config) - gaussian.truth).abs().max().item()
+
+    first, second = at(320), at(640)
+    assert math.log2(first / second) > ORDERS[kind, order]
+    assert second < error(gaussian, "euler", 640, factor) / 10
+
+
+@pytest.mark.parametrize("kind", [*SOLVERS, "sde"])
+def test_one_evaluation_a_step_and_none_at_data(gaussian, kind):
+    times = []
+    sample(
+        lambda x, t, c: times.append(t[0].item()) or torch.zeros_like(x),
+        gaussian.noise,
+        None,
+        SamplerConfig(kind=kind, steps=5),
+        random=DrawRandom(0, list(range(64))),
+    )
+    assert times == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("kind", [*SOLVERS, "sde"])
+def test_one_step_is_the_mean(gaussian, kind):
+    config = SamplerConfig(kind=kind, steps=1, order=1)
+    x = sample(gaussian.velocity, gaussian.noise, None, config, random=DrawRandom(0, list(range(64))))
+    if kind != "sde":
+        assert x == pytest.approx(torch.full_like(x, gaussian.mean), abs=1e-12)
+    assert x.isfinite().all()
+
+
+def test_the_sde_has_the_data_s_mean_and_deviation_and_is_each_sample_s_own():
+    draws = list(range(4096))
+    random = DrawRandom(3, draws)
+    noise = random.normal((2, 1, 2, 2), "sample").double()
+    config = SamplerConfig(kind="sde", steps=200)
+    x = sample(velocity, noise, None, config, random=random)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert x.std().item() == pytest.approx(STD, rel=0.02)
+    ode = sample(velocity, noise, None, SamplerConfig(steps=200))
+    assert (x - ode).std() > 0.1, "it is another sample than the ODE's from the same noise"
+    part = sample(velocity, noise[5:9], None, config, random=DrawRandom(3, draws[5:9]))
+    assert torch.equal(part, x[5:9])
+    calm = SamplerConfig(kind="sde", steps=20, noise=0.0)
+    still = sample(velocity, noise, None, calm, random=random)
+    assert torch.allclose(still, sample(velocity, noise, None, SamplerConfig(steps=20)), atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "order"), [("dpmpp_2m", 2), ("unipc", 2), ("unipc", 3)])
+def test_multistep_solvers_equal_diffusers_on_its_grid(gaussian, kind, order):
+    diffusers = pytest.importorskip("diffusers")
+    name = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
+    options = {"solver_order": order, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    options |= {"final_sigmas_type": "zero", "lower_order_final": False}
+    if kind == "unipc":
+        options |= {"solver_type": "bh2"}
+    scheduler = getattr(diffusers, name)(num_train_timesteps=1000, flow_shift=1.0, **options)
+    scheduler.set_timesteps(12)
+    sigmas = scheduler.sigmas.double().tolist()
+    x = ours = gaussian.noise.clone()
+    solver = Dpmpp2m() if kind == "dpmpp_2m" else UniPc(order)
+
+    def velocity(state, time):
+        return gaussian.velocity(state, torch.full((len(state),), time, dtype=torch.float64))
+
+    for index, (now, after) in enumerate(pairwise(sigmas)):
+        if after == 0:  # their last step depends on further options
+            break
+        x = scheduler.step(velocity(x, now), scheduler.timesteps[index], x).prev_sample
+        ours = solver.step(velocity, ours, now, after)
+        assert torch.allclose(ours, x, atol=2e-6), index
+    assert index == 11

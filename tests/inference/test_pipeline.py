@@ -13,13 +13,13 @@ import sample
 import train
 from ltd import autoencoders, denoisers
 from ltd.config import ConfigError
-from ltd.data.decode import decode_clip
+from ltd.data.decode import decode_clip, decode_image
 from ltd.data.index import open_index
 from ltd.data.latents import LatentCache
 from ltd.data.synthetic import make_toy_shards
 from ltd.data.windows import enumerate_windows, load_window
 from ltd.denoisers import Conditioning
-from ltd.diffusion import GuidanceConfig, SamplerConfig
+from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
 from ltd.diffusion import sample as integrate
 from ltd.inference.generate import Request, batches, load_generator
 from ltd.inference.media import pixels_to_video, tile, video_to_pixels
@@ -141,6 +141,48 @@ def test_sample_is_what_the_parts_give_by_hand(pipeline: Path) -> None:
         latents = integrate(model, noise, conditions[0], sampler, null_cond=conditions[1])
         expected = video_to_pixels(decoder.decode(decoder.denormalize(latents)))
     assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_solvers_and_guidance_are_options(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--shapes", "1x32x32", "--per-prompt", "2"]
+
+    def frames(name: str, *options: str) -> np.ndarray:
+        rows = run_sample(pipeline, tmp_path / name, *shape, *options)
+        return np.stack([decode_image((tmp_path / name / str(row["file"])).read_bytes())[0] for row in rows]).astype(
+            int
+        )
+
+    words = ["--solver", "unipc", "--order", "3", "--steps", "9", "--guidance", "5", "--guidance-interval", "0.2,0.6"]
+    words += ["--guidance-rescale", "0.7", "--guidance-channels", "3", "--noise", "0.5", "--shift", "2"]
+    args = sample.parse([str(pipeline / "denoiser"), "--prompts", "p", "--out", "o", *words])
+    assert sample.read_sampler(args) == SamplerConfig(
+        kind="unipc",
+        order=3,
+        steps=9,
+        noise=0.5,
+        shift=ShiftConfig(factor=2.0),
+        guidance=GuidanceConfig(scale=5.0, interval=(0.2, 0.6), rescale=0.7, channels=3),
+    )
+    euler = frames("euler")
+    assert np.abs(frames("calm", "--solver", "sde", "--noise", "0.5") - euler).max() > 0
+    assert np.abs(frames("unipc", "--solver", "unipc", "--order", "3") - euler).max() < 128  # runs
+    sde = frames("sde", "--solver", "sde")
+    assert np.array_equal(frames("single", "--solver", "sde", "--batch-size", "1"), sde), "noise of its own"
+    # Led away from itself, a denoiser is left as it is: guidance of 1.
+    itself = frames("itself", "--guide", str(pipeline / "denoiser"), "--guidance", "7")
+    assert np.abs(itself - frames("one", "--guidance", "1")).max() <= 1
+    for arguments, message in (
+        (["--guidance-interval", "0.5"], "--guidance-interval: got '0.5', needed LOW,HIGH"),
+        (["--guidance-interval", "0.9,0.1"], "interval: got (0.9, 0.1), needed 0 <= low <= high <= 1"),
+        (["--solver", "unipc", "--order", "3", "--steps", "2"], "steps: got 2, needed at least order = 3"),
+        (
+            ["--guide", str(pipeline / "autoencoder")],
+            "is a run of kind 'autoencoder', needed the run directory of a den",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            run_sample(pipeline, tmp_path / "no", *shape, *arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_frames_are_decoded_in_tiles(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
