@@ -34,6 +34,8 @@ class Autoencoder(nn.Module):
         self.latent_channels: int = config.latent_channels
         self.quantizer = build_bottleneck(config.bottleneck, config.latent_channels)
         self.latent_norm = LatentNorm(config.latent_channels)
+        #: ``weights_hash`` of the autoencoder whose latents these are, where only the decoder was trained since.
+        self.latents_of: str | None = None
         #: What only training needs: a projection of the latents; never exported.
         self.alignment: nn.Module | None = None
 

@@ -74,6 +74,7 @@ def load(
             raise ConfigError(f"{path}: is a run of kind {tree.get('kind')!r}, needed an autoencoder's")
     model = build_autoencoder(ltd_config.from_dict(AutoencoderConfig, tree["model"]))
     _fill(model, {name: value for name, value in tensors.items() if not name.startswith(TRAINING_ONLY)}, path)
+    model.latents_of = tree.get("lineage", {}).get("latents_of") if tree.get("family") else None
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -85,8 +86,11 @@ def weights_hash(model: Autoencoder) -> str:
 
     Returns:
         SHA-256 as 64 hex digits; the same on every device. The latent statistics are left out: they do not change the
-        raw latents that a cache holds.
+        raw latents that a cache holds. An export whose decoder alone was trained has the hash of the autoencoder that
+        it went on from: caches and denoisers of that one's latents go with it.
     """
+    if model.latents_of is not None:
+        return model.latents_of
     config = _plain(model)
     if config["bottleneck"] == {"kind": "kl"}:  # as before there were others, so that older caches keep their hash
         del config["bottleneck"]

@@ -39,6 +39,8 @@ class TilingConfig:
     frames_per_chunk: int = 16
 
     def __post_init__(self) -> None:
+        if isinstance(self.overlap, str) and self.overlap != "exact":
+            raise ConfigError(f"overlap: got {self.overlap!r}, needed pixels, or exact")
         if self.overlap != "exact" and self.overlap < 0:
             raise ConfigError(f"overlap: got {self.overlap}, needed 0 or more")
         if self.overlap != "exact" and min(self.tile) <= self.overlap:

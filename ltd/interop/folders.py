@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,8 @@ from ltd import storage
 from ltd.autoencoders import Autoencoder, ConvVae, ConvVaeConfig
 from ltd.config import ConfigError
 from ltd.interop import kl_vae, mapping, wan_vae
+
+logger = logging.getLogger(__name__)
 
 _LAYOUTS: dict[str, ModuleType] = {layout.CLASS_NAME: layout for layout in (wan_vae, kl_vae)}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -45,8 +48,14 @@ def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae
             f"{folder}: holds a {tree.get('_class_name', 'model without _class_name')!r}, "
             f"needed {' or '.join(_LAYOUTS)}"
         )
-    config: ConvVaeConfig = layout.to_config(tree)
-    theirs = _read_weights(folder)
+    try:
+        config: ConvVaeConfig = layout.to_config(tree)
+        statistics = _statistics(tree, config.latent_channels)
+        theirs = _read_weights(folder)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ConfigError(f"{folder}: config.json or the index of weights cannot be read: {error!r}") from None
     if layout is kl_vae:
         theirs = kl_vae.renamed(theirs)
     _check_dtypes(theirs, folder)
@@ -56,12 +65,14 @@ def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae
         ours = mapping.to_ours(layout.pairs(config), theirs, expected)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ConfigError(f"{folder}: a tensor has other axes than its configuration says: {error}") from None
     model = ConvVae(config)
     # The latent statistics keep their own precision.
     model.load_state_dict(
         ours | {f"latent_norm.{k}": v for k, v in model.latent_norm.state_dict().items()}, assign=True
     )
-    model.set_latent_norm(*_statistics(tree, config.latent_channels))
+    model.set_latent_norm(*statistics)
     return model.eval().requires_grad_(False)
 
 
@@ -81,6 +92,9 @@ def export_autoencoder(model: Autoencoder, directory: str | Path) -> str:
     if not isinstance(model, ConvVae):
         raise ConfigError(f"diffusers has no architecture for kind {model.config.kind!r}, only for 'conv_vae'")
     layout = wan_vae if model.config.temporal_kernel == 3 else kl_vae
+    clamps = layout is wan_vae
+    if model.config.clamp != clamps:
+        logger.warning("decoded frames are %s in diffusers, unlike here", "clamped" if clamps else "not clamped")
     statistics = model.latent_norm.to_plain()
     tree = layout.from_config(model.config, statistics["mean"], statistics["std"])
     theirs = mapping.to_theirs(layout.pairs(model.config), _weights(model))
@@ -143,10 +157,20 @@ def _check_dtypes(tensors: Mapping[str, Tensor], folder: Path) -> None:
 def _statistics(tree: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]:
     """Read what maps raw latents to the scale that a denoiser sees."""
     mean, std = tree.get("latents_mean"), tree.get("latents_std")
+    is_video = tree["_class_name"] == wan_vae.CLASS_NAME
+    if is_video and (mean is None or std is None):
+        raise ConfigError(f"latents_mean, latents_std: missing in config.json, needed {channels} numbers each")
+    scale = 1.0 if is_video else tree.get("scaling_factor", 0.18215)
+    if not isinstance(scale, int | float) or not scale > 0:
+        raise ConfigError(f"scaling_factor: got {scale!r}, needed a number above 0")
     if mean is None or std is None:
         mean = [tree.get("shift_factor") or 0.0] * channels
-        std = [1.0 / tree.get("scaling_factor", 0.18215)] * channels
+        std = [1.0] * channels
     for name, value in (("latents_mean", mean), ("latents_std", std)):
         if len(value) != channels:
             raise ConfigError(f"{name}: got {len(value)} numbers, needed one for each of {channels} latent channels")
-    return torch.tensor(mean), torch.tensor(std)
+    # With statistics of each channel, pipelines compute z * latents_std / scaling_factor + latents_mean.
+    deviation = torch.tensor(std, dtype=torch.float64) / scale
+    if not bool((deviation > 0).all()):
+        raise ConfigError(f"latents_std: got {std}, needed numbers above 0")
+    return torch.tensor(mean), deviation.float()

@@ -96,12 +96,10 @@ def from_config(config: ConvVaeConfig, mean: list[float], std: list[float]) -> d
         "narrow_before": False,
         "conditional_norm": False,
         "decoder_width": config.encoder_width,
-        "clamp": False,
     }
     for name, value in needed.items():
         if getattr(config, name) != value:
-            hint = "; it concerns decoding only: set it in the folder's config.json" if name == "clamp" else ""
-            raise ConfigError(f"{name}: got {getattr(config, name)}, {CLASS_NAME} needs {value}{hint}")
+            raise ConfigError(f"{name}: got {getattr(config, name)}, {CLASS_NAME} needs {value}")
     levels = len(config.multipliers)
     shared = len(set(mean)) == 1 and len(set(std)) == 1
     return {

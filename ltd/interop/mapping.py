@@ -64,6 +64,16 @@ def to_ours(pairs: Sequence[Pair], theirs: Mapping[str, Tensor], expected: Mappi
         for pair in pairs
         if result[pair.ours].shape != expected[pair.ours].shape
     ]
+    if not wrong:
+        # The way back gives the shapes that theirs must have: nothing of a tensor may be dropped on the way here.
+        back = {
+            name: x for pair in pairs for name, x in zip(pair.theirs, pair.to_theirs(result[pair.ours]), strict=True)
+        }
+        wrong = [
+            f"{name}: got {tuple(theirs[name].shape)}, needed {tuple(value.shape)}"
+            for name, value in back.items()
+            if theirs[name].shape != value.shape
+        ]
     if wrong:
         raise ConfigError(f"tensors do not fit the configuration: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
     return result

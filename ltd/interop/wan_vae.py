@@ -87,12 +87,10 @@ def from_config(config: ConvVaeConfig, mean: list[float], std: list[float]) -> d
         "quant_conv": True,
         "post_quant_conv": True,
         "conditional_norm": False,
-        "clamp": True,
     }
     for name, value in needed.items():
         if getattr(config, name) != value:
-            hint = "; it concerns decoding only: set it in the folder's config.json" if name == "clamp" else ""
-            raise ConfigError(f"{name}: got {getattr(config, name)}, {CLASS_NAME} needs {value}{hint}")
+            raise ConfigError(f"{name}: got {getattr(config, name)}, {CLASS_NAME} needs {value}")
     folded = config.in_channels * config.patch**2
     return {
         "_class_name": CLASS_NAME,

@@ -123,6 +123,12 @@ class AutoencoderRun(RunConfig):
                 raise ConfigError("frames_per_chunk: is for bottleneck.kind kl; set it to null")
             if self.parallel.zero == 3:
                 raise ConfigError("frames_per_chunk: does not go with parallel.zero=3 yet; use 2 or less, or null")
+        if self.model.in_channels != 3:
+            raise ConfigError(f"model.in_channels: got {self.model.in_channels}, needed 3: data are RGB frames")
+        if self.adversarial is not None and self.adversarial.discriminator.in_channels != 3:
+            got = self.adversarial.discriminator.in_channels
+            raise ConfigError(f"adversarial.discriminator.in_channels: got {got}, needed 3: it judges RGB frames")
+        check_views(self.data, self.model.compression)
         if self.alignment is not None and self.parallel.zero == 3:
             raise ConfigError("alignment: does not go with parallel.zero=3 yet; use 2 or less, or null")
         if self.alignment is not None and self.train == "decoder":
@@ -223,7 +229,7 @@ def run(config: AutoencoderRun) -> None:
         config = with_data(config, config.toy_data, layout)
         if train(config, layout, beat, start):
             beat.enter("evaluate", config.steps)
-            _export(at_step(config, config.steps)[0], layout)
+            _export(config, layout)
 
 
 def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:
@@ -279,8 +285,9 @@ def _training_pass(config: AutoencoderRun, max_samples: int, layout: Layout | No
 
 
 @torch.no_grad()
-def _export(config: AutoencoderRun, layout: Layout) -> None:
+def _export(base: AutoencoderRun, layout: Layout) -> None:
     """Write RUN/model: the averaged weights of the last checkpoint and the statistics of the training latents."""
+    config = at_step(base, base.steps)[0]
     target = Path(config.run_dir) / "model"
     checkpoint = storage.latest_checkpoint(config.run_dir)
     assert checkpoint is not None
@@ -291,9 +298,16 @@ def _export(config: AutoencoderRun, layout: Layout) -> None:
         "latent_scale": config.latent_scale,
         "statistics_from": config.statistics_from,
     }
+    origin = autoencoders.load(config.start_from) if config.start_from and _only_decoder(base) else None
+    if origin is not None:
+        lineage["latents_of"] = autoencoders.weights_hash(origin)
     if layout.any(_exported_lineage(target) == lineage):
         return
     model = autoencoders.load(checkpoint, weights="ema", device=layout.device)
+    if origin is not None:  # latents, and the scale that denoisers know them at, are those it went on from
+        model.latent_norm.load_state_dict(origin.latent_norm.state_dict())
+        _save_export(model, target, lineage, layout)
+        return
     statistics = LatentStatistics()
     for batch in _training_pass(config, config.statistics_from, layout):
         posterior = model.encode(pixels_to_video(media_pixels(batch)))
@@ -303,10 +317,20 @@ def _export(config: AutoencoderRun, layout: Layout) -> None:
     for state in layout.gather_objects(statistics.state()):
         total.merge(state)
     model.set_latent_norm(total.mean.float(), _unit_scale(config, model, total.std).float())
+    logger.info("statistics of %d latent cells", int(total.count))
+    _save_export(model, target, lineage, layout)
+
+
+def _save_export(model: Autoencoder, target: Path, lineage: dict[str, Any], layout: Layout) -> None:
     if layout.is_main:
         autoencoders.save(model, target, lineage=lineage)
-        logger.info("exported %s: averaged weights, statistics of %d latent cells", target, int(total.count))
+        logger.info("exported %s: averaged weights", target)
     layout.barrier()
+
+
+def _only_decoder(run: AutoencoderRun) -> bool:
+    """Say whether no stage of a run trains more than the decoder."""
+    return all(at_step(run, step)[0].train == "decoder" for step in (0, *(stage.from_step for stage in run.stages)))
 
 
 def _unit_scale(config: AutoencoderRun, model: autoencoders.Autoencoder, std: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from ltd.parallel.layout import Layout
 
 logger = logging.getLogger(__name__)
 
+#: Codebooks larger than this have no usage in the metrics.
+MOST_CODES = 1 << 22
 #: Frames smaller than this have no perceptual distance and no artefact diagnostics.
 LEAST_PIXELS = 32
 
@@ -42,7 +44,9 @@ class Heldout:
         self._artifacts = Artifacts()
         self._latents = LatentHealth()
         quantizer = model.quantizer
-        self._codes = None if quantizer is None else CodeUsage(quantizer.num_codes)
+        # A count for each of more codes than that would fill the memory, and most would stay 0.
+        counted = quantizer is not None and quantizer.num_codes <= MOST_CODES
+        self._codes = CodeUsage(quantizer.num_codes) if quantizer is not None and counted else None
         self._errors: dict[str, list[float]] = {}
 
     @contextlib.contextmanager

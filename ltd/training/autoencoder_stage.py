@@ -154,7 +154,9 @@ class AutoencoderStage:
         self._draw = EquivarianceDraw()
         self._made: _Made | None = None
         quantizer: Any = self.model.quantizer
-        self._codebook = quantizer if hasattr(quantizer, "update") else None
+        learns = any(p.requires_grad for name, p in self.model.named_parameters() if name.startswith("encoder."))
+        # Codes that an untrained encoder's latents are mapped to stay what they are.
+        self._codebook = quantizer if hasattr(quantizer, "update") and learns else None
         if self._codebook is not None:
             self._codebook.reduce_sum, self._codebook.gather_rows = layout.sum_, layout.gather_rows
 
@@ -197,7 +199,7 @@ class AutoencoderStage:
         reconstruction, posterior = self.engine(
             video,
             self._noise(video, tensors["draws"]),
-            draws=tensors["draws"],
+            draws=None if self._codebook is None else tensors["draws"],
             weight=tensors["weight"],
             change=None if change is None else lambda latents: transform_latents(latents, change),
             frames_per_chunk=self.frames_per_chunk,

@@ -57,12 +57,13 @@ def every(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def fit(session: Session, stage: Stage) -> bool:
+def fit(session: Session, stage: Stage, stop: StopSignal) -> bool:
     """Train until the stage of the run has its steps, logging, evaluating and saving on the way.
 
     Args:
         session: Run, processes, engine, data and trackers.
         stage: What one step is.
+        stop: Whether SIGTERM came, since the run began.
 
     Returns:
         Whether the stage has all its steps; False if SIGTERM ended it early, after a checkpoint was written.
@@ -71,12 +72,9 @@ def fit(session: Session, stage: Stage) -> bool:
         GuardError: If a step must not be taken and ``guards`` say stop; a checkpoint of the steps before is written.
         ProcessLostError: If another process died or stopped answering.
     """
-    with (
-        StopSignal() as stop,
-        Progress(
-            session.run.steps, stage.name, unit="steps", done=session.start_step, enabled=session.layout.is_main
-        ) as progress,
-    ):
+    with Progress(
+        session.run.steps, stage.name, unit="steps", done=session.start_step, enabled=session.layout.is_main
+    ) as progress:
         while True:
             try:
                 return _Loop(session, stage, stop, progress).run()
@@ -101,19 +99,22 @@ def train(run: R, layout: Layout, beat: Heartbeat, start: Starter[R]) -> bool:
     Returns:
         Whether the run has all its steps; False if SIGTERM ended it early, after a checkpoint was written.
     """
-    while (started := start(run, layout, beat)) is not None:
-        with started[0] as session:
-            if not fit(*started):
-                return False
-            done, following = session.until == run.steps, session.until
-        # The engines of this stage go before those of the next are built.
-        del started, session
-        gc.collect()
-        if done:
-            break
-        logger.info("the stage from step %d begins", following)
-        # What refuses to write over checkpoints has written this run's own.
-        run = replace(run, resume="auto") if run.resume == "never" else run
+    with StopSignal() as stop:  # over all stages: a signal at a boundary stops the next one
+        while (started := start(run, layout, beat)) is not None:
+            with started[0] as session:
+                following = session.until
+                if following <= session.start_step:
+                    raise AssertionError(f"a stage from step {session.start_step} ends at {following}")
+                if not fit(*started, stop):
+                    return False
+            # The engines of this stage go before those of the next are built.
+            del started, session
+            gc.collect()
+            if following == run.steps:
+                break
+            logger.info("the stage from step %d begins", following)
+            # What refuses to write over checkpoints has written this run's own.
+            run = replace(run, resume="auto") if run.resume == "never" else run
     return True
 
 
@@ -155,6 +156,9 @@ class _Loop:
                 )
                 return False
         session.saver.wait()
+        if session.until < run.steps and session.layout.any(self.stop.received):
+            logger.warning("stopped by SIGTERM after step %d; run the same command to resume", session.until)
+            return False
         return True
 
     def _flags(self) -> list[float]:

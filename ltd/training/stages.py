@@ -37,6 +37,9 @@ _FIXED = (
     "parallel.timeout_s",
 )
 
+#: What the state of an optimiser or a discriminator is of: it may come or go, and not become another.
+_KEPT = ("optim.kind", "adversarial.discriminator", "adversarial.optim.kind")
+
 R = TypeVar("R")
 
 
@@ -75,11 +78,12 @@ def check_stages(run: Any, stages: Sequence[StageConfig], steps: int) -> None:
                 f"stages[{number}].from_step: got {stage.from_step}, needed more than {before} and less than steps "
                 f"({steps})"
             )
-        before = stage.from_step
         try:
-            at_step(run, before)
+            earlier, now = (at_step(run, step)[0] for step in (before, stage.from_step))
+            _check_kept(to_dict(earlier), to_dict(now))
         except ConfigError as error:
             raise ConfigError(f"stages[{number}].set.{error}") from None
+        before = stage.from_step
 
 
 def at_step(run: R, step: int) -> tuple[R, int]:
@@ -105,6 +109,17 @@ def at_step(run: R, step: int) -> tuple[R, int]:
         tree = merge(tree, stage["set"])
     built: R = from_dict(type(run), tree)
     return built, until
+
+
+def _check_kept(before: Any, now: Any) -> None:
+    for path in _KEPT:
+        found = []
+        for tree in (before, now):
+            for key in path.split("."):
+                tree = tree.get(key) if isinstance(tree, Mapping) else None
+            found.append(tree)
+        if None not in found and found[0] != found[1]:
+            raise ConfigError(f"{path}: changes from {found[0]!r} to {found[1]!r}; its state cannot go on as that")
 
 
 def _has(tree: Mapping[str, Any], path: Sequence[str]) -> bool:

@@ -127,6 +127,10 @@ def _check_config(before: Any, after: Any) -> None:
             continue
         if key in ("scaling_factor", "shift_factor") and before.config.get("latents_mean"):
             continue
+        if key == "latents_std" and value and "scaling_factor" in before.config:  # what pipelines multiply by
+            deviations = [[x / c["scaling_factor"] for x in c["latents_std"]] for c in (before.config, settings)]
+            assert deviations[1] == pytest.approx(deviations[0])
+            continue
         if key in ("scaling_factor", "shift_factor"):
             assert settings[key] == pytest.approx(value or 0.0, rel=1e-6), key
         else:
@@ -142,6 +146,62 @@ def test_latent_statistics_are_theirs(tmp_path: Path) -> None:
     flux = import_autoencoder(folder(build("flux"), tmp_path / "flux"))
     z = torch.randn(1, 16, 1, 2, 2)
     torch.testing.assert_close(flux.normalize(z), (z - 0.1159) * 0.3611)
+
+
+def test_statistics_of_channels_and_a_scale_are_what_pipelines_make_of_them(tmp_path: Path) -> None:
+    statistics = {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0] * 4, "scaling_factor": 0.5}
+    source = folder(build("sdxl, latents of their own mean"), tmp_path / "sdxl")
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | statistics))
+    ours = import_autoencoder(source)
+    # Stable Diffusion XL's pipeline: z * latents_std / scaling_factor + latents_mean.
+    assert ours.denormalize(torch.ones(1, 4, 1, 1, 1)).flatten().tolist() == pytest.approx([5.0, 6.0, 7.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents_mean": None}, r"latents_mean, latents_std: missing in config\.json, needed 4 numbers each"),
+        ({"latents_std": [0.0] * 4}, r"latents_std: got .*, needed numbers above 0"),
+        ({"base_dim": "x"}, r"cannot be read|encoder_width"),
+        ({"dim_mult": None}, r"config\.json or the index of weights cannot be read"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = folder(build("wan 2.1"), tmp_path / "wan")
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=message):
+        import_autoencoder(source)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change"),
+    [
+        ("norm_out.gamma", lambda x: x.repeat(1, 2, 1, 1)),
+        ("norm_out.gamma", lambda x: x.flatten()),
+        ("to_qkv.weight", lambda x: x.repeat(1, 1, 3, 3)),
+    ],
+)
+def test_nothing_of_a_tensor_is_dropped(suffix: str, change: Any, tmp_path: Path) -> None:
+    source = folder(build("wan 2.1"), tmp_path / "wan")
+    path = source / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in sorted(tensors) if key.endswith(suffix))
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, path)
+    with pytest.raises(ConfigError, match=r"other axes|" + name.replace(".", r"\.")):
+        import_autoencoder(source)
+
+
+def test_parts_of_unequal_size_are_refused(tmp_path: Path) -> None:
+    source = folder(build("stable diffusion"), tmp_path / "sd")
+    path = source / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    q, k = (next(key for key in sorted(tensors) if key.endswith(f"{part}.weight")) for part in ("to_q", "to_k"))
+    both = torch.cat([tensors[q], tensors[k]])
+    save_file(tensors | {q: both[: len(both) // 2 + 2].contiguous(), k: both[len(both) // 2 + 2 :].contiguous()}, path)
+    with pytest.raises(ConfigError, match=r"to_q\.weight: got"):
+        import_autoencoder(source)
 
 
 def test_dtype_is_kept(tmp_path: Path) -> None:

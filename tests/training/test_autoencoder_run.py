@@ -18,7 +18,11 @@ from transformers import Dinov2Config, Dinov2Model
 import train
 from ltd import autoencoders, storage
 from ltd import config as config_io
-from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder
+from ltd.autoencoders import (
+    ConvVae,
+    ConvVaeConfig,
+    build_autoencoder,
+)
 from ltd.config import ConfigError
 from ltd.data.synthetic import make_toy_shards
 from ltd.parallel import Layout, ParallelConfig
@@ -95,6 +99,9 @@ def test_the_discriminator_joins_at_its_step(adversarial: Path) -> None:
         < worst(before["critic.master"], after["critic.master"])
     )
     assert found[3]["loss/discriminator"] > 0 and found[3]["loss/adversarial_weight"] > 0
+    # The autoencoder is judged by the discriminator as it stands before its own step: the same logits.
+    for row in found[3:]:
+        assert row["loss/adversarial"] == pytest.approx(-row["loss/logits_fake"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stopped", [2, 3, 4])
@@ -221,8 +228,16 @@ def test_alignment_of_weight_0_changes_no_bit(teacher: str, shards: Path, tmp_pa
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_two_processes_equal_one_with_a_discriminator(zero: int, shards: Path, tmp_path: Path) -> None:
-    launch(shards, tmp_path / "two", *SGD, "adversarial.start_step=1", f"parallel.zero={zero}", steps=4)
-    assert run(shards, tmp_path / "one", *SGD, "adversarial.start_step=1", steps=4) == 0
+    launch(
+        shards,
+        tmp_path / "two",
+        *SGD,
+        "adversarial.start_step=1",
+        "adversarial.weight=20",
+        f"parallel.zero={zero}",
+        steps=4,
+    )
+    assert run(shards, tmp_path / "one", *SGD, "adversarial.start_step=1", "adversarial.weight=20", steps=4) == 0
     one, two = state(tmp_path / "one", 4), state(tmp_path / "two", 4)
     for group in ("master", "critic.master"):
         moved = worst(one[group], state(tmp_path / "one", 1)[group])

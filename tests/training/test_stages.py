@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from ltd import config as config_io
 from ltd import storage
 from ltd.config import ConfigError
 from ltd.data.synthetic import make_toy_shards
+from ltd.training import loop
 from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.denoiser import DenoiserRun
 from ltd.training.replay import load_run, replay
@@ -107,6 +109,20 @@ def test_saving_inside_a_stage_and_resuming_there_changes_nothing(staged: Path, 
     storage.write_latest(tmp_path / "run", storage.checkpoint_path(tmp_path / "run", 3))
     assert train.main(arguments(shards, tmp_path)) == 0
     assert equal(state(tmp_path / "run", STEPS), state(staged, STEPS))
+
+
+def test_a_signal_at_a_boundary_stops_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = loop._Loop._log
+
+    def log(self: Any, done: int, *rest: Any) -> None:
+        genuine(self, done, *rest)
+        if done == 2:  # the flags of the step have been exchanged already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Loop, "_log", log)
+    assert train.main(arguments(shards, tmp_path)) == 0
+    assert [storage.checkpoint_step(path) for path in storage.checkpoints(tmp_path / "run")] == [2]
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_what_a_stage_thaws_begins_without_moments_and_resumes_bit_for_bit(
@@ -223,6 +239,18 @@ def test_what_holds_at_a_step() -> None:
         ([{"from_step": 3, "set": {"optim": {"lr": "x"}}}], r"stages\[0\]\.set\.optim\.lr: expected float"),
         ([{"from_step": 3, "set": {"frames_per_chunk": 3}}], r"stages\[0\]\.set\.frames_per_chunk: got 3"),
         ([{"step": 3, "set": {}}], r"stages\[0\]\.step: unknown field"),
+        ([{"from_step": 3, "set": {"optim": {"kind": "sgd"}}}], r"stages\[0\]\.set\.optim\.kind: changes from 'adamw'"),
+        (
+            [
+                {"from_step": 3, "set": {"adversarial": {"discriminator": {"kind": "patch3d"}, "optim": {}}}},
+                {"from_step": 5, "set": {"adversarial": {"discriminator": {"channels": 128}}}},
+            ],
+            r"stages\[1\]\.set\.adversarial\.discriminator: changes from",
+        ),
+        (
+            [{"from_step": 3, "set": {"data": {"views": [{"num_frames": 4, "height": 32, "width": 32}]}}}],
+            r"stages\[0\]\.set\.data\.views\[0\]: num_frames must be",
+        ),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(tmp_path: Path, changed: list[dict[str, Any]], message: str) -> None:
