@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,4 +40,5 @@ class Parametrized(nn.Module):
         Returns:
             The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
         """
-        return as_denoiser(self.network, self.parametrization)(x_t, t, cond)
+        denoiser: Callable[..., Any] = as_denoiser(self.network, self.parametrization)
+        return denoiser(x_t, t, cond)
