@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train
-from ltd import denoisers, storage
 from ltd import config as config_io
+from ltd import denoisers, storage
 from ltd.config import ConfigError
 from ltd.denoisers import Conditioning, Dit, Parametrized
 from ltd.diffusion import (
@@ -106,7 +106,9 @@ def test_resuming_with_another_prediction_or_path_is_refused(
     edm_run: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (edm_run / "config.yaml").read_bytes()
-    assert start(edm_run, *OBJECTIVE, "objective.loss=edm", override, steps=3) == 2
+    with pytest.raises(SystemExit) as ended:
+        start(edm_run, *OBJECTIVE, "objective.prediction.min_time=0.0001", override, steps=3)
+    assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert (edm_run / "config.yaml").read_bytes() == before
 
