@@ -65,7 +65,7 @@ def test_converted_and_saved_folders_keep_prediction_and_path(edm_run: Path, tmp
     loaded = denoisers.load(edm_run)
     assert convert_checkpoint.main([str(edm_run), str(tmp_path / "converted"), "--to", "safetensors"]) == 0
     denoisers.save(loaded, tmp_path / "saved")
-    x_t, t, cond = inputs()
+    x_t, _, cond = inputs()
     cond = cond.select(slice(0, 1))
     expected = sample(loaded, x_t[:1], cond, SamplerConfig(steps=3))
     for name in ("converted", "saved"):

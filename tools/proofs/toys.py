@@ -31,9 +31,9 @@ from tools.proofs.table import Cell, Proof
 
 NAME = "toys"
 SEED = 3
-STEPS = 1000
-ROWS, CELLS = 32, 32
-SAMPLES, DIRECTIONS = 8192, 256
+STEPS = 800
+ROWS, CELLS = 32, 16
+SAMPLES, DIRECTIONS = 4096, 128
 SAMPLER = SamplerConfig(kind="euler", steps=100)
 #: Times the floor that a distance may have; untouched noise is far beyond.
 LIMIT = 4.0
@@ -184,13 +184,13 @@ def measure() -> Proof:
         rows=rows,
         misses=misses,
         notes=(
-            f"Five modes in the plane, of spreads 0.05 to 0.25. One perceptron of 36,000 parameters, from the same "
+            "Five modes in the plane, of spreads 0.05 to 0.25. One perceptron of 36,000 parameters, from the same "
             f"start in every row, {STEPS} steps of {ROWS * CELLS} points ({ROWS} draws of noise and time, "
-            f"{CELLS} points each): some ten seconds of one core. Then {SAMPLES} samples in {SAMPLER.steps} Euler "
-            f"steps from equal noise, without an average of the weights. Sliced 2-Wasserstein distance over {DIRECTIONS} directions to "
-            f"as many real points; the floor is its mean over 8 pairs of real draws, and a row may have {LIMIT:g} "
-            "times that. Rows without a path are on the linear one; VP takes times from [0.001, 1], as its velocity is "
-            "infinite at 0. x0 stops short of the data by what its min_time leaves, and eps is amplified near pure "
-            "noise: both are costs of the prediction, not of the solver."
+            f"{CELLS} points each): a few seconds of one core. Then {SAMPLES} samples in {SAMPLER.steps} Euler "
+            "steps from equal noise, without an average of the weights. Sliced 2-Wasserstein distance over "
+            f"{DIRECTIONS} directions to as many real points; the floor is its mean over 8 pairs of real draws, and a "
+            f"row may have {LIMIT:g} times that. Rows without a path are on the linear one; VP takes times from "
+            "[0.001, 1], as its velocity is infinite at 0. x0 stops short of the data by what its min_time leaves, "
+            "and eps is amplified near pure noise: both are costs of the prediction, not of the solver."
         ),
     )
