@@ -3,6 +3,7 @@
 from ltd.denoisers.conditioning import NULL_LABEL, Conditioning, stack
 from ltd.denoisers.dit import Dit, DitConfig
 from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, describe, load, save
+from ltd.denoisers.parametrized import Parametrized
 
 __all__ = [
     "NULL_LABEL",
@@ -10,6 +11,7 @@ __all__ = [
     "Conditioning",
     "Dit",
     "DitConfig",
+    "Parametrized",
     "build_denoiser",
     "describe",
     "load",

@@ -12,9 +12,11 @@ from torch import Tensor
 from ltd import storage
 from ltd.config import ConfigError, from_dict, to_dict
 from ltd.denoisers.dit import Dit, DitConfig
+from ltd.denoisers.parametrized import Parametrized
+from ltd.diffusion import ParametrizationConfig, read_parametrization
 
 TIME_CONVENTION = "noise-at-1"
-"""x_t = (1 - t) x0 + t eps; the model predicts eps - x0."""
+"""t = 0 is data, t = 1 is noise; a loaded denoiser predicts dx_t/dt."""
 
 
 def build_denoiser(config: DitConfig) -> Dit:
@@ -26,14 +28,18 @@ def build_denoiser(config: DitConfig) -> Dit:
             raise ConfigError(f"model: no denoiser is built from {type(config).__name__}")
 
 
-def save(model: Dit, directory: str | Path) -> None:
-    """Write an exported folder that ``load`` reads: weights, configuration and time convention.
+def save(model: Dit | Parametrized, directory: str | Path) -> None:
+    """Write an exported folder that ``load`` reads: weights, configuration, time convention, path and prediction.
 
     Args:
         model: Denoiser, whole on this process.
         directory: Folder to make; an existing one is replaced.
     """
-    storage.save_model(directory, model.state_dict(), {"model": to_dict(model.config), "time": TIME_CONVENTION})
+    config = {"model": to_dict(model.config), "time": TIME_CONVENTION}
+    if isinstance(model, Parametrized):
+        config["objective"] = to_dict(model.parametrization)
+        model = model.network
+    storage.save_model(directory, model.state_dict(), config)
 
 
 def load(
@@ -42,7 +48,7 @@ def load(
     weights: str = "ema",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Dit:
+) -> Dit | Parametrized:
     """Load a denoiser, in evaluation mode.
 
     Args:
@@ -53,7 +59,8 @@ def load(
         dtype: Dtype of the parameters; as stored by default.
 
     Returns:
-        The denoiser.
+        A module ``(x_t, t, cond) -> v``: the network itself where it predicts the velocity of the linear path, else
+        wrapped with the path and the prediction that it was trained with.
 
     Raises:
         ConfigError: If nothing is there, or the weights do not belong to the configuration.
@@ -71,7 +78,13 @@ def load(
         raise ConfigError(f"{path}: its config.yaml has no section 'model'; not a denoiser's")
     model = build_denoiser(from_dict(DitConfig, config["model"]))
     _load_strictly(model, tensors, path)
-    return model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device, dtype=dtype).eval()
+    objective = config.get("objective") or config.get("run", {}).get("objective") or {}
+    try:
+        parametrization = read_parametrization(objective)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: objective.{error}") from None
+    return model if parametrization == ParametrizationConfig() else Parametrized(model, parametrization).eval()
 
 
 def _load_strictly(model: Dit, tensors: Mapping[str, Tensor], path: Path) -> None:

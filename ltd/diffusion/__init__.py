@@ -2,10 +2,31 @@
 
 from ltd.diffusion.guidance import Denoiser, GuidanceConfig, guided
 from ltd.diffusion.objectives import FlowMatching, FlowMatchingConfig
-from ltd.diffusion.paths import LinearPath
+from ltd.diffusion.paths import (
+    GvpPathConfig,
+    LinearPath,
+    LinearPathConfig,
+    Path,
+    PathConfig,
+    VpPathConfig,
+    build_path,
+)
+from ltd.diffusion.prediction import (
+    DataPredictionConfig,
+    EdmPredictionConfig,
+    NoisePredictionConfig,
+    ParametrizationConfig,
+    PredictionConfig,
+    VelocityPredictionConfig,
+    as_denoiser,
+    build_prediction,
+    read_parametrization,
+)
 from ltd.diffusion.samplers import SamplerConfig, sample, time_grid
 from ltd.diffusion.times import (
     LogitNormalConfig,
+    LognormalConfig,
+    ModeConfig,
     ShiftConfig,
     UniformConfig,
     draw_times,
@@ -14,18 +35,35 @@ from ltd.diffusion.times import (
 )
 
 __all__ = [
+    "DataPredictionConfig",
     "Denoiser",
+    "EdmPredictionConfig",
     "FlowMatching",
     "FlowMatchingConfig",
     "GuidanceConfig",
+    "GvpPathConfig",
     "LinearPath",
+    "LinearPathConfig",
     "LogitNormalConfig",
+    "LognormalConfig",
+    "ModeConfig",
+    "NoisePredictionConfig",
+    "ParametrizationConfig",
+    "Path",
+    "PathConfig",
+    "PredictionConfig",
     "SamplerConfig",
     "ShiftConfig",
     "UniformConfig",
+    "VelocityPredictionConfig",
+    "VpPathConfig",
+    "as_denoiser",
+    "build_path",
+    "build_prediction",
     "draw_times",
     "guided",
     "quantile_times",
+    "read_parametrization",
     "sample",
     "shift_times",
     "time_grid",

@@ -46,18 +46,19 @@ class SamplerConfig:
             raise ConfigError(f"noise: got {self.noise}, needed 0 or more")
 
 
-def time_grid(config: SamplerConfig, cells: int) -> Tensor:
+def time_grid(config: SamplerConfig, cells: int, channels: int | None = None) -> Tensor:
     """List the times between steps.
 
     Args:
         config: Steps and shift.
         cells: Latent cells t * h * w of one sample, for the shift.
+        channels: Channels of a cell, for a shift by latent dimension.
 
     Returns:
         ``(steps + 1,)``, float64, CPU, from exactly 1 down to exactly 0.
     """
     grid = torch.linspace(1, 0, config.steps + 1, dtype=torch.float64)
-    return shift_times(grid, config.shift.resolve(cells))
+    return shift_times(grid, config.shift.resolve(cells, channels))
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def sample(
     model = guided(denoiser, null_cond, config.guidance, stack=stack)
     solver = _solver(config, random)
     x = noise.to(torch.promote_types(noise.dtype, getattr(torch, config.state)))
-    times = time_grid(config, noise[0, 0].numel()).tolist()
+    times = time_grid(config, noise[0, 0].numel(), noise.shape[1]).tolist()
 
     def velocity(state: Tensor, time: float) -> Tensor:
         t = torch.full((len(state),), time, dtype=torch.promote_types(noise.dtype, torch.float32), device=state.device)

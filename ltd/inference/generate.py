@@ -115,7 +115,7 @@ class Generator:
 
     def __init__(
         self,
-        denoiser: denoisers.Dit,
+        denoiser: denoisers.Dit | denoisers.Parametrized,
         autoencoder: autoencoders.Autoencoder,
         text: TextEncoder,
         *,

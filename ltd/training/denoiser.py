@@ -17,7 +17,7 @@ from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
 from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser
-from ltd.diffusion import FlowMatching, FlowMatchingConfig
+from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig, read_parametrization
 from ltd.encoders.text import (
     TextEncoder,
     TextEncoderConfig,
@@ -72,6 +72,12 @@ class DenoiserRun(RunConfig):
             )
         if (self.autoencoder is None) == (self.untrained_autoencoder is None):
             raise ConfigError("autoencoder: give a path, or untrained_autoencoder for debug runs, and not both")
+        kinds = self.objective.path.kind, self.objective.prediction.kind
+        if self.model.prediction == "data" and kinds != ("linear", "velocity"):
+            raise ConfigError(
+                f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
+                "makes a velocity of the linear path; set model.prediction to velocity"
+            )
 
 
 class DenoiserStage:
@@ -82,6 +88,7 @@ class DenoiserStage:
     def __init__(self, run: DenoiserRun, engine: Engine, layout: Layout, inputs: LatentInputs | None = None) -> None:
         self.run, self.engine, self.layout = run, engine, layout
         self.objective = FlowMatching(run.objective)
+        self.denoiser = self.objective.denoiser(engine)
         self.inputs = LatentInputs(run, layout) if inputs is None else inputs
 
     def begin(self, step: int) -> None:
@@ -112,7 +119,7 @@ class DenoiserStage:
         """
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
-        losses, weight = self.objective.loss(self.engine, unpack(tensors), cond, random)
+        losses, weight = self.objective.loss(self.denoiser, unpack(tensors), cond, random)
         return {"loss": losses * weight}
 
     def num_tokens(self, tensors: dict[str, Tensor]) -> int:
@@ -138,8 +145,9 @@ class DenoiserStage:
                 random = DrawRandom(seed, tensors["draws"].tolist())
                 cond = self.inputs.conditioning(tensors)
                 latents, weight = tensors["latents"], tensors["weight"].double()
-                for time in self.objective.evaluation_times(_HELDOUT_TIMES, latents[0, 0].numel()).tolist():
-                    losses = self.objective.loss_at(self.engine, latents, cond, random, time).double()
+                channels, cells = latents.shape[1], latents[0, 0].numel()
+                for time in self.objective.evaluation_times(_HELDOUT_TIMES, cells, channels).tolist():
+                    losses = self.objective.loss_at(self.denoiser, latents, cond, random, time).double()
                     sums[int(latents.shape[2] == 1)] += torch.stack([(losses * weight).sum(), weight.sum()])
         self.layout.sum_(sums)
         (video, videos), (image, images) = sums.tolist()
@@ -290,6 +298,7 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     if found is None:
         return None
     config = found.run
+    _check_objective(found.manifest, config)
     inputs: list[LatentInputs] = []
 
     def accept(lineage: dict[str, Any]) -> None:
@@ -328,6 +337,18 @@ def _check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
             raise ConfigError(
                 f"autoencoder: {name} is {value} now, but the checkpoint was trained with {before[name]}; "
                 "point autoencoder at the one it was trained with, or start in another run_dir"
+            )
+
+
+def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
+    """Refuse a checkpoint whose network predicts something else, or on another path."""
+    before = read_parametrization(manifest.get("config", {}).get("objective", {}))
+    now = ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)
+    for name in ("path", "prediction") if manifest else ():
+        if getattr(before, name) != getattr(now, name):
+            raise ConfigError(
+                f"objective.{name}: is {getattr(now, name)} now, but the checkpoint was trained with "
+                f"{getattr(before, name)}; set it to that, or start anew in another run_dir"
             )
 
 

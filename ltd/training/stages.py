@@ -31,6 +31,8 @@ _FIXED = (
     "autoencoder",
     "untrained_autoencoder",
     "text",
+    "objective.path",
+    "objective.prediction",
     "parallel.engine",
     "parallel.sequence",
     "parallel.slow_s",

@@ -5,7 +5,21 @@ import torch
 from scipy import stats
 
 from ltd.config import ConfigError
-from ltd.diffusion import LogitNormalConfig, ShiftConfig, UniformConfig, draw_times, quantile_times, shift_times
+from ltd.diffusion import (
+    GvpPathConfig,
+    LogitNormalConfig,
+    LognormalConfig,
+    ModeConfig,
+    SamplerConfig,
+    ShiftConfig,
+    UniformConfig,
+    VpPathConfig,
+    build_path,
+    draw_times,
+    quantile_times,
+    shift_times,
+    time_grid,
+)
 from ltd.rng import DrawRandom
 
 T = torch.linspace(0, 1, 101, dtype=torch.float64)
@@ -29,6 +43,45 @@ def test_factor_follows_the_size():
     assert ShiftConfig(factor=3.0).resolve(12345) == 3.0
     assert ShiftConfig(base_cells=100).resolve(400) == pytest.approx(2.0)
     assert ShiftConfig(factor=1.5, base_cells=4096).resolve(196608) == pytest.approx(1.5 * math.sqrt(48))
+
+
+def test_factor_follows_the_latent_dimension():
+    """RAE: 16 x 16 cells of 768 channels against 4096 numbers."""
+    shift = ShiftConfig(base_dim=4096)
+    assert shift.resolve(256, 768) == pytest.approx(6.928, abs=1e-3)
+    assert ShiftConfig(factor=0.5, base_dim=4096).resolve(256, 64) == pytest.approx(1.0)
+    middle = time_grid(SamplerConfig(steps=2, shift=ShiftConfig(base_dim=4)), cells=9, channels=4)[1]
+    assert middle.item() == pytest.approx(0.75)  # factor 3
+    with pytest.raises(ValueError, match="shift.base_dim needs the number of latent channels"):
+        shift.resolve(256)
+
+
+def test_lognormal_noise_levels_are_a_logit_normal_on_the_linear_path():
+    random = DrawRandom(3, range(64))
+    plain = draw_times(LognormalConfig(mean=-0.6, std=1.2), random)
+    assert torch.allclose(plain, draw_times(LogitNormalConfig(mean=-0.6, std=1.2), random), rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [GvpPathConfig(), VpPathConfig()], ids=lambda config: config.kind)
+def test_noise_levels_are_lognormal_on_any_path(config):
+    path = build_path(config)
+    t = draw_times(LognormalConfig(mean=-0.6, std=1.2), DrawRandom(3, range(4000)), path=path).double()
+    logs = torch.log(path.sigma(t) / path.alpha(t)).numpy()
+    assert stats.kstest(logs, stats.norm(-0.6, 1.2).cdf).pvalue > 0.01
+    assert stats.kstest(logs, stats.norm(-0.5, 1.2).cdf).pvalue < 0.01
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.5, 1.75])
+def test_mode_times_are_the_papers_map_of_uniforms(scale):
+    """SD3, Eq. 20: f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u); symmetric, and for s = 0 uniform."""
+    u = T.flip(0)
+    paper = 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+    times = ModeConfig(scale=scale).quantile(T)
+    assert torch.allclose(times, paper, atol=1e-14)
+    assert torch.allclose(times + times.flip(0), torch.ones_like(T), atol=1e-14) and (times.diff() >= -1e-9).all()
+    assert torch.equal(ModeConfig(scale=0.0).quantile(T), T)
+    middle = ((times > 0.4) & (times < 0.6)).double().mean()
+    assert (middle > 0.22) if scale > 0 else (middle < 0.18)
 
 
 @pytest.mark.parametrize("stratified", [False, True])
@@ -76,6 +129,10 @@ def test_quantile_times_split_the_distribution_into_equal_parts():
         (lambda: LogitNormalConfig(std=0.0), "std: got 0.0"),
         (lambda: ShiftConfig(factor=-1.0), "factor: got -1.0"),
         (lambda: ShiftConfig(base_cells=0), "base_cells: got 0"),
+        (lambda: ShiftConfig(base_dim=0), "base_dim: got 0"),
+        (lambda: ShiftConfig(base_dim=4096, base_cells=256), "base_dim: got 4096 beside base_cells 256"),
+        (lambda: LognormalConfig(std=0.0), "std: got 0.0"),
+        (lambda: ModeConfig(scale=1.76), "scale: got 1.76, needed -1 to"),
     ],
 )
 def test_bad_values_name_the_field(build, message):

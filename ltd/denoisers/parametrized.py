@@ -1,0 +1,44 @@
+"""A trained network together with what it predicts: the denoiser that it means. Knows no files and no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltd.denoisers.conditioning import Conditioning
+from ltd.denoisers.dit import Dit, DitConfig
+from ltd.diffusion import ParametrizationConfig, as_denoiser
+
+
+class Parametrized(nn.Module):
+    """Return velocities, whatever the network was trained to predict.
+
+    Args:
+        network: Predicts what ``parametrization`` says.
+        parametrization: Prediction and path.
+    """
+
+    def __init__(self, network: Dit, parametrization: ParametrizationConfig) -> None:
+        super().__init__()
+        self.network, self.parametrization = network, parametrization
+
+    @property
+    def config(self) -> DitConfig:
+        """Configuration of the network."""
+        return self.network.config
+
+    def forward(self, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning | None = None) -> Any:
+        """Predict the velocity of the network's path.
+
+        Args:
+            x_t: Noisy latents ``(b, c, t, h, w)``, or b samples ``(c, t, h, w)`` of any sizes.
+            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise.
+            cond: Conditions, passed on to the network.
+
+        Returns:
+            The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
+        """
+        denoiser: Callable[..., Any] = as_denoiser(self.network, self.parametrization)
+        return denoiser(x_t, t, cond)
