@@ -49,6 +49,8 @@ class RunParts:
     views: tuple[tuple[VideoShape, float | None], ...]
     #: Time shift that the denoiser was trained under; sampling wants the same.
     shift: ShiftConfig
+    #: Kind of the path between data and noise that its velocities are of.
+    path: str
     #: Hash and latent statistics of the autoencoder that it was trained with.
     lineage: dict[str, Any]
 
@@ -76,6 +78,7 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
         text=from_dict(TextEncoderConfig, config["text"]),
         views=views,
         shift=from_dict(ShiftConfig, config["objective"]["shift"]),
+        path=config["objective"].get("path", {}).get("kind", "linear"),
         lineage=lineage,
     )
 
@@ -121,13 +124,19 @@ class Generator:
         *,
         sampler: SamplerConfig,
         negative: str = "",
-        guide: denoisers.Dit | None = None,
+        guide: denoisers.Dit | denoisers.Parametrized | None = None,
         tiling: TilingConfig | None = None,
     ) -> None:
         if denoiser.config.latent_channels != autoencoder.latent_channels:
             raise ConfigError(
                 f"autoencoder: makes {autoencoder.latent_channels} latent channels, "
                 f"the denoiser was trained with {denoiser.config.latent_channels}"
+            )
+        path = _path_kind(denoiser)
+        if path != "linear" and sampler.kind not in ("euler", "heun"):
+            raise ConfigError(
+                f"solver: got {sampler.kind}, which knows the linear path only; the denoiser was trained on path "
+                f"{path}: needed euler or heun"
             )
         if denoiser.config.text_dim not in (None, text.dim):
             raise ConfigError(f"text: makes {text.dim} features, the denoiser takes {denoiser.config.text_dim}")
@@ -252,7 +261,7 @@ def load_guide(
     weights: str = "ema",
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
-) -> denoisers.Dit:
+) -> denoisers.Dit | denoisers.Parametrized:
     """Load a weaker denoiser that guidance leads away from (autoguidance); give it to a ``Generator`` as ``guide``.
 
     Args:
@@ -275,7 +284,14 @@ def load_guide(
         if theirs.lineage.get(name) != ours.lineage.get(name):
             raise ConfigError(f"guide: {name} of {guide} is another than that of {run_dir}; needed one trained alike")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if theirs.path != ours.path:
+        raise ConfigError(f"guide: {guide} was trained on path {theirs.path}, {run_dir} on {ours.path}")
     return denoisers.load(guide, weights=weights, device=device, dtype=dtype)
+
+
+def _path_kind(denoiser: torch.nn.Module) -> str:
+    """Name the path that a denoiser's velocities are of."""
+    return denoiser.parametrization.path.kind if isinstance(denoiser, denoisers.Parametrized) else "linear"
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:

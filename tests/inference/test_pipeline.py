@@ -21,7 +21,9 @@ from ltd.data.windows import enumerate_windows, load_window
 from ltd.denoisers import Conditioning
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
 from ltd.diffusion import sample as integrate
-from ltd.inference.generate import Request, batches, load_generator
+from ltd.diffusion.paths import GvpPathConfig
+from ltd.diffusion.prediction import ParametrizationConfig
+from ltd.inference.generate import Generator, Request, batches, load_generator
 from ltd.inference.media import pixels_to_video, tile, video_to_pixels
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape
@@ -183,6 +185,15 @@ def test_solvers_and_guidance_are_options(pipeline: Path, tmp_path: Path, capsys
         with pytest.raises(SystemExit):
             run_sample(pipeline, tmp_path / "no", *shape, *arguments)
         assert message in capsys.readouterr().err
+
+
+def test_solvers_that_know_one_path_refuse_others(pipeline: Path) -> None:
+    made = load_generator(pipeline / "denoiser", sampler=SamplerConfig(steps=3))
+    assert isinstance(made.denoiser, denoisers.Dit)
+    other = denoisers.Parametrized(made.denoiser, ParametrizationConfig(path=GvpPathConfig()))
+    Generator(other, made.autoencoder, made.text, sampler=SamplerConfig(kind="heun"))
+    with pytest.raises(ConfigError, match=r"solver: got unipc, which knows the linear path only; .* on path gvp"):
+        Generator(other, made.autoencoder, made.text, sampler=SamplerConfig(kind="unipc"))
 
 
 def test_frames_are_decoded_in_tiles(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
