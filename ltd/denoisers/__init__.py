@@ -1,8 +1,9 @@
 """Denoisers: models that predict the velocity of noisy latents under conditions."""
 
-from ltd.denoisers.conditioning import NULL_LABEL, Conditioning, stack
-from ltd.denoisers.dit import Dit, DitConfig
-from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, describe, load, save
+from ltd.denoisers.conditioning import NULL_LABEL, Conditioning, Frames, stack
+from ltd.denoisers.config import DitConfig, ExpertsConfig, HeadConfig
+from ltd.denoisers.dit import Dit
+from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, count_parameters, describe, load, save
 from ltd.denoisers.parametrized import Parametrized
 
 __all__ = [
@@ -11,8 +12,12 @@ __all__ = [
     "Conditioning",
     "Dit",
     "DitConfig",
+    "ExpertsConfig",
+    "Frames",
+    "HeadConfig",
     "Parametrized",
     "build_denoiser",
+    "count_parameters",
     "describe",
     "load",
     "save",

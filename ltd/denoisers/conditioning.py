@@ -1,12 +1,14 @@
-"""What a denoiser is told besides the noisy latents: text tokens and class labels, with "nothing" as an ordinary value.
+"""What a denoiser is told besides the noisy latents: text, labels, known frames, with "nothing" as an ordinary value.
 
 Knows no model. Objectives and samplers pass a ``Conditioning`` through without looking inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,44 @@ from ltd.rng import DrawRandom
 
 NULL_LABEL = -1
 """The label that means no class."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Latents that are known beforehand: first frames, every other frame, what surrounds a hole, or nothing.
+
+    Raises:
+        ValueError: If the shapes do not agree.
+    """
+
+    latents: Tensor
+    """Clean unit-scale latents ``(b, c, t, h, w)``; what they are where the mask is 0 does not matter."""
+    mask: Tensor
+    """``(b, m, t, h, w)``, bool or float, 1 = known. m is 1, or the mask channels of the model."""
+
+    def __post_init__(self) -> None:
+        latents, mask = self.latents, self.mask
+        if latents.ndim != 5 or mask.ndim != 5 or (len(mask), *mask.shape[2:]) != (len(latents), *latents.shape[2:]):
+            raise ValueError(
+                f"frames: got latents {tuple(latents.shape)} and mask {tuple(mask.shape)}, needed (b, c, t, h, w) and "
+                "(b, m, t, h, w)"
+            )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Frames:
+        """Apply a function to both tensors."""
+        return Frames(function(self.latents), function(self.mask))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a denoiser made of conditions once, for all steps of a sampler. Only that denoiser can read it."""
+
+    keys: tuple[Any, ...]
+    """Keys and values of every block that reads text."""
+    pooled: Tensor | None
+    """Mean text token ``(b, d)``, projected."""
+    mask: Tensor | None
+    """Bool ``(b, m)``: which keys are read; None = all."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +72,16 @@ class Conditioning:
     """Bool ``(b, n)``, True = a real token; an all-False row has no text."""
     label: Tensor | None = None
     """Class indices ``(b,)``, long; negative = no class."""
+    frames: Frames | None = None
+    """Known latents."""
+    scalars: Tensor | None = None
+    """Numbers ``(b, k)``, float, in the order of the model's ``scalars``; NaN = unknown."""
+    image: Tensor | None = None
+    """Tokens of an image encoder ``(b, n, d)``, float."""
+    kept: Tensor | None = None
+    """Tokens that are not dropped, ``(b, k)``, long: their numbers in the order of ``patchify``, rising."""
+    prepared: Prepared | None = None
+    """What ``Dit.prepare`` made of the text and the image."""
 
     def __post_init__(self) -> None:
         if (self.text is None) != (self.text_mask is None):
@@ -43,34 +93,44 @@ class Conditioning:
             )
         if self.label is not None and (self.label.ndim != 1 or self.label.is_floating_point()):
             raise ValueError(f"label: got {self.label.dtype} {tuple(self.label.shape)}, needed long (b,)")
-        if self.text is not None and self.label is not None and len(self.text) != len(self.label):
-            raise ValueError(f"text has {len(self.text)} rows, label {len(self.label)}")
+        for name, ndim in (("scalars", 2), ("image", 3), ("kept", 2)):
+            field = getattr(self, name)
+            if field is not None and field.ndim != ndim:
+                raise ValueError(f"{name}: got {tuple(field.shape)}, needed {ndim} dimensions")
+        rows = {name: len(field) for name, field in self._tensors().items()}
+        if self.frames is not None:
+            rows["frames"] = len(self.frames.latents)
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"conditions: the fields differ in their number of rows: {rows}")
 
     @property
     def batch_size(self) -> int | None:
         """Number of rows; None when nothing is given."""
-        field = self.text if self.text is not None else self.label
-        return None if field is None else len(field)
+        if self.frames is not None:
+            return len(self.frames.latents)
+        return next((len(field) for field in self._tensors().values()), None)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every field to a device; ``dtype`` applies to the text only."""
-        return Conditioning(
-            text=None if self.text is None else self.text.to(device=device, dtype=dtype),
-            text_mask=None if self.text_mask is None else self.text_mask.to(device=device),
-            label=None if self.label is None else self.label.to(device=device),
-        )
+        """Move every field to a device; ``dtype`` applies to what is float besides ``scalars``."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+
+        moved = self._map(move)
+        if self.scalars is not None:
+            moved = dataclasses.replace(moved, scalars=self.scalars.to(device=device))
+        return moved
 
     def select(self, rows: Tensor | slice) -> Conditioning:
         """Take rows by a slice, or by a tensor of indices or booleans."""
-        return Conditioning(*(None if field is None else field[rows] for field in self._fields()))
+        return self._map(lambda x: x[rows])
 
     def repeat(self, times: int) -> Conditioning:
         """Repeat every row ``times`` times, copies of a row side by side."""
-        fields = self._fields()
-        return Conditioning(*(None if field is None else field.repeat_interleave(times, dim=0) for field in fields))
+        return self._map(lambda x: x.repeat_interleave(times, dim=0))
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
-        """Take rows from here where ``keep`` is True and from ``other`` elsewhere.
+        """Take rows from here where ``keep`` is True and from ``other`` elsewhere; what is not text or label stays.
 
         Args:
             keep: Bool ``(b,)``.
@@ -81,13 +141,12 @@ class Conditioning:
         """
         rows = len(keep)
         here, there = _fill(self, other, rows), _fill(other, self, rows)
-        mixed: list[Tensor | None] = []
-        for mine, theirs in zip(here._fields(), there._fields(), strict=True):
-            if mine is None or theirs is None:
-                mixed.append(None)
-            else:
-                mixed.append(torch.where(keep.to(mine.device).view(-1, *[1] * (mine.ndim - 1)), mine, theirs))
-        return Conditioning(*mixed)
+        mixed: dict[str, Any] = {"text": None, "text_mask": None, "label": None}
+        for name in ("text", "text_mask", "label"):
+            mine, theirs = getattr(here, name), getattr(there, name)
+            if mine is not None and theirs is not None:
+                mixed[name] = torch.where(keep.to(mine.device).view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+        return dataclasses.replace(self, prepared=None, **mixed)
 
     def drop(self, rate: float, null: Conditioning, random: DrawRandom) -> Conditioning:
         """Replace each row by the null condition with probability ``rate``, for classifier-free guidance.
@@ -104,8 +163,16 @@ class Conditioning:
             return self
         return self.where(random.uniform((), "condition") >= rate, null)
 
-    def _fields(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.text, self.text_mask, self.label
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("text", "text_mask", "label", "scalars", "image", "kept")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply a function to every tensor; what was prepared is left behind."""
+        fields: dict[str, Any] = {name: function(field) for name, field in self._tensors().items()}
+        if self.frames is not None:
+            fields["frames"] = self.frames.map(function)
+        return Conditioning(**fields)
 
 
 def stack(conditions: Sequence[Conditioning]) -> Conditioning:
@@ -127,10 +194,20 @@ def stack(conditions: Sequence[Conditioning]) -> Conditioning:
             raise ValueError(
                 "an empty Conditioning has no number of rows: give it an all-False text_mask or labels of -1"
             )
-        here, there = _fill(stacked, item, first), _fill(item, stacked, second)
-        pairs = zip(here._fields(), there._fields(), strict=True)
-        stacked = Conditioning(*(None if a is None or b is None else torch.cat((a, b)) for a, b in pairs))
+        stacked = _joined(_fill(stacked, item, first), _fill(item, stacked, second))
     return stacked
+
+
+def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
+    ours, theirs = first._tensors(), second._tensors()
+    lacking = sorted(ours.keys() ^ theirs.keys())
+    if lacking or (first.frames is None) != (second.frames is None):
+        raise ValueError(f"conditions: only one of two has {lacking or ['frames']}; give both, or neither")
+    fields: dict[str, Any] = {name: torch.cat((field, theirs[name])) for name, field in ours.items()}
+    if first.frames is not None and second.frames is not None:
+        pairs = zip(vars(first.frames).values(), vars(second.frames).values(), strict=True)
+        fields["frames"] = Frames(*(torch.cat(pair) for pair in pairs))
+    return Conditioning(**fields)
 
 
 def _is_mask_of(mask: Tensor, text: Tensor) -> bool:
@@ -138,8 +215,8 @@ def _is_mask_of(mask: Tensor, text: Tensor) -> bool:
 
 
 def _fill(cond: Conditioning, like: Conditioning, rows: int) -> Conditioning:
-    """Give ``cond`` every field that ``like`` has, the longer text length of the two, and ``rows`` rows."""
-    text, text_mask, label = cond._fields()
+    """Give ``cond`` the text and label that ``like`` has, the longer text length of the two, and ``rows`` rows."""
+    text, text_mask, label = cond.text, cond.text_mask, cond.label
     if like.text is not None and like.text_mask is not None:
         length = like.text.shape[1]
         if text is None or text_mask is None:
@@ -150,5 +227,8 @@ def _fill(cond: Conditioning, like: Conditioning, rows: int) -> Conditioning:
             text_mask = F.pad(text_mask, (0, length - text_mask.shape[1]))
     if like.label is not None and label is None:
         label = like.label.new_full((rows,), NULL_LABEL)
-    expanded = (None if field is None else field.expand(rows, *field.shape[1:]) for field in (text, text_mask, label))
-    return Conditioning(*expanded)
+    fields = {"text": text, "text_mask": text_mask, "label": label}
+    expanded: dict[str, Any] = {
+        name: None if field is None else field.expand(rows, *field.shape[1:]) for name, field in fields.items()
+    }
+    return dataclasses.replace(cond, prepared=None, **expanded)

@@ -1,136 +1,64 @@
-"""Diffusion transformer over (t, h, w) tokens of image and video latents of any size.
+"""Diffusion transformer over (t, h, w) tokens of image and video latents of any size: one model for the whole family.
 
 A plain single-device model: it knows nothing of processes, precision policies or training. Parallelism enters through
-four attributes (``SelfAttention.attend``, ``Dit.shard_tokens``, ``Dit.gather_tokens``, ``Dit.shard_lengths``).
+four attributes (``attend`` of attentions, ``Dit.shard_tokens``, ``Dit.gather_tokens``, ``Dit.shard_lengths``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltd.config import ConfigError
-from ltd.denoisers.blocks import BlockModulation, DitBlock, FinalLayer, TableModulation
-from ltd.denoisers.conditioning import Conditioning
+from ltd.denoisers.blocks import (
+    BlockModulation,
+    DitBlock,
+    DualBlock,
+    FinalLayer,
+    SharedParts,
+    TableModulation,
+    TokenContext,
+    of_tokens,
+)
+from ltd.denoisers.checks import check_inputs
+from ltd.denoisers.conditioning import Conditioning, Prepared
+from ltd.denoisers.config import DitConfig
+from ltd.denoisers.embeddings import BlockEmbedding, WideHead, time_embedding
+from ltd.denoisers.tokens import (
+    Text,
+    Tokens,
+    frame_input,
+    join_prefix,
+    kept_places,
+    levels_of,
+    put_back,
+    scaled_positions,
+    strip_prefix,
+    take_tokens,
+)
 from ltd.nn import seams
-from ltd.nn.embed import LabelEmbedding, TextEmbedding, TimeEmbedding, masked_mean, position_sinusoid
+from ltd.nn.attention import CrossAttention
+from ltd.nn.embed import (
+    ImageEmbedding,
+    LabelEmbedding,
+    ScalarEmbedding,
+    TextEmbedding,
+    TimeEmbedding,
+    grid_sinusoid,
+    masked_mean,
+    position_sinusoid,
+)
+from ltd.nn.moe import ExpertChoice
 from ltd.nn.packing import Packing, Segments, mean_by_sample, pack_latents, pack_text, unpack_latents
 from ltd.nn.patch import grid_positions, patchify, token_grid, unpatchify
-from ltd.nn.rope import check_rope_split, default_rope_split, rope_tables
+from ltd.nn.rope import rope_tables
 from ltd.shapes import VideoShape
 
-
-@dataclass(frozen=True, kw_only=True)
-class DitConfig:
-    """Size and options of a diffusion transformer."""
-
-    kind: Literal["dit"] = "dit"
-    latent_channels: int = 16
-    """Channels of the latents."""
-    patch: tuple[int, int, int] = (1, 2, 2)
-    """Latent cells per token along (t, h, w)."""
-    width: int = 384
-    """Channels of a token; divides by num_heads."""
-    depth: int = 12
-    """Number of blocks."""
-    num_heads: int = 6
-    """Attention heads; width / num_heads is even and 6 or more."""
-    mlp_ratio: float = 4.0
-    """Width of the ungated perceptron the SwiGLU stands for: its gate is 2/3 of that, rounded to mlp_multiple."""
-    mlp_multiple: int = 16
-    """The SwiGLU gate's width is rounded to the nearest multiple of this."""
-    text_dim: int | None = None
-    """Size of the text encoder's token embeddings; null = no text."""
-    pooled_text: bool = False
-    """Whether the mean text token also joins the time embedding that modulates every block; needs text_dim."""
-    num_classes: int | None = None
-    """Number of class labels; null = no labels."""
-    qk_norm: bool = True
-    """Whether each head's queries and keys pass an RMSNorm."""
-    rope_split: tuple[int, int, int] | None = None
-    """Channels of a head rotated by (t, h, w), three even numbers; null = a third each."""
-    rope_theta: float = 10_000.0
-    """Base of the rotation frequencies, above 1; smaller for short grids."""
-    position_embedding: Literal["none", "sincos"] = "sincos"
-    """Whether sinusoids of a token's position join its patch: rotations alone tell only differences of positions."""
-    modulation: Literal["per_block", "shared"] = "per_block"
-    """Whether each block projects the condition itself, or all share one projection plus a table per block."""
-    time_scale: float = 1000.0
-    """What times in [0, 1] are multiplied by before their sinusoid."""
-    prediction: Literal["velocity", "data"] = "velocity"
-    """What the last layer stands for. Either way ``forward`` returns the velocity: "data" turns a prediction of x0 into
-    (x_t - x0) / t, which spares a narrow model from carrying the noise of wide patches."""
-    min_time: float = 0.05
-    """Smallest t that a prediction of data is divided by, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        for name in ("latent_channels", "width", "depth", "num_heads", "mlp_multiple", "text_dim", "num_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: got {value}, needed 1 or more")
-        if min(self.patch) < 1:
-            raise ConfigError(f"patch: got {self.patch}, needed three positive integers")
-        if self.width % self.num_heads:
-            raise ConfigError(f"num_heads: got {self.num_heads}, needed a divisor of width = {self.width}")
-        if self.mlp_ratio <= 0 or self.rope_theta <= 1 or self.time_scale <= 0:
-            raise ConfigError(
-                f"mlp_ratio, rope_theta, time_scale: got {self.mlp_ratio}, {self.rope_theta}, {self.time_scale}, "
-                "needed above 0, above 1, above 0"
-            )
-        if self.position_embedding == "sincos" and (self.width % 2 or self.width < 6):
-            raise ConfigError(
-                f"width: got {self.width}, needed an even number of 6 or more for position_embedding: sincos"
-            )
-        if not 0 < self.min_time <= 1:
-            raise ConfigError(f"min_time: got {self.min_time}, needed above 0 and at most 1")
-        if self.pooled_text and self.text_dim is None:
-            raise ConfigError("pooled_text: got true without text_dim, needed text_dim = size of the text embeddings")
-        try:
-            check_rope_split(self.head_split, self.head_dim)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one head."""
-        return self.width // self.num_heads
-
-    @property
-    def head_split(self) -> tuple[int, int, int]:
-        """Channels of a head rotated by (t, h, w)."""
-        return self.rope_split or default_rope_split(self.head_dim)
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Width of the SwiGLU gate."""
-        steps = round(2 / 3 * self.mlp_ratio * self.width / self.mlp_multiple)
-        return max(1, steps) * self.mlp_multiple
-
-    @property
-    def patch_dim(self) -> int:
-        """Features of one patch."""
-        return self.latent_channels * self.patch[0] * self.patch[1] * self.patch[2]
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters, in closed form (``docs/denoiser.md``)."""
-        d, hidden = self.width, self.mlp_hidden
-        heads = 2 * self.head_dim if self.qk_norm else 0
-        shared = self.modulation == "shared"
-        block = 4 * d * d + 4 * d + heads + 3 * d * hidden + 2 * hidden + d + (6 * d if shared else 6 * d * (d + 1))
-        total = (self.patch_dim + 1) * d + (256 + 1) * d + d * (d + 1)
-        total += 2 * d * (d + 1) + (d + 1) * self.patch_dim + (6 * d * (d + 1) if shared else 0)
-        if self.text_dim is not None:
-            block += 4 * d * d + 4 * d + heads + d
-            total += self.text_dim + (self.text_dim + 1) * d + d * (d + 1) + (d * (d + 1) if self.pooled_text else 0)
-        if self.num_classes is not None:
-            total += (self.num_classes + 1) * d
-        return total + self.depth * block
+Tap = Callable[[int, Tensor], None]
 
 
 class Dit(nn.Module):
@@ -138,7 +66,8 @@ class Dit(nn.Module):
 
     At the start the output is exactly zero and every block is the identity.
 
-    Reference: Peebles and Xie (2022), arXiv 2212.09748; Yao et al. (2025), LightningDiT, arXiv 2501.01423.
+    Reference: Peebles and Xie (2022), arXiv 2212.09748; Yao et al. (2025), LightningDiT, arXiv 2501.01423; the other
+    members of the family are configurations (``docs/denoiser.md``).
 
     Args:
         config: Size and options.
@@ -150,25 +79,30 @@ class Dit(nn.Module):
         self.shard_tokens = seams.shard_tokens
         self.gather_tokens = seams.gather_tokens
         self.shard_lengths = seams.shard_lengths
+        self.needs_all_tokens = config.mixer_depth > 0
         d = config.width
         self.patch_embedding = nn.Linear(config.patch_dim, d)
-        self.time_embedding = TimeEmbedding(d, scale=config.time_scale)
-        self.label_embedding = LabelEmbedding(config.num_classes, d) if config.num_classes else None
-        self.text_embedding = TextEmbedding(config.text_dim, d) if config.text_dim else None
+        self.time_embedding: TimeEmbedding | None = None
+        self.label_embedding: LabelEmbedding | None = None
+        self.block_embeddings: nn.ModuleList | None = None
+        if config.embed_per_block:
+            self.block_embeddings = nn.ModuleList(BlockEmbedding(config) for _ in range(config.depth))
+        else:
+            self.time_embedding = time_embedding(config, d)
+            self.label_embedding = LabelEmbedding(config.num_classes, d) if config.num_classes else None
+        self.scalar_embedding = ScalarEmbedding(len(config.scalars), d) if config.scalars else None
+        self.text_embedding = TextEmbedding(config.text_dim, d, norm=config.text_norm) if config.text_dim else None
         self.text_pooling = nn.Linear(d, d) if config.pooled_text else None
+        self.image_embedding = ImageEmbedding(config.image_dim, d, config.image_positions) if config.image_dim else None
+        self.registers = nn.Parameter(torch.empty(config.registers, d)) if config.registers else None
         self.modulation = nn.Linear(d, 6 * d) if config.modulation == "shared" else None
+        self.shared = SharedParts(config) if config.share_attention or config.share_mlp else None
         self.blocks = nn.ModuleList(
-            DitBlock(
-                d,
-                config.num_heads,
-                config.mlp_hidden,
-                shared_modulation=config.modulation == "shared",
-                cross_attention=config.text_dim is not None,
-                qk_norm=config.qk_norm,
-            )
-            for _ in range(config.depth)
+            DualBlock(config) if kind == "dual" else DitBlock(config, experts=kind == "experts", shared=self.shared)
+            for kind in config.block_kinds
         )
-        self.final = FinalLayer(d, config.patch_dim)
+        self.head = WideHead(config) if config.head else None
+        self.final = FinalLayer(config, config.out_channels * config.patch_cells)
         self.initialise()
 
     @torch.no_grad()
@@ -177,21 +111,27 @@ class Dit(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for layer in (self.time_embedding.input, self.time_embedding.output):
-            nn.init.normal_(layer.weight, std=0.02)
+            elif isinstance(module, ExpertChoice):
+                module.reset_parameters()
         for module in self.modules():
-            if isinstance(module, BlockModulation):
+            if isinstance(module, TimeEmbedding):
+                nn.init.normal_(module.input.weight, std=0.02)
+                nn.init.normal_(module.output.weight, std=0.02)
+            elif isinstance(module, BlockModulation):
                 nn.init.zeros_(module.linear.weight)
             elif isinstance(module, TableModulation):
                 nn.init.zeros_(module.table)
-            elif isinstance(module, DitBlock) and module.cross_attention is not None:
-                nn.init.zeros_(module.cross_attention.out.weight)
+            elif isinstance(module, CrossAttention):
+                nn.init.zeros_(module.out.weight)
         for last in (self.final.linear, self.modulation):
             if last is not None:
                 nn.init.zeros_(last.weight)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
 
     def decay_groups(self) -> dict[str, list[str]]:
         """Name the parameters that weight decay applies to: weights of products, nothing else.
@@ -200,19 +140,29 @@ class Dit(nn.Module):
             ``{"decay": names, "no_decay": names}``; biases, norms, embeddings and tables are not decayed.
         """
         decay = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        for name, module in self.named_modules():
+            if isinstance(module, ExpertChoice):
+                decay |= {f"{name}.input", f"{name}.out"}
         names = [name for name, _ in self.named_parameters()]
         return {"decay": [n for n in names if n in decay], "no_decay": [n for n in names if n not in decay]}
 
     def forward(
-        self, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning | None = None
+        self,
+        x_t: Tensor | Sequence[Tensor],
+        t: Tensor,
+        cond: Conditioning | None = None,
+        tap: Tap | None = None,
     ) -> Tensor | list[Tensor]:
         """Predict the velocity ``eps - x0``.
 
         Args:
             x_t: Noisy latents ``(b, c, t, h, w)``, any float dtype; or b samples ``(c, t, h, w)`` of any sizes, which
                 run as one sequence without padding and do not see each other.
-            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise.
-            cond: Text and labels; None, or a missing field, is the null condition.
+            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise. For latents of one size also ``(b, t)``: one for every
+                latent frame.
+            cond: Conditions; None, or a missing field, is the null condition.
+            tap: Is given (number of the block from 1, its tokens ``(b, n, d)``) after every block: of the patches
+                alone, of all processes.
 
         Returns:
             The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
@@ -221,97 +171,183 @@ class Dit(nn.Module):
             ValueError: If the latents do not fit the patch or the channels, or the conditions do not fit the model.
         """
         cond = cond or Conditioning()
-        self._check(x_t, cond)
-        dtype, patch = self.patch_embedding.weight.dtype, self.config.patch
+        check_inputs(self.config, x_t, t, cond)
+        dtype, patch, config = self.patch_embedding.weight.dtype, self.config.patch, self.config
         if isinstance(x_t, Tensor):
             grid = token_grid(VideoShape(*x_t.shape[2:]), patch)
-            out = self._tokens(patchify(x_t.to(dtype), patch), grid_positions(grid, x_t.device), t, cond)
+            times, levels = levels_of(t, cond.frames if config.frames == "times" else None, patch, grid)
+            noisy = frame_input(x_t.to(dtype), cond.frames, config.frames, config.frame_mask_channels)
+            tokens = self._patches(patchify(noisy, patch), grid_positions(grid, x_t.device), [grid], levels=levels)
+            out = self._run(tokens, times, cond, tap)
             return self._velocity(unpatchify(out, grid, patch), x_t, t)
-        patches, positions, lengths = pack_latents([x.to(dtype) for x in x_t], patch)
-        out = self._tokens(patches, positions, t, cond, lengths)
-        predictions = unpack_latents(out, [(x.shape[1], x.shape[2], x.shape[3]) for x in x_t], patch)
+        inputs = [frame_input(x.to(dtype)[None], None, config.frames, config.frame_mask_channels)[0] for x in x_t]
+        patches, positions, lengths = pack_latents(inputs, patch)
+        shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in x_t]
+        grids = [token_grid(VideoShape(*shape), patch) for shape in shapes]
+        out = self._run(self._patches(patches, positions, grids, lengths=lengths), t.unsqueeze(1), cond, tap)
+        predictions = unpack_latents(out, shapes, patch)
         samples = zip(predictions, x_t, t.split(1), strict=True)
         return [self._velocity(p.unsqueeze(0), x.unsqueeze(0), time).squeeze(0) for p, x, time in samples]
 
-    def _tokens(
-        self,
-        patches: Tensor,
-        positions: Tensor,
-        t: Tensor,
-        cond: Conditioning,
-        lengths: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """Map patches ``(b, n, patch_dim)`` to what the last layer predicts of them; ``lengths``: of one pack."""
-        patches = self.shard_tokens(patches)  # b n patch_dim
-        positions = self.shard_tokens(positions)  # 1 n 3
-        wide = torch.promote_types(patches.dtype, torch.float32)
-        tables = rope_tables(positions, self.config.head_split, theta=self.config.rope_theta, dtype=wide)
-        condition, text, text_lengths = self._embed(t, cond, packed=lengths is not None)
-        shared = condition if self.modulation is None else self.modulation(condition)
-        packing = None if lengths is None else self._packing(lengths, text_lengths)
-        x = self.patch_embedding(patches)  # b n d
-        if self.config.position_embedding == "sincos":
-            x = x + position_sinusoid(positions, self.config.width).to(patches.dtype)
-        for block in self.blocks:
-            x = block(x, shared, *tables, *text, packing)
-        return self.gather_tokens(self.final(x, condition, packing.lengths if packing else None))  # b n patch_dim
+    def prepare(self, cond: Conditioning) -> Conditioning:
+        """Compute what text and image give once, for many calls with the same conditions.
 
-    def _packing(self, lengths: tuple[int, ...], text_lengths: tuple[int, ...] | None) -> Packing:
-        local = self.shard_lengths(lengths)
-        text = None if text_lengths is None else Segments(local, text_lengths)
-        return Packing(Segments(lengths, lengths), local, text)
+        Args:
+            cond: Conditions of a batch of latents of one size.
+
+        Returns:
+            The same conditions for this model; calls with them give the same result, sooner. As they are where the
+            model reads no text by cross-attention, or none is given.
+        """
+        if self.text_embedding is None or self.config.text_stream != "cross" or cond.text is None:
+            return cond
+        cond = dataclasses.replace(cond, prepared=None)
+        text, image = self._text(cond, cond.batch_size or 0, packed=False), self._image(cond)
+        assert text.tokens is not None
+        blocks = [block for block in self.blocks if isinstance(block, DitBlock)]
+        keys = tuple(block.text_keys(text.tokens, image) for block in blocks)
+        return dataclasses.replace(cond, prepared=Prepared(keys, self._pooled(text), text.mask))
+
+    def _patches(self, x: Tensor, positions: Tensor, grids: Sequence[tuple[int, int, int]], **given: Any) -> Tokens:
+        base = self.config.position_base
+        places = None if base is None else scaled_positions(grids, base, positions)
+        return Tokens(x, positions, places, **given)
+
+    def _run(self, tokens: Tokens, times: Tensor, cond: Conditioning, tap: Tap | None) -> Tensor:
+        """Map patches ``(b, n, patch_dim)`` with times ``(b, k)`` to what the last layer predicts of them."""
+        config = self.config
+        text = self._text(cond, len(times), packed=tokens.lengths is not None)
+        embedded = self._condition(times, cond, text)  # b k d each, one or one per block
+        conditions = [F.silu(vector) for vector in embedded]
+        shared = [vector if self.modulation is None else self.modulation(vector) for vector in conditions]
+        inputs = tokens if self.head is None else tokens.map(self.shard_tokens)
+        tokens, context = self._embed(tokens, text)
+        if config.text_stream == "cross":
+            context = dataclasses.replace(context, text=text.tokens, text_mask=text.mask, image=self._image(cond))
+        x, num_tokens, places = tokens.x, tokens.x.shape[1], None
+        for index, block in enumerate(self.blocks):
+            if index == config.mixer_depth and cond.kept is not None:
+                places = kept_places(cond.kept, tokens)
+                x, context = take_tokens(x, places), context.take(places)
+            keys = () if cond.prepared is None else (cond.prepared.keys[index],)
+            x = block(x, shared[min(index, len(shared) - 1)], context, *keys)
+            if tap is not None:
+                tap(index + 1, strip_prefix(self.gather_tokens(x), tokens))
+        if self.head is not None:
+            x, condition = self.head(x, self._time_of_tokens(times, context), inputs, context)
+            return self.gather_tokens(self.final(x, condition))
+        table = config.final_modulation == "table"
+        last = embedded[0].repeat(1, 1, 2) if table else conditions[0]
+        out = self.final(x, last, context.levels, context.lengths)
+        out = out if places is None else put_back(out, places, num_tokens)
+        return strip_prefix(self.gather_tokens(out), tokens)  # b n patch_dim
+
+    def _embed(self, tokens: Tokens, text: Text) -> tuple[Tokens, TokenContext]:
+        """Make patches tokens of the model's width, with the prefix before them, and take this process's part."""
+        config = self.config
+        joint = config.text_stream == "joint"
+        whole = joint or self.registers is not None  # else each process embeds its own patches only
+        if not whole:
+            tokens = tokens.map(self.shard_tokens)
+        x = self.patch_embedding(tokens.x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        places = self._places(tokens.positions if tokens.places is None else tokens.places, wide)
+        x = x if places is None else x + places.to(x.dtype)
+        tokens = dataclasses.replace(tokens, x=x)
+        if whole:
+            tokens = join_prefix(tokens, self.registers, text if joint else Text())
+            tokens = tokens.map(self.shard_tokens)
+        cos = sin = None
+        if config.rotary:
+            cos, sin = rope_tables(tokens.positions, config.head_split, theta=config.rope_theta, dtype=wide)
+        packing = None
+        if tokens.lengths is not None:
+            local = self.shard_lengths(tokens.lengths)
+            reads = Segments(local, text.counts) if text.counts is not None and not joint else None
+            packing = Packing(Segments(tokens.lengths, tokens.lengths), local, reads)
+        streams = None if tokens.streams is None else self.shard_lengths(tokens.streams)
+        return tokens, TokenContext(
+            cos, sin, levels=tokens.levels, key_mask=tokens.key_mask, packing=packing, streams=streams
+        )
+
+    def _places(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Embed positions ``(b or 1, n, 3)`` as the configuration says, ``(b or 1, n, d)``."""
+        match self.config.position_embedding:
+            case "sincos":
+                return position_sinusoid(positions, self.config.width, dtype)
+            case "sincos_2d":
+                return grid_sinusoid(positions, self.config.width, dtype)
+            case _:
+                return None
+
+    def _condition(self, times: Tensor, cond: Conditioning, text: Text) -> list[Tensor]:
+        """Embed times ``(b, k)`` and what else modulates, ``(b, k, d)``: once, or with the weights of every block."""
+        label = cond.label
+        if label is None:
+            label = torch.full((len(times),), -1, dtype=torch.long, device=times.device)
+        if self.block_embeddings is not None:
+            return [layer(times, label) for layer in self.block_embeddings]
+        assert self.time_embedding is not None
+        vector = self.time_embedding(times.flatten()).unflatten(0, times.shape)
+        if self.label_embedding is not None:
+            vector = vector + self.label_embedding(label).unsqueeze(1)
+        if self.scalar_embedding is not None and cond.scalars is not None:
+            vector = vector + self.scalar_embedding(cond.scalars).to(vector.dtype).unsqueeze(1)
+        pooled = self._pooled(text) if cond.prepared is None else cond.prepared.pooled
+        return [vector if pooled is None else vector + pooled.unsqueeze(1)]
+
+    def _time_of_tokens(self, times: Tensor, context: TokenContext) -> Tensor:
+        """Embed the time of every token, ``(b, 1 or n, d)``."""
+        assert self.time_embedding is not None
+        vectors = self.time_embedding(times.flatten()).unflatten(0, times.shape)
+        if context.packing is not None:
+            counts = torch.tensor(context.packing.lengths, device=times.device)
+            return vectors.flatten(0, 1).repeat_interleave(counts, 0).unsqueeze(0)
+        return of_tokens([vectors], context.levels)[0]
+
+    def _text(self, cond: Conditioning, rows: int, *, packed: bool) -> Text:
+        """Bring the text to the model's width and say which of it is read."""
+        if self.text_embedding is None:
+            return Text()
+        if cond.prepared is not None:
+            return Text(None, cond.prepared.mask)
+        weight, length = self.text_embedding.input.weight, self.config.text_length
+        tokens, mask = cond.text, cond.text_mask
+        if tokens is None or mask is None:
+            tokens = weight.new_zeros(rows, 1, self.text_embedding.text_dim)
+            mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=weight.device)
+        if length is not None:
+            tokens = F.pad(torch.where(mask[..., None], tokens, 0), (0, 0, 0, length - tokens.shape[1]))
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if packed else None
+        if not packed or mask is None:
+            return Text(self.text_embedding(tokens), mask)
+        if self.config.text_stream == "joint":
+            return Text(self.text_embedding(tokens[mask].unsqueeze(0)), counts=tuple(mask.sum(1).tolist()))
+        tokens, counts, kept = pack_text(tokens, mask)
+        return Text(self.text_embedding(tokens), kept, counts)
+
+    def _pooled(self, text: Text) -> Tensor | None:
+        """Average and project the text, ``(b, d)``."""
+        if self.text_pooling is None or text.tokens is None:
+            return None
+        if text.counts is not None:
+            return self.text_pooling(mean_by_sample(text.tokens, text.counts, text.mask))
+        mask = text.mask if text.mask is not None else text.tokens.new_ones(text.tokens.shape[:2], dtype=torch.bool)
+        return self.text_pooling(masked_mean(text.tokens, mask))
+
+    def _image(self, cond: Conditioning) -> Tensor | None:
+        if self.image_embedding is None or cond.image is None or cond.prepared is not None:
+            return None
+        return self.image_embedding(cond.image)
 
     def _velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Turn what the last layer predicts into the velocity, in at least fp32 and then the dtype of ``x_t``.
 
         Reference: Li and He (2025), Back to Basics, arXiv 2511.13720 (x-prediction with v-loss).
         """
+        prediction = prediction[:, : x_t.shape[1]]  # without the variance
         if self.config.prediction == "velocity":
             return prediction.to(x_t.dtype)
         wide = torch.promote_types(x_t.dtype, torch.float32)
-        time = t.to(wide).clamp(min=self.config.min_time).reshape(-1, 1, 1, 1, 1)
+        time = t.to(wide).clamp(min=self.config.min_time).reshape(len(t), 1, -1, 1, 1)
         return ((x_t.to(wide) - prediction.to(wide)) / time).to(x_t.dtype)
-
-    def _embed(
-        self, t: Tensor, cond: Conditioning, *, packed: bool
-    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], tuple[int, ...] | None]:
-        """Make the condition vector ``(b, 1, d)`` after its SiLU, and the text ``(b, m, d)`` with its mask, if any.
-
-        Text of a pack is what ``pack_text`` makes of it, with its lengths.
-        """
-        condition = self.time_embedding(t)  # b d
-        if self.label_embedding is not None:
-            label = cond.label if cond.label is not None else t.new_full((len(t),), -1, dtype=torch.long)
-            condition = condition + self.label_embedding(label)
-        if self.text_embedding is None:
-            return F.silu(condition).unsqueeze(1), (None, None), None
-        tokens, mask = cond.text, cond.text_mask
-        if tokens is None or mask is None:
-            tokens = condition.new_zeros(len(t), 1, self.config.text_dim)
-            mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=t.device)
-        kept: Tensor | None = mask
-        lengths = None
-        if packed:
-            tokens, lengths, kept = pack_text(tokens, mask)
-        text = self.text_embedding(tokens)
-        if self.text_pooling is not None:
-            pooled = masked_mean(text, mask) if lengths is None else mean_by_sample(text, lengths, kept)
-            condition = condition + self.text_pooling(pooled)
-        return F.silu(condition).unsqueeze(1), (text, kept), lengths
-
-    def _check(self, x_t: Tensor | Sequence[Tensor], cond: Conditioning) -> None:
-        config, channels = self.config, self.config.latent_channels
-        whole = isinstance(x_t, Tensor)
-        shapes = [tuple(x.shape) for x in ((x_t,) if isinstance(x_t, Tensor) else x_t)]
-        for shape in shapes or [()]:  # a pack needs a sample
-            if len(shape) != 4 + whole or shape[int(whole)] != channels:
-                needed = f"({'b, ' if whole else ''}model.latent_channels = {channels}, t, h, w)"
-                raise ValueError(f"latents: got {shape}, needed {needed}")
-        if cond.text is not None and cond.text.shape[2] != config.text_dim:
-            raise ValueError(
-                f"text: got embeddings of size {cond.text.shape[2]}, the model has model.text_dim = {config.text_dim}"
-            )
-        if cond.label is not None and config.num_classes is None:
-            raise ValueError("label: the model was built without classes (model.num_classes)")
-        if cond.batch_size not in (None, len(x_t)):
-            raise ValueError(f"conditions: got {cond.batch_size} rows for {len(x_t)} latents")

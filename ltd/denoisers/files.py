@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ltd import storage
 from ltd.config import ConfigError, from_dict, to_dict
-from ltd.denoisers.dit import Dit, DitConfig
+from ltd.denoisers.config import DitConfig
+from ltd.denoisers.dit import Dit
 from ltd.denoisers.parametrized import Parametrized
 from ltd.diffusion import ParametrizationConfig, read_parametrization
 
@@ -111,4 +112,10 @@ def describe(model: Dit) -> str:
         if getattr(model.config, field.name) != getattr(defaults, field.name)
     }
     options = ", ".join(f"{name}={value}" for name, value in changed.items())
-    return f"DiT with {model.config.num_parameters:,} parameters" + (f" ({options})" if options else "")
+    return f"DiT with {count_parameters(model.config):,} parameters" + (f" ({options})" if options else "")
+
+
+def count_parameters(config: DitConfig) -> int:
+    """Count the parameters of a configuration's model, without making them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_denoiser(config).parameters())

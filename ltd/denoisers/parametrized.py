@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltd.denoisers.conditioning import Conditioning
-from ltd.denoisers.dit import Dit, DitConfig
+from ltd.denoisers.config import DitConfig
+from ltd.denoisers.dit import Dit
 from ltd.diffusion import ParametrizationConfig, as_denoiser
 
 

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ltd.nn.norm import RMSNorm
@@ -181,7 +180,45 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     return torch.where(some, out, 0).transpose(1, 2).to(dtype)
 
 
-class SelfAttention(nn.Module):
+class HeadProjections(nn.Module):
+    """Queries, keys and values of tokens, and the product behind attention: what attention has besides attending.
+
+    Args:
+        dim: Width; divides by ``num_heads``.
+        num_heads: Attention heads.
+        qk_norm: Whether queries and keys pass an RMSNorm.
+        norm_over: What the norm averages over: each ``"head"``, or all channels (``"width"``).
+        bias: Whether the product that makes queries, keys and values has a bias.
+        eps: Of the norms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = True,
+        norm_over: Literal["head", "width"] = "head",
+        bias: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.norm_over = num_heads, norm_over
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.q_norm, self.k_norm = (_qk_norm(dim, num_heads, qk_norm, norm_over, eps) for _ in range(2))
+        self.out = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Make queries, keys and values ``(b, n, heads, head_dim)`` of tokens ``(b, n, dim)``, rotated as told."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q = _normed(q, self.q_norm, self.num_heads, self.norm_over)
+        k = _normed(k, self.k_norm, self.num_heads, self.norm_over)
+        if cos is not None and sin is not None:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return q, k, v.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(HeadProjections):
     """Full self-attention with rotary positions and normalised queries and keys.
 
     Reference: Dehghani et al. (2023), arXiv 2302.05442, Sec. 2 (QK norm).
@@ -189,78 +226,136 @@ class SelfAttention(nn.Module):
     Args:
         dim: Width; divides by ``num_heads``.
         num_heads: Attention heads.
-        qk_norm: Whether each head's queries and keys pass an RMSNorm.
+        options: As ``HeadProjections``.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = True) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+    def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
+        super().__init__(dim, num_heads, **options)
         self.attend = attend
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        segments: Segments | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
         """Mix tokens.
 
         Args:
             x: ``(b, n, dim)``.
-            cos: Rotation table of ``ltd.nn.rope``, ``(b or 1, n, 1, head_dim / 2)``.
+            cos: Rotation table of ``ltd.nn.rope``, ``(b or 1, n, 1, head_dim / 2)``; None rotates nothing.
             sin: Like ``cos``.
             segments: The samples of a pack, b = 1; None when a row is a sample.
+            key_mask: Bool ``(b, n)``, True = a token that is read; None = all are.
 
         Returns:
             ``(b, n, dim)``.
         """
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads)
-        q = apply_rope(self.q_norm(q), cos, sin)  # b n h d
-        k = apply_rope(self.k_norm(k), cos, sin)  # b n h d
-        mixed = self.attend(q, k, v) if segments is None else self.attend(q, k, v, segments=segments)
-        return self.out(mixed.flatten(2))
+        return self.out(mix(self.attend, *self.project(x, cos, sin), segments, key_mask).flatten(2))
+
+
+def mix(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, key_mask: Tensor | None) -> Tensor:
+    """Attend with what is given of segments and mask: what stands in for ``attend`` may know neither."""
+    given = {"segments": segments, "key_mask": key_mask}
+    return kernel(q, k, v, **{name: value for name, value in given.items() if value is not None})
 
 
 class CrossAttention(nn.Module):
     """Attention from tokens to a context, such as text, that every process holds whole.
 
+    A second context, such as the tokens of an image encoder, has keys and values of its own; what both give is added.
+
     Args:
         dim: Width of tokens and context; divides by ``num_heads``.
         num_heads: Attention heads.
-        qk_norm: Whether each head's queries and keys pass an RMSNorm.
+        qk_norm: Whether queries and keys pass an RMSNorm.
+        norm_over: What the norm averages over: each ``"head"``, or all channels (``"width"``).
+        bias: Whether the products that make queries, keys and values have a bias.
+        eps: Of the norms.
+        image: Whether there is a second context.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = True,
+        norm_over: Literal["head", "width"] = "head",
+        bias: bool = True,
+        eps: float = 1e-6,
+        image: bool = False,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.num_heads, self.norm_over = num_heads, norm_over
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.q_norm, self.k_norm = (_qk_norm(dim, num_heads, qk_norm, norm_over, eps) for _ in range(2))
+        self.image_kv = nn.Linear(dim, 2 * dim, bias=bias) if image else None
+        self.image_k_norm = _qk_norm(dim, num_heads, qk_norm, norm_over, eps) if image else None
         self.out = nn.Linear(dim, dim)
 
+    def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Make keys and values ``(b, m, heads, head_dim)`` of a context ``(b, m, dim)``."""
+        k, v = self.kv(context).chunk(2, dim=-1)
+        k = _normed(k, self.k_norm, self.num_heads, self.norm_over)
+        return k, v.unflatten(-1, (self.num_heads, -1))
+
+    def image_keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Make keys and values of the second context."""
+        assert self.image_kv is not None and self.image_k_norm is not None
+        k, v = self.image_kv(context).chunk(2, dim=-1)
+        k = _normed(k, self.image_k_norm, self.num_heads, self.norm_over)
+        return k, v.unflatten(-1, (self.num_heads, -1))
+
     def forward(
-        self, x: Tensor, context: Tensor, context_mask: Tensor | None, segments: Segments | None = None
+        self,
+        x: Tensor,
+        context: Tensor | tuple[Tensor, Tensor],
+        context_mask: Tensor | None,
+        segments: Segments | None = None,
+        image: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Read the context.
 
         Args:
             x: ``(b, n, dim)``.
-            context: ``(b, m, dim)``.
-            context_mask: Bool ``(b, m)``, True = keep; a row that keeps nothing reads zeros. Of a pack: bool
-                ``(samples, 1)``, False = the sample reads zeros; None = all read.
+            context: ``(b, m, dim)``, or what ``keys`` made of it.
+            context_mask: Bool ``(b, m)``, True = keep; a row that keeps nothing reads zeros; None keeps all. Of a pack:
+                bool ``(samples, 1)``, False = the sample reads zeros; None = all read.
             segments: A pack's tokens and context per sample, b = 1; None when a row is a sample.
+            image: ``(b, m', dim)``, or what ``image_keys`` made of it; None reads none. Not with segments.
 
         Returns:
             ``(b, n, dim)``.
         """
-        q = rearrange(self.q(x), "b n (h d) -> b n h d", h=self.num_heads)
-        k, v = rearrange(self.kv(context), "b m (two h d) -> two b m h d", two=2, h=self.num_heads)
+        q = _normed(self.q(x), self.q_norm, self.num_heads, self.norm_over)
+        k, v = self.keys(context) if isinstance(context, Tensor) else context
         if segments is None:
-            return self.out(attend(self.q_norm(q), self.k_norm(k), v, context_mask).flatten(2))
-        mixed = attend(self.q_norm(q), self.k_norm(k), v, segments=segments).flatten(2)
+            mixed = attend(q, k, v, context_mask).flatten(2)
+            if image is not None:
+                k, v = self.image_keys(image) if isinstance(image, Tensor) else image
+                mixed = mixed + attend(q, k, v).flatten(2)
+            return self.out(mixed)
+        mixed = attend(q, k, v, segments=segments).flatten(2)
         if context_mask is not None:
             mixed = by_sample(_zero_unless, segments.q_lengths, [mixed], [context_mask.unsqueeze(-1)])
         return self.out(mixed)
+
+
+def _qk_norm(dim: int, num_heads: int, normed: bool, over: str, eps: float) -> nn.Module:
+    if not normed:
+        return nn.Identity()
+    return RMSNorm(dim // num_heads if over == "head" else dim, eps)
+
+
+def _normed(x: Tensor, norm: nn.Module, num_heads: int, over: str) -> Tensor:
+    """Normalise ``(b, n, dim)`` and split it into heads ``(b, n, heads, head_dim)``."""
+    if over == "width":
+        return norm(x).unflatten(-1, (num_heads, -1))
+    return norm(x.unflatten(-1, (num_heads, -1)))
 
 
 def _zero_unless(x: Tensor, keep: Tensor) -> Tensor:

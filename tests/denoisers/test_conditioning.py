@@ -64,7 +64,7 @@ def test_to_casts_the_text_only():
         ({"text": torch.zeros(2, 3, 4), "text_mask": torch.ones(2, 4, dtype=torch.bool)}, r"text_mask: got .*\(2, 4\)"),
         ({"text": torch.zeros(2, 3, 4), "text_mask": torch.ones(2, 3)}, "needed bool"),
         ({"label": torch.zeros(2)}, "label: got torch.float32"),
-        ({**vars(text(2, 3)), "label": torch.zeros(3, dtype=torch.long)}, "2 rows, label 3"),
+        ({**vars(text(2, 3)), "label": torch.zeros(3, dtype=torch.long)}, "number of rows: .*label.: 3"),
     ],
 )
 def test_fields_that_do_not_agree_are_refused(fields, message):

@@ -3,7 +3,7 @@ import torch
 
 from ltd import config as configuration
 from ltd import denoisers, storage
-from ltd.denoisers import Dit, DitConfig
+from ltd.denoisers import Dit, DitConfig, count_parameters
 
 
 def write_run(run_dir, model, averages):
@@ -85,5 +85,5 @@ def test_nothing_there(tmp_path):
 def test_description_names_the_size_and_what_differs():
     model = Dit(DitConfig(width=24, num_heads=2, depth=1))
     assert denoisers.describe(model) == (
-        f"DiT with {model.config.num_parameters:,} parameters (width=24, depth=1, num_heads=2)"
+        f"DiT with {count_parameters(model.config):,} parameters (width=24, depth=1, num_heads=2)"
     )

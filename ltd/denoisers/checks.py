@@ -1,0 +1,78 @@
+"""What is refused before a denoiser computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ltd.denoisers.conditioning import Conditioning
+from ltd.denoisers.config import DitConfig
+
+
+def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning) -> None:
+    """Refuse what does not fit a model.
+
+    Args:
+        config: Of the model.
+        x_t: Latents ``(b, c, t, h, w)``, or samples ``(c, t, h, w)``.
+        t: Times.
+        cond: Conditions.
+
+    Raises:
+        ValueError: If a shape does not fit, or a condition is given that the model was built without; names the field.
+    """
+    _check_latents(config, x_t, t)
+    packed = not isinstance(x_t, Tensor)
+    if cond.text is not None:
+        if cond.text.shape[2] != config.text_dim:
+            raise ValueError(
+                f"text: got embeddings of size {cond.text.shape[2]}, the model has model.text_dim = {config.text_dim}"
+            )
+        if config.text_length is not None and cond.text.shape[1] > config.text_length:
+            raise ValueError(
+                f"text: got {cond.text.shape[1]} tokens, the model reads at most model.text_length = "
+                f"{config.text_length}; shorten the prompt or the text encoder's max_length"
+            )
+    if cond.label is not None and config.num_classes is None:
+        raise ValueError("label: the model was built without classes (model.num_classes)")
+    if cond.batch_size not in (None, len(x_t)):
+        raise ValueError(f"conditions: got {cond.batch_size} rows for {len(x_t)} latents")
+    if cond.scalars is not None and cond.scalars.shape[1] != len(config.scalars):
+        raise ValueError(f"scalars: got {cond.scalars.shape[1]} columns, needed model.scalars = {config.scalars}")
+    if cond.image is not None and cond.image.shape[2] != config.image_dim:
+        raise ValueError(
+            f"image: got tokens of size {cond.image.shape[2]}, needed model.image_dim = {config.image_dim}"
+        )
+    for name in ("frames", "image", "kept", "prepared"):
+        if packed and getattr(cond, name) is not None:
+            raise ValueError(f"{name}: cannot be given with samples of several sizes in one sequence")
+    if cond.kept is not None and config.mixer_depth == 0:
+        raise ValueError("kept: the model drops no tokens (model.mixer_depth is 0)")
+    _check_frames(config, x_t, cond)
+
+
+def _check_latents(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor) -> None:
+    whole = isinstance(x_t, Tensor)
+    shapes = [tuple(x.shape) for x in ((x_t,) if isinstance(x_t, Tensor) else x_t)]
+    for shape in shapes or [()]:  # a pack needs a sample
+        if len(shape) != 4 + whole or shape[int(whole)] != config.latent_channels:
+            needed = f"({'b, ' if whole else ''}model.latent_channels = {config.latent_channels}, t, h, w)"
+            raise ValueError(f"latents: got {shape}, needed {needed}")
+    per_frame = isinstance(x_t, Tensor) and tuple(t.shape) == (len(x_t), x_t.shape[2])
+    if tuple(t.shape) != (len(x_t),) and not per_frame:
+        needed = f"({len(x_t)},)" + (f" or ({len(x_t)}, {x_t.shape[2]})" if isinstance(x_t, Tensor) else "")
+        raise ValueError(f"t: got {tuple(t.shape)}, needed {needed}")
+
+
+def _check_frames(config: DitConfig, x_t: Tensor | Sequence[Tensor], cond: Conditioning) -> None:
+    if cond.frames is None or not isinstance(x_t, Tensor):
+        return
+    if config.frames == "none":
+        raise ValueError("frames: the model was built without known latents (model.frames is none)")
+    got, mask = cond.frames.latents, cond.frames.mask
+    if got.shape != x_t.shape:
+        raise ValueError(f"frames: got latents {tuple(got.shape)}, needed {tuple(x_t.shape)}")
+    channels = config.frame_mask_channels if config.frames == "channels" else 1
+    if mask.shape[1] != channels:
+        raise ValueError(f"frames: got a mask of {mask.shape[1]} channels, needed {channels}")
