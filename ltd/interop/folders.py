@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,19 +9,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ltd import storage
 from ltd.autoencoders import Autoencoder, ConvVae, ConvVaeConfig
 from ltd.config import ConfigError
 from ltd.interop import kl_vae, mapping, wan_vae
+from ltd.interop.reading import WEIGHTS, check_dtypes, read_config, read_weights
 
 logger = logging.getLogger(__name__)
 
 _LAYOUTS: dict[str, ModuleType] = {layout.CLASS_NAME: layout for layout in (wan_vae, kl_vae)}
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae:
@@ -41,7 +39,7 @@ def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae
     folder = Path(source)
     if not (folder / "config.json").is_file() and (folder / subfolder / "config.json").is_file():
         folder = folder / subfolder
-    tree = _read_config(folder)
+    tree = read_config(folder)
     layout = _LAYOUTS.get(tree.get("_class_name", ""))
     if layout is None:
         raise ConfigError(
@@ -51,14 +49,14 @@ def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae
     try:
         config: ConvVaeConfig = layout.to_config(tree)
         statistics = _statistics(tree, config.latent_channels)
-        theirs = _read_weights(folder)
+        theirs = read_weights(folder)
     except ConfigError:
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ConfigError(f"{folder}: config.json or the index of weights cannot be read: {error!r}") from None
     if layout is kl_vae:
         theirs = kl_vae.renamed(theirs)
-    _check_dtypes(theirs, folder)
+    check_dtypes(theirs, folder)
     with torch.device("meta"):
         expected = _weights(ConvVae(config))
     try:
@@ -102,56 +100,12 @@ def export_autoencoder(model: Autoencoder, directory: str | Path) -> str:
         raise ConfigError(f"{directory}: exists; name a new folder")
     with storage.atomic_directory(directory) as folder:
         storage.write_json(folder / "config.json", tree)
-        save_file({name: value.cpu() for name, value in theirs.items()}, folder / _WEIGHTS, {"format": "pt"})
+        save_file({name: value.cpu() for name, value in theirs.items()}, folder / WEIGHTS, {"format": "pt"})
     return layout.CLASS_NAME
 
 
 def _weights(model: ConvVae) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if not name.startswith("latent_norm.")}
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder}: holds no config.json; needed a folder that diffusers saved")
-    try:
-        tree = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds no mapping")
-    return tree
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read one file of weights, or the parts that an index lists."""
-    index = folder / f"{_WEIGHTS}.index.json"
-    if (folder / _WEIGHTS).is_file():
-        names = [_WEIGHTS]
-    elif index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        old = next(iter(sorted(folder.glob("*.bin"))), None)
-        hint = f"; {old.name} is a pickle, which is never read: save it with safe_serialization=True" if old else ""
-        raise ConfigError(f"{folder}: holds no {_WEIGHTS}{hint}")
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise ConfigError(f"{index}: names {name!r}, which is not a file of this folder")
-        try:
-            tensors |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{folder / name}: cannot be read ({error})") from None
-    return tensors
-
-
-def _check_dtypes(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    found: dict[torch.dtype, str] = {}
-    for name, value in tensors.items():
-        found.setdefault(value.dtype, name)
-    if len(found) > 1 or not all(dtype.is_floating_point for dtype in found):
-        listed = ", ".join(f"{name}: {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
-        raise ConfigError(f"{folder}: tensors are of several or no floating types ({listed}); needed one")
 
 
 def _statistics(tree: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]:

@@ -107,3 +107,50 @@ def _check_keys(wanted: set[str], got: set[str]) -> None:
             f"tensors do not fit the configuration: missing {missing[:3]}, unknown {extra[:3]} "
             f"({len(missing)} and {len(extra)} in all)"
         )
+
+
+def heads_apart(ours: str, theirs: str, num_heads: int) -> Pair:
+    """Pair what is held per channel of queries or keys, where theirs rotate neighbours and ours halves of a head."""
+    return reshaped(ours, theirs, lambda x: _to_halves(x, num_heads), lambda x: _to_neighbours(x, num_heads))
+
+
+def qkv_rotated(ours: str, theirs: Sequence[str], num_heads: int) -> Pair:
+    """Pair the product that makes queries, keys and values with theirs: three tensors, or one that holds all.
+
+    Args:
+        ours: Name of ours.
+        theirs: Names of their (q, k, v), or of the one.
+        num_heads: Attention heads; theirs rotate neighbouring channels, ours the two halves of a head.
+
+    Returns:
+        The pair.
+    """
+
+    def here(x: Sequence[Tensor]) -> Tensor:
+        q, k, v = x if len(x) == 3 else x[0].chunk(3)
+        return torch.cat((_to_halves(q, num_heads), _to_halves(k, num_heads), v))
+
+    def back(x: Tensor) -> Sequence[Tensor]:
+        q, k, v = x.chunk(3)
+        parts = (_to_neighbours(q, num_heads), _to_neighbours(k, num_heads), v)
+        return parts if len(theirs) == 3 else [torch.cat(parts)]
+
+    return Pair(ours, tuple(theirs), here, back)
+
+
+def copies(ours: str, theirs: Sequence[str]) -> Pair:
+    """Pair one tensor with several of theirs that hold the same numbers."""
+    return Pair(ours, tuple(theirs), lambda x: x[0], lambda x: [x] * len(theirs))
+
+
+def negated(ours: str, theirs: str) -> Pair:
+    """Pair two tensors of opposite sign."""
+    return reshaped(ours, theirs, lambda x: -x, lambda x: -x)
+
+
+def _to_halves(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _to_neighbours(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
