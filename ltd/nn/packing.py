@@ -145,7 +145,8 @@ def mean_by_sample(tokens: Tensor, lengths: Sequence[int], some: Tensor | None) 
         some: Which samples to average, bool ``(samples, 1)``; None = all.
 
     Returns:
-        ``(samples, d)``; zero where a sample is left out.
+        ``(samples, d)``; zero where a sample is left out, or has no token.
     """
-    means = torch.cat([part.mean(1) for part in tokens.split(list(lengths), 1)])
+    parts = tokens.split(list(lengths), 1)
+    means = torch.cat([part.sum(1) / max(part.shape[1], 1) for part in parts])
     return means if some is None else torch.where(some, means, 0)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ltd.config import ConfigError
-from ltd.denoisers.blocks import DitBlock
+from ltd.denoisers import DitConfig
+from ltd.denoisers.blocks import DitBlock, TokenContext
 from ltd.nn import seams
 from ltd.nn.attention import SelfAttention
 from ltd.nn.packing import Segments
@@ -66,7 +67,9 @@ class Conditioned(nn.Module):
         torch.manual_seed(7)
         self.shard_tokens = seams.shard_tokens
         self.gather_tokens = seams.gather_tokens
-        self.blocks = nn.ModuleList(DitBlock(6 * heads, heads, 16, cross_attention=True) for _ in range(2))
+        width = 6 * heads
+        config = DitConfig(latent_channels=1, width=width, depth=2, num_heads=heads, mlp_width=16, text_dim=width)
+        self.blocks = nn.ModuleList(DitBlock(config) for _ in range(2))
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -76,7 +79,7 @@ class Conditioned(nn.Module):
         x, condition, positions = (self.shard_tokens(y) for y in (x, condition, positions))
         tables = rope_tables(positions, (2, 2, 2))
         for block in self.blocks:
-            x = block(x, condition, *tables, text, text_mask)
+            x = block(x, condition, TokenContext(*tables, text=text, text_mask=text_mask))
         return self.gather_tokens(x)
 
 

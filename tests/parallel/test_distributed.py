@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.parallel.family_check import FAMILY_ROWS, packs
 from tests.parallel.launched import get, launch
 from tools.proofs.parallel import misses_of
 
@@ -195,6 +196,14 @@ def test_packed_samples_equal_one_by_one_in_a_plain_process(results: dict[str, A
     found = get(results, f"packed-{degree}-{zero}")
     figures = {name: figure for name, figure in found.items() if name != "seconds"}
     assert len(figures) == 6
+    assert max(figures.values()) < 1e-5, figures
+
+
+@pytest.mark.parametrize(("zero", "name"), FAMILY_ROWS)
+def test_members_of_the_family_equal_the_plain_process(results: dict[str, Any], zero: int, name: str) -> None:
+    found = get(results, f"family-{zero}-{name}")
+    figures = {key: figure for key, figure in found.items() if key != "seconds"}
+    assert len(figures) == (4 if packs(name) else 2)
     assert max(figures.values()) < 1e-5, figures
 
 

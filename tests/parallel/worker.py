@@ -28,6 +28,7 @@ from tests.parallel.engine_checks import (
     check_unused,
     check_views,
 )
+from tests.parallel.family_check import FAMILY_ROWS, WHOLE, check_family
 from tests.parallel.packed_check import check_packed
 from tests.parallel.recompute_checks import check_compiled, check_modes
 from tests.parallel.sequence_checks import check_conditioned, check_sequence
@@ -75,6 +76,9 @@ def checks(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     found["encoded"] = check_encoded_once
     for zero, heads in ((0, 2), (3, 3)):
         found[f"conditioned-{zero}-{heads}"] = lambda z=zero, h=heads: check_conditioned(2, z, h)
+    for zero, name in FAMILY_ROWS:
+        degree = 1 if name in WHOLE else 2
+        found[f"family-{zero}-{name}"] = lambda d=degree, z=zero, n=name: check_family(d, z, n)
     for degree, zero, heads in ((1, 2, 2), (2, 0, 1), (2, 3, 3)):
         found[f"packed-{degree}-{zero}"] = lambda d=degree, z=zero, h=heads: check_packed(d, z, h)
     for source, target in ((2, 3), (3, 0), (0, 1), (1, 2)):
