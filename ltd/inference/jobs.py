@@ -9,6 +9,7 @@ another while it works; they meet before the first batch and after the last.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +83,15 @@ def run_job(job: SampleJob, load: Callable[[], Generator], layout: Layout, beat:
     """
     folder = SampleFolder(job.out, job.requests, job.columns)
     beat.enter("start", 0)
-    found = agree(layout, lambda: folder.begin(job.identity) if layout.is_main else [])
+    found = agree(layout, lambda: folder.missing(job.identity) if layout.is_main else [])
     missing = set(layout.broadcast_object(found))
     pending = [batch for batch in job.batches() if any(number in missing for number, _ in batch)]
     share = pending[layout.global_rank // layout.sequence :: layout.world_size // layout.sequence]
     beat.enter("load", 0)
     shapes = {batch[0][1].shape for batch in pending}
     generator = agree(layout, lambda: _prepare(load, shapes, layout) if share else None)
+    # Only now is anything cleared away: a mistake in the arguments costs no samples.
+    agree(layout, lambda: folder.begin(job.identity) if layout.is_main else None)
     failures: dict[int, str] = {}
     if generator is not None:
         with _Shown(job, folder, generator.sampler.steps, shown=layout.is_main) as shown:
@@ -222,6 +225,7 @@ class _Maker:
         requests = [request for _, request in batch]
         problem, conditions = "", None
         self.count += 1
+        self.shown.begin(sum(number in self.missing for number, _ in batch))
         self.beat.enter("text", self.count)
         try:
             conditions = self.generator.condition([request.prompt for request in requests])
@@ -235,7 +239,7 @@ class _Maker:
         assert conditions is not None
         try:
             latents = self.generator.draw_latents(
-                requests, conditions, seed=self.job.seed, progress=lambda done, _: self._progress(done, len(batch))
+                requests, conditions, seed=self.job.seed, progress=lambda step, _: self._progress(step)
             )
             self.beat.enter("decode", self.count)
             video = self._decode(latents)
@@ -278,13 +282,15 @@ class _Maker:
             logger.error("sample %d (%s) failed: %s", number, self.job.requests[number].prompt, why)
             self.failures[number] = why
 
-    def _progress(self, step: int, size: int) -> None:
+    def _progress(self, step: int) -> None:
         self.beat.enter("sample", self.count)
-        self.shown.at(step * size)
+        self.shown.show(step)
 
 
 class _Shown:
     """Progress of all processes, as files show it, with the solver steps of the batch at hand.
+
+    A sample counts as its solver steps and one more, for what comes after them.
 
     Args:
         job: Its requests are counted.
@@ -294,9 +300,11 @@ class _Shown:
     """
 
     def __init__(self, job: SampleJob, folder: SampleFolder, steps: int, *, shown: bool) -> None:
-        self.folder, self.steps, self.shown, self.total = folder, steps, shown, len(job.requests)
-        self.own = len(folder.look())
-        self.bar = Progress(self.total * steps, "sample", unit="steps", done=self.own * steps, enabled=shown)
+        self.folder, self.cost, self.shown, self.total = folder, steps + 1, shown, len(job.requests)
+        self.finished, self.at_hand, self.step = len(folder.look()), 0, 0
+        self.bar = Progress(
+            self.total * self.cost, "sample", unit="steps", done=self.finished * self.cost, enabled=shown
+        )
 
     def __enter__(self) -> _Shown:
         return self
@@ -304,21 +312,26 @@ class _Shown:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def finish(self) -> None:
-        """Count a sample of this process that is made, or has failed."""
-        self.own += 1
-        self.at(0)
+    def begin(self, size: int) -> None:
+        """Note that so many missing samples are at hand."""
+        self.at_hand, self.step = size, 0
 
-    def at(self, steps: int) -> None:
-        """Show that so many steps of the batch at hand are done."""
+    def finish(self) -> None:
+        """Count a sample at hand that is made, or has failed."""
+        self.finished, self.at_hand = self.finished + 1, self.at_hand - 1
+        self.show()
+
+    def show(self, step: int | None = None) -> None:
+        """Show how far all are; ``step``: solver steps done of the samples at hand."""
+        self.step = self.step if step is None else step
         if not self.shown:
             return
-        before = len(self.folder.look(every_s=1e9))
+        before = len(self.folder.look(every_s=math.inf))
         there = len(self.folder.look(every_s=_LOOK_S))
         if there != before:
             self.folder.write_rows()
-        finished = max(self.own, there)
-        done = min(finished * self.steps + steps, self.total * self.steps)
+        finished = max(self.finished, there)
+        done = min(finished * self.cost + self.step * self.at_hand, self.total * self.cost)
         self.bar.update(max(0, done - self.bar.done), f"{finished}/{self.total} samples")
 
 

@@ -39,11 +39,11 @@ class SampleFolder:
         self._seen: set[int] = set()
         self._seen_at = -float("inf")
 
-    def begin(self, identity: Mapping[str, str]) -> list[int]:
-        """Clear away what another job left, and list what is to be made; called by one process before any writes.
+    def missing(self, identity: Mapping[str, str]) -> list[int]:
+        """List what is to be made; changes nothing.
 
         Args:
-            identity: All that the samples depend on; a folder that was begun with another one is begun anew.
+            identity: All that the samples depend on; a folder that was begun with another one is to be made anew.
 
         Returns:
             Numbers of the missing samples.
@@ -51,21 +51,30 @@ class SampleFolder:
         Raises:
             ConfigError: If the folder holds a file that a sample would replace and that no job wrote.
         """
-        what = {**identity, "samples": str(len(self.requests))}
-        self.out.mkdir(parents=True, exist_ok=True)
-        marker = self.out / _MARKER
-        before = json.loads(marker.read_text("utf-8")) if marker.is_file() else {}
-        names = {self.name(number) for number in range(len(self.requests))}
-        if before != what:
-            taken = sorted(name for name in names if (self.out / name).exists())
+        numbers = range(len(self.requests))
+        before = self._before()
+        if before != self._what(identity):
+            taken = [self.name(number) for number in numbers if (self.out / self.name(number)).exists()]
             if taken and not before:
                 raise ConfigError(f"--out: {self.out} holds {taken[0]}, which no job wrote; needed another folder")
+            return list(numbers)
+        return sorted(set(numbers) - self.look())
+
+    def begin(self, identity: Mapping[str, str]) -> None:
+        """Clear away what another job, or a writer that was killed, left; called by one process before any writes.
+
+        Args:
+            identity: All that the samples depend on.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        names = {self.name(number) for number in range(len(self.requests))}
+        before, what = self._before(), self._what(identity)
+        if before != what:
             self._discard(names, int(before.get("samples", 0)))
-            storage.write_json(marker, what)
-        for path in self.out.glob("*.incomplete"):  # of a process that was killed while it wrote
+            storage.write_json(self.out / _MARKER, what)
+        for path in self.out.glob("*.incomplete"):
             if ".".join(path.name.split(".")[:2]) in names | {_ROWS, _FAILED, _GRID}:
                 path.unlink()
-        return sorted(set(range(len(self.requests))) - self.look())
 
     def name(self, number: int) -> str:
         """Name the file of a request."""
@@ -126,6 +135,14 @@ class SampleFolder:
         else:
             (self.out / _GRID).unlink(missing_ok=True)
         return failed
+
+    def _what(self, identity: Mapping[str, str]) -> dict[str, str]:
+        return {**identity, "samples": str(len(self.requests))}
+
+    def _before(self) -> dict[str, str]:
+        """Read what the folder was begun with."""
+        marker = self.out / _MARKER
+        return dict(json.loads(marker.read_text("utf-8"))) if marker.is_file() else {}
 
     def _discard(self, names: set[str], count: int) -> None:
         """Delete what an earlier job of other arguments made here: ``count`` samples, as far as it got."""
