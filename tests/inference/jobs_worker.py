@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red disc", "a blue square", "a green dot", "a white line")
 #: Rows of latents that two processes share unevenly; batches of two, so that some fail with one sample at fault.
 ARGUMENTS = ("--shapes", "5x40x32,1x32x32", "--steps", "2", "--batch-size", "2", "--guidance", "2", "--device", "cpu")
+#: Two tiles of a still, and a guide.
+TILED = ("--shapes", "1x64x32", "--tile", "40x32", "--tile-overlap", "16", "--guide", "{run}")
 
 Patch = Callable[[int], None]
 
@@ -156,7 +158,7 @@ def work(folder: Path, name: str, rank: int, patch: Patch | None, arguments: tup
     if patch is not None:
         patch(rank)
     command = [str(folder / "run"), "--prompts", str(folder / "prompts.txt"), "--out", str(folder / name)]
-    sys.exit(sample.main([*command, *ARGUMENTS, *arguments]))
+    sys.exit(sample.main([*command, *ARGUMENTS, *(word.format(run=folder / "run") for word in arguments)]))
 
 
 Case = tuple[str, int, Patch | None, tuple[str, ...]]
@@ -186,6 +188,8 @@ def main(folder: Path) -> None:
         "three": ("three", 3, None, ()),
         "pair": ("pair", 2, record(folder / "pair-seen"), sequence),
         "pairs": ("pairs", 4, record(folder / "pairs-seen"), sequence),
+        "tiled": ("tiled", 1, None, TILED),
+        "tiled pair": ("tiled-pair", 2, None, (*TILED, *sequence)),
         "killed": ("killed", 2, on(1, before_drawing(kill_at_second)), ()),
         "broken": ("broken", 2, on(1, before_drawing(break_at_second)), ()),
         "starved": ("starved", 2, on(1, before_drawing(starve)), sequence),
@@ -195,7 +199,10 @@ def main(folder: Path) -> None:
         "thin": ("thin", 2, None, (*sequence, "--shapes", "5x8x32")),
     }
     codes = run_side_by_side(folder, first)
-    times = {path.name: path.stat().st_mtime_ns for path in (folder / "killed").glob("0*")}
+    times = {
+        name: {path.name: path.stat().st_mtime_ns for path in (folder / name).glob("0*")}
+        for name in ("killed", "failing")
+    }
     (folder / "killed" / "0006.png.77-1.incomplete").write_bytes(b"half")
     (folder / "killed" / "0007.png").write_bytes(b"")
     second: dict[str, Case] = {
