@@ -91,14 +91,21 @@ def starve(requests: list[Request], count: int) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def fail_some(rank: int) -> None:
-    """Blue cannot be embedded, the still of green is not finite, and no two green and white clips fit in memory."""
-    embed, right = Generator.condition, Generator.draw_latents
+def refuse_blue(rank: int) -> None:
+    embed = Generator.condition
 
     def condition(self: Generator, prompts: list[str]) -> Any:
         if any("blue" in prompt for prompt in prompts):
             raise ValueError("text: 99 tokens, needed at most 48\nat blue")
         return embed(self, prompts)
+
+    Generator.condition = condition  # type: ignore[method-assign, assignment]
+
+
+def fail_some(rank: int) -> None:
+    """Blue cannot be embedded, the still of green is not finite, and no two green and white clips fit in memory."""
+    refuse_blue(rank)
+    right = Generator.draw_latents
 
     def draw(self: Generator, requests: list[Request], *rest: Any, **options: Any) -> torch.Tensor:
         if len(requests) > 1 and requests[0].shape.num_frames > 1:
@@ -109,7 +116,7 @@ def fail_some(rank: int) -> None:
                 latents[row, 0, 0, 1, 1] = float("nan")
         return latents
 
-    Generator.condition, Generator.draw_latents = condition, draw  # type: ignore[method-assign, assignment]
+    Generator.draw_latents = draw  # type: ignore[method-assign, assignment]
 
 
 def refuse_on_second(rank: int) -> None:
@@ -122,15 +129,16 @@ def refuse_on_second(rank: int) -> None:
 
 
 def record(out: Path) -> Patch:
-    """Note the videos before they are rounded to files, and how much of them this process computed itself."""
+    """Note batches, their videos before they are rounded to files, and how much this process computed itself."""
 
     def patch(rank: int) -> None:
         write, prepare = jobs._Maker._write, jobs._prepare
-        seen: dict[str, list[int]] = {"tokens": [], "rows": []}
+        seen: dict[str, list[Any]] = {"tokens": [], "rows": [], "batches": []}
 
         def note(self: Any, batch: Any, video: Any) -> None:
             if video is not None:
                 torch.save(video, out / f"video{batch[0][0]}.pt")
+            seen["batches"].append([number for number, _ in batch])
             (out / f"seen{rank}.json").write_text(json.dumps(seen))
             write(self, batch, video)
 
@@ -179,7 +187,7 @@ def run_side_by_side(folder: Path, cases: dict[str, Case]) -> dict[str, list[int
 
 def main(folder: Path) -> None:
     make_run(folder)
-    for name in ("one", "pair", "pairs"):
+    for name in ("one", "pair", "pairs", "failing"):
         (folder / f"{name}-seen").mkdir()
     sequence = ("--sequence", "2")
     first: dict[str, Case] = {
@@ -194,6 +202,7 @@ def main(folder: Path) -> None:
         "broken": ("broken", 2, on(1, before_drawing(break_at_second)), ()),
         "starved": ("starved", 2, on(1, before_drawing(starve)), sequence),
         "failing": ("failing", 2, fail_some, ()),
+        "one-sided": ("one-sided", 2, on(1, refuse_blue), (*sequence, "--shapes", "1x32x32")),
         "host": ("host", 2, refuse_on_second, ()),
         "odd": ("odd", 3, None, sequence),
         "thin": ("thin", 2, None, (*sequence, "--shapes", "5x8x32")),
@@ -207,7 +216,7 @@ def main(folder: Path) -> None:
     (folder / "killed" / "0007.png").write_bytes(b"")
     second: dict[str, Case] = {
         "killed again": ("killed", 3, None, ()),
-        "failing again": ("failing", 2, None, ()),
+        "failing again": ("failing", 2, record(folder / "failing-seen"), ()),
         "shape": ("two", 2, None, ("--shapes", "1x32x32,8x32x32")),
     }
     (folder / "failing-before").mkdir()

@@ -145,9 +145,20 @@ def test_failed_samples_are_listed_the_rest_is_made_and_a_restart_retries(worlds
     assert not (worlds / "failing" / "failed.jsonl").exists() and rows(worlds / "failing") == rows(worlds / "one")
     mended = [NAMES[number] for number in (1, 5, 6, 7)]
     assert same(worlds / "one", worlds / "failing", mended) == mended
+    seen = [json.loads((worlds / "failing-seen" / f"seen{rank}.json").read_text()) for rank in range(2)]
+    batches = sorted(batch for found in seen for batch in found["batches"])
+    assert batches == [[0, 1], [4, 5], [6, 7]], "a sample is made beside the same ones again"
     before = times(worlds, "failing")
     assert sorted(before) == [NAMES[number] for number in (0, 2, 3, 4, 7)]
     assert {name: (worlds / "failing" / name).stat().st_mtime_ns for name in before} == before, "kept"
+
+
+@pytest.mark.dist
+def test_a_group_gives_up_a_text_together(worlds: Path) -> None:
+    assert codes(worlds)["one-sided"] == [1, 0], said(worlds, "one-sided")
+    failed = [(row["number"], row["error"]) for row in rows(worlds / "one-sided", "failed.jsonl")]
+    assert failed == [(1, "the text failed on another process of the sequence group")]
+    assert [row["file"] for row in rows(worlds / "one-sided")] == ["0000.png", "0002.png", "0003.png"]
 
 
 @pytest.mark.dist
