@@ -1,28 +1,27 @@
-"""Sample images and videos from a trained denoiser: python sample.py RUN --prompts FILE --out DIR."""
+"""Sample images and videos from a trained denoiser: python sample.py RUN --prompts FILE --out DIR.
+
+Start it alone or with torchrun; the same command again makes what is missing. Exit code 1: some samples failed.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import numpy as np
 import torch
 
 from ltd import storage
 from ltd.command import command_line
 from ltd.config import ConfigError
-from ltd.data.decode import decode_clip, decode_image
-from ltd.data.write import write_bytes, write_image, write_video
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
-from ltd.inference.generate import Generator, Request, batches, load_generator, load_guide, read_run_parts
-from ltd.inference.media import tile
+from ltd.inference.generate import Generator, Request, load_generator, load_guide, read_run_parts
+from ltd.inference.jobs import SampleJob, agree, run_job
 from ltd.inference.tiling import TilingConfig
-from ltd.progress import Progress
+from ltd.parallel import Layout, ParallelConfig, ProcessLostError
+from ltd.parallel.heartbeat import open_watched
 from ltd.shapes import VideoShape
 
 
@@ -60,6 +59,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fps", type=float, help="frames per second of the videos; the view's, or 24")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--sequence", type=int, default=1, help="processes that share the tokens of one sample (parallel.sequence)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=3600.0, help="seconds that processes wait for one that does not come"
+    )
     return parser.parse_args(arguments)
 
 
@@ -100,39 +105,68 @@ def plan(args: argparse.Namespace) -> list[Request]:
     ]
 
 
+def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, TilingConfig | None]:
+    """Read what to make and how; a mistake is an error before any work."""
+    requests = tuple(plan(args))
+    apart = ("out", "device", "timeout")
+    identity = {name: str(value) for name, value in vars(args).items() if name not in apart}
+    identity["prompts"] = args.prompts.read_text("utf-8")
+    identity["checkpoint"] = identify(args.run) + (identify(args.guide) if args.guide else "")
+    columns = ("seed", "steps", "solver", "guidance", "negative", "weights", "precision")
+    job = SampleJob(
+        requests=requests,
+        out=args.out,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        identity=identity,
+        columns={name: getattr(args, name) for name in columns},
+    )
+    return job, read_sampler(args), read_tiling(args)
+
+
+def load(
+    args: argparse.Namespace, sampler: SamplerConfig, tiling: TilingConfig | None, device: torch.device | str
+) -> Generator:
+    """Load what one process samples with."""
+    generator = load_generator(
+        args.run,
+        sampler=sampler,
+        weights=args.weights,
+        negative=args.negative,
+        autoencoder=args.autoencoder,
+        precision=args.precision,
+        device=device,
+        tiling=tiling,
+    )
+    if args.guide is not None:
+        options = {"weights": args.weights, "precision": args.precision, "device": device}
+        generator.guide = load_guide(args.run, args.guide, **options)
+    return generator
+
+
+def pick_device(args: argparse.Namespace, layout: Layout) -> torch.device | str:
+    """Say where this process computes: as told if it is alone, else on its own device of the kind that was told."""
+    if layout.world_size == 1 or args.device == "cpu":
+        return args.device
+    if args.device != layout.device.type:
+        raise ConfigError(
+            f"--device: got {args.device} for {layout.world_size} processes, each of which takes its own; needed "
+            f"{layout.device.type} or cpu"
+        )
+    return layout.device
+
+
 def main(arguments: list[str]) -> int:
-    """Generate, write one file per sample, samples.jsonl and a grid; returns the exit code."""
+    """Make the samples that are missing, one file each, with samples.jsonl and a grid; returns the exit code."""
     args = parse(arguments)
-    with command_line():
-        requests = plan(args)
-        journal = Journal(args, identify(args.run) + (identify(args.guide) if args.guide else ""))
-        sampler = read_sampler(args)
-        tiling = read_tiling(args)
-        generator: Generator | None = None
-        with Progress(len(requests), "sample", unit="samples", done=0) as progress:
-            for batch in batches(requests, args.batch_size):
-                if not journal.has(len(batch)):
-                    generator = generator or load_generator(
-                        args.run,
-                        sampler=sampler,
-                        weights=args.weights,
-                        negative=args.negative,
-                        autoencoder=args.autoencoder,
-                        precision=args.precision,
-                        device=args.device,
-                        tiling=tiling,
-                    )
-                    if args.guide is not None and generator.guide is None:
-                        options = {"weights": args.weights, "precision": args.precision, "device": args.device}
-                        generator.guide = load_guide(args.run, args.guide, **options)
-                    try:
-                        clips = generator.generate(batch, seed=args.seed)
-                    except ValueError as error:
-                        raise ConfigError(f"--shapes: {batch[0].shape}: {error}") from None
-                    journal.write(batch, clips.numpy())
-                progress.update(len(batch))
-        write_image(args.out / "grid.png", tile(list(journal.stills())))
-    return 0
+    with command_line(ProcessLostError):
+        parallel = ParallelConfig(sequence=args.sequence, timeout_s=args.timeout)
+        with open_watched(parallel) as (layout, beat):
+            read = agree(layout, lambda: read_job(args) if layout.is_main else None)
+            job, sampler, tiling = layout.broadcast_object(read)
+            device = agree(layout, lambda: pick_device(args, layout))
+            failed = run_job(job, lambda: load(args, sampler, tiling, device), layout, beat)
+            return 1 if failed and layout.is_main else 0
 
 
 def read_sampler(args: argparse.Namespace) -> SamplerConfig:
@@ -178,81 +212,6 @@ def identify(run: str) -> str:
         return storage.sha256_file(Path(run) / "config.yaml")
     checkpoint = storage.latest_checkpoint(run)
     return storage.fingerprint(checkpoint) if checkpoint else ""
-
-
-class Journal:
-    """Samples on disk: one file and one row of samples.jsonl each, kept when the same command runs again.
-
-    Args:
-        args: The command's arguments.
-        weights: Says whose weights are sampled from.
-    """
-
-    def __init__(self, args: argparse.Namespace, weights: str) -> None:
-        self.args, self.out = args, args.out
-        self.file = args.out / "samples.jsonl"
-        self.count = 0
-        what = {name: str(value) for name, value in vars(args).items() if name not in ("out", "device")}
-        what["prompts"] = args.prompts.read_text("utf-8")
-        what["checkpoint"] = weights
-        self.out.mkdir(parents=True, exist_ok=True)
-        marker = self.out / "request.json"
-        if not marker.is_file() or json.loads(marker.read_text("utf-8")) != what:
-            self._discard()
-            storage.write_json(marker, what)
-        rows = self.file.read_text("utf-8").splitlines(keepends=True) if self.file.is_file() else []
-        self.rows = [json.loads(row) for row in rows if row.endswith("\n")]
-
-    def _discard(self) -> None:
-        """Delete what an earlier command with other arguments made here."""
-        for row in self.file.read_text("utf-8").splitlines() if self.file.is_file() else []:
-            (self.out / json.loads(row)["file"]).unlink(missing_ok=True)
-        self.file.unlink(missing_ok=True)
-
-    def has(self, count: int) -> bool:
-        """Say whether the next ``count`` samples are on disk, and pass over them if so."""
-        rows = self.rows[self.count : self.count + count]
-        if len(rows) == count and all((self.out / row["file"]).is_file() for row in rows):
-            self.count += count
-            return True
-        del self.rows[self.count :]
-        return False
-
-    def write(self, batch: list[Request], clips: np.ndarray) -> None:
-        """Write the files of a batch, then their rows."""
-        for request, frames in zip(batch, clips, strict=True):
-            is_image = request.shape.num_frames == 1
-            name = f"{self.count:04d}.{'png' if is_image else 'mp4'}"
-            if is_image:
-                write_image(self.out / name, frames[0])
-            else:
-                write_video(self.out / name, frames, fps=request.fps)
-            self.rows.append(self._row(request, name))
-            self.count += 1
-        write_bytes(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows).encode())
-
-    def stills(self) -> Iterator[np.ndarray]:
-        """Read the middle frame of every sample."""
-        for row in self.rows:
-            data = (self.out / row["file"]).read_bytes()
-            if row["num_frames"] == 1:
-                yield decode_image(data)[0]
-            else:
-                yield decode_clip(data, start=row["num_frames"] // 2, num_frames=1)[0]
-
-    def _row(self, request: Request, name: str) -> dict[str, object]:
-        names = ("seed", "steps", "solver", "guidance", "negative", "weights", "precision")
-        shape = request.shape
-        return {
-            "file": name,
-            "prompt": request.prompt,
-            "repetition": request.repetition,
-            **{name: getattr(self.args, name) for name in names},
-            "num_frames": shape.num_frames,
-            "height": shape.height,
-            "width": shape.width,
-            "fps": request.fps,
-        }
 
 
 def _shape(text: str) -> VideoShape:

@@ -10,4 +10,4 @@ source launch/environment.sh
 arguments=(--no_local_rank --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
 [ -z "${MASTER_ADDR:-}" ] || arguments+=(--master_addr "$MASTER_ADDR")
 [ -z "${NODE_RANK:-}" ] || arguments+=(--no_ssh --node_rank "$NODE_RANK")
-exec "$PYTHON" -m deepspeed.launcher.runner "${arguments[@]}" train.py "$@"
+exec "$PYTHON" -m deepspeed.launcher.runner "${arguments[@]}" "$PROGRAM" "$@"

@@ -1,5 +1,7 @@
 # What every launcher shares; sourced, not run. Environment only: no hyper-parameter belongs here.
 PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}"
+# What is started: train.py, or another command that takes processes (sample.py, tools/cache_latents.py).
+PROGRAM="${PROGRAM:-train.py}"
 if [ -z "${NPROC:-}" ]; then
     NPROC="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)"
     [ "$NPROC" -gt 0 ] || NPROC=2

@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 exec "$PYTHON" -m torch.distributed.run --standalone \
-    --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" train.py "$@"
+    --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" "$PROGRAM" "$@"

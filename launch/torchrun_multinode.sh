@@ -21,7 +21,7 @@ arguments=(
     --rdzv-conf "is_host=$is_host"
 )
 [ -z "${LOCAL_ADDR:-}" ] || arguments+=(--local-addr "$LOCAL_ADDR")
-"$PYTHON" -m torch.distributed.run "${arguments[@]}" train.py "$@" &
+"$PYTHON" -m torch.distributed.run "${arguments[@]}" "$PROGRAM" "$@" &
 launcher=$!
 trap 'kill -TERM "$launcher" 2>/dev/null || true' TERM INT
 grace_s="${LAUNCHER_GRACE_S:-$([ "${MAX_RESTARTS:-0}" -gt 0 ] && echo 660 || echo 60)}"

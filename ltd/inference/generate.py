@@ -21,9 +21,9 @@ from ltd.denoisers import Conditioning
 from ltd.diffusion import Denoiser, GuidanceConfig, SamplerConfig, ShiftConfig, guided, sample
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
 from ltd.inference.media import video_to_pixels
-from ltd.inference.tiling import TilingConfig, tiled_decode
+from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
-from ltd.shapes import VideoShape
+from ltd.shapes import VideoShape, num_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,19 @@ class Generator:
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
 
-    @torch.no_grad()
+    def check(self, shape: VideoShape) -> None:
+        """Say before any work whether samples of a shape can be made.
+
+        Args:
+            shape: Frames, height and width in pixels.
+
+        Raises:
+            ValueError: If it does not fit the compression or the patch, or tiles do not fit the autoencoder.
+        """
+        num_tokens(self.autoencoder.compression.latent(shape), self.denoiser.config.patch)
+        if self.tiling is not None:
+            check_tiles(self.autoencoder, self.tiling, "decode")
+
     def generate(
         self, requests: Sequence[Request], *, seed: int, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
@@ -157,6 +169,45 @@ class Generator:
 
         Returns:
             ``(b, t, h, w, 3)``, uint8, CPU.
+
+        Raises:
+            ValueError: If the shapes differ or do not fit the compression or the patch.
+        """
+        conditions = self.condition([request.prompt for request in requests])
+        latents = self.draw_latents(requests, conditions, seed=seed, progress=progress)
+        return video_to_pixels(self.decode(latents)).cpu()
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+        """Make what the denoiser is told of a batch.
+
+        Args:
+            prompts: One per sample.
+
+        Returns:
+            The conditions of the prompts, and as many of what guidance leads away from.
+        """
+        return self._embed(prompts), self._embed([self.negative] * len(prompts))
+
+    @torch.no_grad()
+    def draw_latents(
+        self,
+        requests: Sequence[Request],
+        conditions: tuple[Conditioning, Conditioning],
+        *,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Sample the latents of a batch of one shape.
+
+        Args:
+            requests: One or more, all of the same shape.
+            conditions: What ``condition`` gave for their prompts.
+            seed: Seed of the noise.
+            progress: Called with (steps done, steps).
+
+        Returns:
+            ``(b, c, t, h, w)`` raw latents, as the autoencoder decodes them.
 
         Raises:
             ValueError: If the shapes differ or do not fit the compression or the patch.
@@ -174,19 +225,29 @@ class Generator:
         if self.guide is not None:
             denoiser = guided(denoiser, None, sampler.guidance, guide=self.guide)
             sampler = dataclasses.replace(sampler, guidance=GuidanceConfig())
+        cond, null_cond = conditions
         latents = sample(
             denoiser,
             noise,
-            self._condition([r.prompt for r in requests]),
+            cond,
             sampler,
-            null_cond=self._condition([self.negative] * len(requests)),
+            null_cond=null_cond,
             random=random,
             stack=denoisers.stack,
             progress=progress,
         )
-        return video_to_pixels(self._decode(self.autoencoder.denormalize(latents))).cpu()
+        return self.autoencoder.denormalize(latents)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode raw latents, in tiles where there are some.
+
+        Args:
+            latents: ``(b, c, t, h, w)`` raw.
+
+        Returns:
+            Video ``(b, 3, t', h', w')``, about [-1, 1].
+        """
         if self.tiling is None:
             return self.autoencoder.decode(latents)
         tiled = tiled_decode(self.autoencoder, latents, self.tiling)
@@ -195,7 +256,7 @@ class Generator:
             logger.info("decoded in %d tiles, %s; seams: %s", tiled.num_tiles, kind, tiled.seams)
         return tiled.output
 
-    def _condition(self, prompts: list[str]) -> Conditioning:
+    def _embed(self, prompts: Sequence[str]) -> Conditioning:
         text, mask = self.text.encode(prompts)
         return Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
 

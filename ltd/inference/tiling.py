@@ -114,6 +114,20 @@ def make_pieces(spans: Sequence[tuple[int, int]], ramps: Sequence[tuple[int, int
     return pieces
 
 
+def check_tiles(model: ChunkedAutoencoder, config: TilingConfig, side: Side) -> None:
+    """Say before any work whether tiles fit a model.
+
+    Args:
+        model: Causal autoencoder.
+        config: Tiles.
+        side: ``encode`` or ``decode``.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    _check(model, config, model.spatial_halo(side))
+
+
 def tiled_decode(
     model: ChunkedAutoencoder, latents: Tensor, config: TilingConfig, *, whole: Tensor | None = None
 ) -> Tiled[Tensor]:

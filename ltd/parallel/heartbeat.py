@@ -7,19 +7,21 @@ ends the run with its name. A process that ends by an error leaves a last word, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+from ltd.parallel.config import ParallelConfig
 from ltd.parallel.interface import ProcessLostError
 from ltd.parallel.layout import Layout
 from ltd.parallel.pulse import Pulse, Verdict, judge, locate
@@ -72,8 +74,9 @@ class Heartbeat:
         """Note that training goes on with another phase; costs less than a microsecond.
 
         Args:
-            phase: ``start``, ``data``, ``forward``, ``backward``, ``optimizer``, ``evaluate`` or ``save``.
-            step: Step it belongs to, from 1.
+            phase: ``start``, ``data``, ``forward``, ``backward``, ``optimizer``, ``evaluate`` or ``save``; or what
+                another job calls its own.
+            step: Step it belongs to, from 1; 0 where there is none.
         """
         self._now = (self._now[0] + 1, phase, step, time.monotonic())
 
@@ -117,7 +120,9 @@ class Heartbeat:
             pulse, talk = self._pulse(), self._talk
             if talk is None:
                 if pulse.seconds > self.slow_s:
-                    self._warn(f"no progress for {pulse.seconds:.0f} s: training is in {pulse.place} ({pulse.where})")
+                    self._warn(
+                        f"no progress for {pulse.seconds:.0f} s: this process is in {pulse.place} ({pulse.where})"
+                    )
                 continue
             talk.reading = pulse.still_s > self._read_from_s
             if talk.word:
@@ -296,6 +301,49 @@ class _Talk:
         self._last_read_at = now
         if self._first_read_at is None:
             self._first_read_at = now
+
+
+@contextlib.contextmanager
+def open_watched(config: ParallelConfig) -> Iterator[tuple[Layout, Heartbeat]]:
+    """Join the process group and watch over it; only the main process keeps logging what is not an error.
+
+    Args:
+        config: The parallel section.
+
+    Yields:
+        The layout, closed at the end, and its heartbeat.
+
+    Raises:
+        ConfigError: If the world does not fit the configuration.
+        ProcessLostError: If another process died or stopped answering; says which and where.
+    """
+    layout = Layout.from_environment(config)
+    if not layout.is_main:
+        logging.getLogger("ltd").setLevel(logging.ERROR)
+    try:
+        with Heartbeat(layout, slow_s=config.slow_s, timeout_s=config.timeout_s) as beat:
+            try:
+                yield layout, beat
+            except RuntimeError as error:
+                explain_loss(layout, beat, error)
+                raise
+    finally:
+        layout.close()
+
+
+def explain_loss(layout: Layout, beat: Heartbeat, error: RuntimeError) -> None:
+    """Turn the error of a collective whose peer is gone into one that says which.
+
+    Args:
+        layout: Processes of the run.
+        beat: Their heartbeat.
+        error: What was raised; nothing happens if it is of another kind.
+
+    Raises:
+        ProcessLostError: If another process died or stopped answering.
+    """
+    if layout.world_size > 1 and is_lost_peer(error):
+        raise ProcessLostError(beat.explain()) from error
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -18,13 +18,13 @@ from typing import Any, TypeAlias, TypeVar
 
 from ltd import storage
 from ltd.data import StepInfo
-from ltd.parallel.heartbeat import Heartbeat
+from ltd.parallel.heartbeat import Heartbeat, explain_loss
 from ltd.parallel.layout import Layout
 from ltd.progress import Progress
 from ltd.training.data_wait import DataWait
 from ltd.training.guards import GuardError
 from ltd.training.run import RunConfig
-from ltd.training.session import Session, explain_loss
+from ltd.training.session import Session
 from ltd.training.step import RewindError, Stage, StepResult, take_step
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ loss; a stage brings those.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,8 @@ from ltd.parallel.checkpoint import Saver
 from ltd.parallel.compilation import Compiled, compile_blocks
 from ltd.parallel.ema import Ema
 from ltd.parallel.engine import build_engine
-from ltd.parallel.heartbeat import Heartbeat, is_lost_peer
-from ltd.parallel.interface import Engine, ProcessLostError
+from ltd.parallel.heartbeat import Heartbeat, open_watched
+from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import derive_seed
 from ltd.tracking.tracker import Tracker
@@ -149,46 +149,9 @@ def key_of(name: str) -> str:
     return key if entry.isdigit() else name
 
 
-@contextlib.contextmanager
-def open_layout(run: RunConfig) -> Iterator[tuple[Layout, Heartbeat]]:
-    """Join the process group and watch over it; only the main process keeps logging what is not an error.
-
-    Args:
-        run: Configuration of the run.
-
-    Yields:
-        The layout, closed at the end, and its heartbeat.
-
-    Raises:
-        ProcessLostError: If another process died or stopped answering; says which and where.
-    """
-    layout = Layout.from_environment(run.parallel)
-    if not layout.is_main:
-        logging.getLogger("ltd").setLevel(logging.ERROR)
-    try:
-        with Heartbeat(layout, slow_s=run.parallel.slow_s, timeout_s=run.parallel.timeout_s) as beat:
-            try:
-                yield layout, beat
-            except RuntimeError as error:
-                explain_loss(layout, beat, error)
-                raise
-    finally:
-        layout.close()
-
-
-def explain_loss(layout: Layout, beat: Heartbeat, error: RuntimeError) -> None:
-    """Turn the error of a collective whose peer is gone into one that says which.
-
-    Args:
-        layout: Processes of the run.
-        beat: Their heartbeat.
-        error: What was raised; nothing happens if it is of another kind.
-
-    Raises:
-        ProcessLostError: If another process died or stopped answering.
-    """
-    if layout.world_size > 1 and is_lost_peer(error):
-        raise ProcessLostError(beat.explain()) from error
+def open_layout(run: RunConfig) -> AbstractContextManager[tuple[Layout, Heartbeat]]:
+    """Join the process group of a run and watch over it; see ``open_watched``."""
+    return open_watched(run.parallel)
 
 
 def start_session(

@@ -36,6 +36,13 @@ def test_torchrun(tmp_path: Path) -> None:
     assert int(environment["OMP_NUM_THREADS"]) >= 1
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "torchrun_multinode.sh", "deepspeed_hostfile.sh"])
+def test_another_program(tmp_path: Path, script: str) -> None:
+    settings = {"NUM_NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "HOSTFILE": "hosts.txt"}
+    arguments, _ = launched(tmp_path, script, PROGRAM="sample.py", **settings)
+    assert arguments[-4:] == ["sample.py", *ARGUMENTS] and "train.py" not in arguments
+
+
 @pytest.mark.parametrize(("rank", "is_host"), [("0", "true"), ("1", "false")])
 def test_torchrun_on_many_hosts(tmp_path: Path, rank: str, is_host: str) -> None:
     settings = {"NUM_NODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "10.0.0.1", "LOCAL_ADDR": "10.0.0.2", "IFACE": "x0"}
