@@ -47,7 +47,9 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
+        there = sorted(found.name for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        listed = f"; {path.parent} holds {', '.join(there)}" if there else ""
+        raise ConfigError(f"{path}: no such config file{listed}")
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"{item!r}: an override is written dotted.key=value")

@@ -3,6 +3,7 @@
 from ltd.denoisers.conditioning import NULL_LABEL, Conditioning, Frames, stack
 from ltd.denoisers.config import DitConfig, ExpertsConfig, HeadConfig
 from ltd.denoisers.dit import Dit
+from ltd.denoisers.dropping import draw_kept
 from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, count_parameters, describe, load, save
 from ltd.denoisers.parametrized import Parametrized
 
@@ -19,6 +20,7 @@ __all__ = [
     "build_denoiser",
     "count_parameters",
     "describe",
+    "draw_kept",
     "load",
     "save",
     "stack",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ltd.autoencoders import AutoencoderConfig, LatentNorm
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
-from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser
+from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser, draw_kept
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig, read_parametrization
 from ltd.encoders.text import (
     TextEncoder,
@@ -58,6 +59,8 @@ class DenoiserRun(RunConfig):
     text: TextEncoderConfig = field(default_factory=TransformersTextConfig)
     #: Share of captions replaced by the empty caption, for classifier-free guidance, in [0, 1].
     caption_dropout: float = 0.1
+    #: Share of the tokens dropped in training behind the first ``model.mixer_depth`` blocks, in [0, 1); 0 = none.
+    token_dropping: float = 0.0
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
     toy_data: ToyDataConfig | None = None
 
@@ -65,6 +68,12 @@ class DenoiserRun(RunConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout: must lie in [0, 1], got {self.caption_dropout}")
+        if not 0 <= self.token_dropping < 1:
+            raise ConfigError(f"token_dropping: must lie in [0, 1), got {self.token_dropping}")
+        if self.token_dropping and self.model.mixer_depth == 0:
+            raise ConfigError("token_dropping: needs model.mixer_depth above 0, the blocks that see all tokens")
+        if self.token_dropping and self.data.batching.kind == "packed":
+            raise ConfigError("token_dropping: packs cannot drop tokens; set data.batching.kind to buckets")
         if self.parallel.compile != "none" and self.data.batching.kind == "packed":
             raise ConfigError(
                 "parallel.compile: the sizes of a pack are part of a compiled graph, nearly every pack would compile "
@@ -119,7 +128,12 @@ class DenoiserStage:
         """
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
-        losses, weight = self.objective.loss(self.denoiser, unpack(tensors), cond, random)
+        latents, cells = unpack(tensors), None
+        if self.run.token_dropping and isinstance(latents, Tensor):
+            shape = (latents.shape[2], latents.shape[3], latents.shape[4])
+            kept, cells = draw_kept(shape, self.run.model.patch, self.run.token_dropping, random)
+            cond, cells = dataclasses.replace(cond, kept=kept.to(latents.device)), cells.to(latents.device)
+        losses, weight = self.objective.loss(self.denoiser, latents, cond, random, cell_weight=cells)
         return {"loss": losses * weight}
 
     def num_tokens(self, tensors: dict[str, Tensor]) -> int:
