@@ -30,6 +30,10 @@ class Parametrized(nn.Module):
         """Configuration of the network."""
         return self.network.config
 
+    def prepare(self, cond: Conditioning) -> Conditioning:
+        """Compute what text and image give once, as ``Dit.prepare``."""
+        return self.network.prepare(cond)
+
     def forward(self, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning | None = None) -> Any:
         """Predict the velocity of the network's path.
 

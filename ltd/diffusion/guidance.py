@@ -44,6 +44,7 @@ def guided(
     *,
     guide: Denoiser | None = None,
     stack: Callable[[list[Any]], Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> Denoiser:
     """Wrap a denoiser with classifier-free guidance; a negative prompt is a ``null_cond`` like any other.
 
@@ -57,27 +58,30 @@ def guided(
         config: Scale, interval, channels and rescaling.
         guide: A weaker denoiser that takes the place of ``null_cond``: it sees the condition, and is led away from.
         stack: Joins a list of conditions row by row; with it both passes are one call on ``2 b`` rows.
+        prepare: Does once what ``denoiser`` would do with the same conditions at every call; its result is given to
+            ``denoiser`` in their place, never to ``guide``. For as long as the same object ``cond`` is passed.
 
     Returns:
-        A denoiser; the given one itself when the scale is 1.
+        A denoiser; the given one itself when the scale is 1 and nothing is prepared.
     """
-    if config.scale == 1:
-        return denoiser
     low, high = config.interval
+    once = _Once(prepare)
+    if config.scale == 1:
+        return denoiser if prepare is None else lambda x_t, t, cond: denoiser(x_t, t, once("own", cond))
 
     def both(x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         if guide is not None:
-            return denoiser(x_t, t, cond), guide(x_t, t, cond)
+            return denoiser(x_t, t, once("own", cond)), guide(x_t, t, cond)
         if stack is None:
-            return denoiser(x_t, t, cond), denoiser(x_t, t, null_cond)
-        joint = denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), stack([cond, null_cond]))
-        v_cond, v_null = joint.chunk(2)
+            return denoiser(x_t, t, once("own", cond)), denoiser(x_t, t, once("null", null_cond))
+        conditions = once("both", cond, lambda own: stack([own, null_cond]))
+        v_cond, v_null = denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), conditions).chunk(2)
         return v_cond, v_null
 
     def wrapped(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         inside = (t >= low) & (t <= high)
         if not bool(inside.any()):
-            return denoiser(x_t, t, cond)
+            return denoiser(x_t, t, once("own", cond))
         v_cond, v_null = both(x_t, t, cond)
         v = v_null + config.scale * (v_cond - v_null)
         if config.rescale:
@@ -87,6 +91,25 @@ def guided(
         return torch.where(inside.reshape(-1, *[1] * (v.ndim - 1)), v, v_cond)
 
     return wrapped
+
+
+class _Once:
+    """Conditions made ready for a denoiser, kept until others come.
+
+    Args:
+        prepare: What to do with them; None leaves them as they are.
+    """
+
+    def __init__(self, prepare: Callable[[Any], Any] | None) -> None:
+        self.prepare = prepare
+        self.kept: dict[str, tuple[Any, Any]] = {}
+
+    def __call__(self, name: str, cond: Any, join: Callable[[Any], Any] | None = None) -> Any:
+        """Join and prepare the conditions of a name, unless that was done with the same object before."""
+        if name not in self.kept or self.kept[name][0] is not cond:
+            joined = cond if join is None else join(cond)
+            self.kept[name] = (cond, joined if self.prepare is None else self.prepare(joined))
+        return self.kept[name][1]
 
 
 def _rescaled(v: Tensor, v_cond: Tensor, share: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ltd import autoencoders, denoisers, storage
 from ltd.config import ConfigError, from_dict
 from ltd.denoisers import Conditioning
-from ltd.diffusion import Denoiser, GuidanceConfig, SamplerConfig, ShiftConfig, guided, sample
+from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig, guided, sample
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
 from ltd.inference.media import video_to_pixels
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
@@ -220,22 +220,17 @@ class Generator:
         size = (self.autoencoder.latent_channels, latent.num_frames, latent.height, latent.width)
         random = DrawRandom(seed, draws)
         noise = random.normal(size, "sample").to(self.device)
-        denoiser: Denoiser = self.denoiser
-        sampler = self.sampler
-        if self.guide is not None:
-            denoiser = guided(denoiser, None, sampler.guidance, guide=self.guide)
-            sampler = dataclasses.replace(sampler, guidance=GuidanceConfig())
         cond, null_cond = conditions
-        latents = sample(
-            denoiser,
-            noise,
-            cond,
-            sampler,
-            null_cond=null_cond,
-            random=random,
+        denoiser = guided(
+            self.denoiser,
+            null_cond,
+            self.sampler.guidance,
+            guide=self.guide,
             stack=denoisers.stack,
-            progress=progress,
+            prepare=self.denoiser.prepare,
         )
+        sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig())
+        latents = sample(denoiser, noise, cond, sampler, random=random, progress=progress)
         return self.autoencoder.denormalize(latents)
 
     @torch.no_grad()

@@ -57,9 +57,14 @@ def test_targets_of_dropped_tokens_change_no_loss() -> None:
     [
         (["token_dropping=0.5"], "token_dropping: needs model.mixer_depth"),
         (["token_dropping=1.0"], r"token_dropping: must lie in \[0, 1\)"),
-        (["token_dropping=0.5", "model.mixer_depth=1", "data.batching.kind=packed"], "token_dropping: packs cannot"),
     ],
 )
 def test_bad_settings_name_the_field(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.load(DenoiserRun, DEBUG, overrides)
+
+
+def test_packs_drop_no_tokens() -> None:
+    with pytest.raises(ConfigError, match="token_dropping: packs cannot"):
+        packed = DEBUG.with_stem("denoiser_packed")
+        config.load(DenoiserRun, packed, ["token_dropping=0.5", "model.mixer_depth=1"])

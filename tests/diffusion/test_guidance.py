@@ -108,3 +108,28 @@ def test_rescaling_brings_back_the_deviation_of_the_condition():
 def test_bad_values_name_the_field(options, message):
     with pytest.raises(ConfigError, match=message):
         GuidanceConfig(**options)
+
+
+def test_conditions_are_joined_and_prepared_once_and_again_for_others():
+    calls = []
+
+    def prepare(cond):
+        calls.append(cond)
+        return ("ready", cond)
+
+    def denoiser(x_t, t, cond):
+        ready, values = cond
+        assert ready == "ready"
+        return x_t * torch.tensor(values).view(-1, 1)
+
+    config = GuidanceConfig(scale=3.0, interval=(0.0, 0.5))
+    model = guided(denoiser, [2.0], config, stack=lambda pair: pair[0] + pair[1], prepare=prepare)
+    x, inside, outside = torch.ones(1, 2), torch.tensor([0.2]), torch.tensor([0.9])
+    first, second = [5.0], [7.0]
+    assert [float(model(x, t, first)[0, 0]) for t in (outside, inside, inside, outside)] == [5.0, 11.0, 11.0, 5.0]
+    assert calls == [[5.0], [5.0, 2.0]]
+    assert float(model(x, inside, second)[0, 0]) == 17.0 and calls[2:] == [[7.0, 2.0]]
+    alone = guided(denoiser, None, GuidanceConfig(), prepare=prepare)
+    assert float(alone(x, inside, first)[0, 0]) == 5.0 and calls[3:] == [[5.0]]
+    led = guided(denoiser, None, config, guide=lambda x_t, t, cond: x_t * cond[0], prepare=prepare)
+    assert float(led(x, inside, first)[0, 0]) == 5.0  # the guide is given the conditions as they are
