@@ -45,6 +45,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--guidance-channels", type=int, help="guide only so many channels of the latents")
     parser.add_argument("--guide", help="run of a weaker denoiser to lead away from instead of the negative prompt")
+    parser.add_argument(
+        "--grid", choices=get_args(get_type_hints(SamplerConfig)["grid"]), default="even", help="of the times"
+    )
     parser.add_argument("--shift", type=float, help="factor of the time shift; the training's if left out")
     parser.add_argument("--negative", default="", help="prompt to lead away from")
     parser.add_argument("--weights", default="ema", help="ema, raw, or the name of one average")
@@ -183,6 +186,7 @@ def read_sampler(args: argparse.Namespace) -> SamplerConfig:
         steps=args.steps,
         order=args.order,
         noise=args.noise,
+        grid=args.grid,
         shift=read_run_parts(args.run).shift if args.shift is None else ShiftConfig(factor=args.shift),
         guidance=GuidanceConfig(
             scale=args.guidance,

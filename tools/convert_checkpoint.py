@@ -4,9 +4,14 @@ python tools/convert_checkpoint.py RUN OUT --to safetensors
     A run's checkpoint -> one exported folder: one set of weights in model.safetensors, and in config.yaml all that
     loading and sampling need. Every byte is checked against the checkpoint's checksums.
 python tools/convert_checkpoint.py --from diffusers SRC --to ltd DST
-    An autoencoder that diffusers saved (AutoencoderKLWan, AutoencoderKL) -> an exported folder.
-python tools/convert_checkpoint.py --from ltd SRC --to diffusers DST
-    An autoencoder's run or exported folder -> a folder that diffusers loads.
+    An autoencoder (AutoencoderKLWan, AutoencoderKL) or denoiser (WanTransformer3DModel, DiTTransformer2DModel) that
+    diffusers saved -> an exported folder. Of a pipeline, --part says which.
+python tools/convert_checkpoint.py --from wan|dit|sit|lightning_dit SRC --to ltd DST
+    A denoiser in its original layout -> an exported folder.
+python tools/convert_checkpoint.py --from ltd SRC --to diffusers|wan|dit|sit|lightning_dit DST
+    A run or exported folder -> a folder of that layout.
+python tools/convert_checkpoint.py --from ltd RUN --to diffusers --pipeline DST
+    A denoiser's run with its autoencoder and text encoder -> a folder that WanPipeline runs.
 """
 
 from __future__ import annotations
@@ -29,7 +34,16 @@ from ltd import autoencoders, denoisers, storage
 from ltd.autoencoders.files import TRAINING_ONLY, newest_export
 from ltd.command import command_line
 from ltd.config import ConfigError, from_dict
-from ltd.interop import export_autoencoder, import_autoencoder
+from ltd.inference.generate import check_autoencoder, read_run_parts
+from ltd.interop import (
+    LAYOUTS,
+    export_autoencoder,
+    export_denoiser,
+    export_pipeline,
+    import_autoencoder,
+    import_denoiser,
+)
+from ltd.interop.reading import read_config
 from ltd.storage import Fill, Reader, StorageError
 
 logger = logging.getLogger(__name__)
@@ -46,11 +60,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "source", type=Path, help="run directory (its latest checkpoint is taken), checkpoint or folder"
     )
     parser.add_argument("out", type=Path, help="folder to make; an exported folder that is there is replaced")
-    parser.add_argument("--from", dest="origin", default="ltd", choices=("ltd", "diffusers"), help="layout of SOURCE")
-    parser.add_argument("--to", required=True, choices=("safetensors", "ltd", "diffusers"), help="layout of OUT")
+    parser.add_argument("--from", dest="origin", default="ltd", choices=("ltd", *LAYOUTS), help="layout of SOURCE")
+    parser.add_argument("--to", required=True, choices=("safetensors", "ltd", *LAYOUTS), help="layout of OUT")
+    parser.add_argument("--part", choices=("autoencoder", "denoiser"), help="which of a pipeline's models")
+    parser.add_argument("--pipeline", action="store_true", help="with --to diffusers: a whole WanPipeline")
+    parser.add_argument("--num-heads", type=int, help="of an original checkpoint whose width is no published one")
+    parser.add_argument("--autoencoder", help="with --pipeline: where it is, if not where the run's config says")
     parser.add_argument("--weights", default="ema", help="ema (the first average), raw, or one average: ema_0.999")
     args = parser.parse_args(arguments)
-    if (args.origin, args.to) not in (("ltd", "safetensors"), ("ltd", "diffusers"), ("diffusers", "ltd")):
+    if (args.origin == "ltd") == (args.to == "ltd") or (args.origin != "ltd" and args.to != "ltd"):
         parser.error(f"--from {args.origin} --to {args.to}: nothing to convert; --help lists what there is")
     return args
 
@@ -82,14 +100,11 @@ def convert(source: Path, out: Path, weights: str) -> Shapes:
     return tensors.shapes
 
 
-def convert_layout(source: Path, out: Path, origin: str, weights: str) -> str:
-    """Turn an autoencoder of diffusers into an exported folder, or the other way round.
+def convert_layout(args: argparse.Namespace) -> str:
+    """Turn a model of a public layout into an exported folder, or the other way round.
 
     Args:
-        source: Folder of ``origin``'s layout; a run or checkpoint where it is ours.
-        out: Folder to make.
-        origin: ``diffusers`` or ``ltd``.
-        weights: Which weights of a run.
+        args: The arguments.
 
     Returns:
         What was written, in words.
@@ -97,14 +112,77 @@ def convert_layout(source: Path, out: Path, origin: str, weights: str) -> str:
     Raises:
         ConfigError: If the source is of no architecture that both have, or ``out`` is in the way.
     """
-    if origin == "ltd":
-        model = autoencoders.load(source, weights=weights)
-        return f"{export_autoencoder(model, out)} that diffusers loads"
-    if out.exists() and not storage.is_export(out):
-        raise ConfigError(f"{out}: exists and is no exported folder; name another, or remove it")
-    model = import_autoencoder(source)
-    autoencoders.save(model, out, lineage={"diffusers": str(source)})
+    if args.origin == "ltd":
+        return _to_public(args)
+    if args.out.exists() and not storage.is_export(args.out):
+        raise ConfigError(f"{args.out}: exists and is no exported folder; name another, or remove it")
+    origin = {args.origin: str(args.source)}
+    if args.origin != "diffusers" or _part(args.source, args.part) == "denoiser":
+        settings = {"num_heads": args.num_heads} if args.num_heads else {}
+        denoiser = import_denoiser(args.source, args.origin, settings=settings)
+        denoisers.save(denoiser, args.out, lineage=origin)
+        network = denoiser.network if isinstance(denoiser, denoisers.Parametrized) else denoiser
+        return f"{denoisers.describe(network)} for ltd.denoisers.load"
+    model = import_autoencoder(args.source)
+    autoencoders.save(model, args.out, lineage=origin)
     return f"{model.config.kind} for ltd.autoencoders.load; its hash is {autoencoders.weights_hash(model)[:16]}"
+
+
+def _to_public(args: argparse.Namespace) -> str:
+    """Write a run or exported folder in a public layout."""
+    config = _configuration(args.source)
+    if config["family"] == "autoencoder":
+        if args.to != "diffusers" or args.pipeline:
+            raise ConfigError(f"{args.source}: is an autoencoder, which diffusers' layout alone has")
+        return f"{export_autoencoder(autoencoders.load(args.source, weights=args.weights), args.out)} for diffusers"
+    denoiser = denoisers.load(args.source, weights=args.weights)
+    card = _card(args.source, config, args.weights)
+    if not args.pipeline:
+        return f"{export_denoiser(denoiser, args.out, args.to, lineage=card)} in the layout {args.to}"
+    if args.to != "diffusers":
+        raise ConfigError(f"--pipeline: got --to {args.to}, only diffusers has pipelines")
+    parts = read_run_parts(args.source)
+    autoencoder = autoencoders.load(args.autoencoder or parts.autoencoder)
+    check_autoencoder(autoencoder, parts, args.autoencoder)
+    return export_pipeline(denoiser, autoencoder, parts.text, args.out, shift=parts.shift, lineage=card)
+
+
+def _part(source: Path, given: str | None) -> str:
+    """Say which model of a diffusers folder is meant."""
+    inside = {"autoencoder": source / "vae", "denoiser": source / "transformer"}
+    if (source / "config.json").is_file():
+        return "denoiser" if "Transformer" in str(read_config(source).get("_class_name")) else "autoencoder"
+    there = [name for name, folder in inside.items() if (folder / "config.json").is_file()]
+    if given is None and len(there) == 2:
+        raise ConfigError(f"{source}: is a pipeline with an autoencoder and a denoiser; say which with --part")
+    return given or (there[0] if there else "autoencoder")
+
+
+def _configuration(source: Path) -> dict[str, Any]:
+    """Read what an exported folder, a run or a checkpoint is of."""
+    if storage.is_export(source):
+        exported = dict(storage.read_export_config(source))
+        return exported | {"family": exported.get("family") or ("denoiser" if "time" in exported else "autoencoder")}
+    reader = storage.open_run(source)
+    config = storage.model_config(reader)
+    return {"family": config["kind"], "run": config, "step": reader.manifest["step"]}
+
+
+def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    """Collect what an export's card says of where the weights are from."""
+    run, data = config.get("run") or {}, (config.get("run") or {}).get("data") or {}
+    origin = config.get("source") or {}
+    sets = [data["shards"]] if data.get("shards") else [part["shards"] for part in data.get("datasets") or ()]
+    said = {
+        "Run": run.get("run_dir") or str(source),
+        "Step": config.get("step") or origin.get("step"),
+        "Weights": origin.get("group") or weights,
+        "Averages": (run.get("ema") or {}).get("decays"),
+        "Data": sets or None,
+        "Data licences": data.get("licence"),
+        "Imported from": config.get("lineage") if "run" not in config else None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def export_config(reader: Reader, group: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.to != "safetensors":
         with command_line():
-            written = convert_layout(args.source, args.out, args.origin, args.weights)
+            written = convert_layout(args)
         print(f"{args.out}: {written}")
         return 0
     with command_line():

@@ -41,6 +41,7 @@ class DataConfig:
         ViewConfig(num_frames=1, height=256, width=256),
     )  #: What samples are cut to; fixed.
     batching: BatchingConfig = field(default_factory=FixedConfig)  #: One size per step, buckets, or packs.
+    licence: str | None = None  #: Licence of the data, for the card of what is exported; null = not recorded.
     caption_required: bool = True  #: Whether samples without a caption are left out.
     flip: bool = False  #: Whether half of the samples are mirrored (media only; a cache holds its own copies).
     decoder: Literal["decord", "pyav"] | None = None  #: Video decoder; null takes decord, or PyAV without decord.

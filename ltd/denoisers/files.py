@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,17 @@ def build_denoiser(config: DitConfig) -> Dit:
             raise ConfigError(f"model: no denoiser is built from {type(config).__name__}")
 
 
-def save(model: Dit | Parametrized, directory: str | Path) -> None:
+def save(model: Dit | Parametrized, directory: str | Path, *, lineage: Mapping[str, Any] | None = None) -> None:
     """Write an exported folder that ``load`` reads: weights, configuration, time convention, path and prediction.
 
     Args:
         model: Denoiser, whole on this process.
         directory: Folder to make; an existing one is replaced.
+        lineage: Where the weights are from.
     """
-    config = {"model": to_dict(model.config), "time": TIME_CONVENTION}
+    config = {"family": "denoiser", "model": to_dict(model.config), "time": TIME_CONVENTION}
+    if lineage:
+        config["lineage"] = dict(lineage)
     if isinstance(model, Parametrized):
         config["objective"] = to_dict(model.parametrization)
         model = model.network

@@ -32,6 +32,9 @@ class SamplerConfig:
     """Number of steps, 1 or more."""
     shift: ShiftConfig = field(default_factory=ShiftConfig)
     """Shift of the time grid; the objective's is right as a rule."""
+    grid: Literal["even", "flow_match"] = "even"
+    """Times before the shift: even from 1 to 0; or those of diffusers' FlowMatchEulerDiscreteScheduler, even from 1 to
+    the shifted 1/1000, from where the last step goes to 0."""
     state: Literal["float32", "float64"] = "float64"
     """Dtype of the integrated state; the denoiser sees the dtype of the noise."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -57,8 +60,12 @@ def time_grid(config: SamplerConfig, cells: int, channels: int | None = None) ->
     Returns:
         ``(steps + 1,)``, float64, CPU, from exactly 1 down to exactly 0.
     """
-    grid = torch.linspace(1, 0, config.steps + 1, dtype=torch.float64)
-    return shift_times(grid, config.shift.resolve(cells, channels))
+    factor = config.shift.resolve(cells, channels)
+    if config.grid == "even":
+        return shift_times(torch.linspace(1, 0, config.steps + 1, dtype=torch.float64), factor)
+    last = float(shift_times(torch.tensor(1e-3, dtype=torch.float64), factor))
+    grid = torch.linspace(1, last, config.steps, dtype=torch.float64)
+    return torch.cat((shift_times(grid, factor), grid.new_zeros(1)))
 
 
 @torch.no_grad()

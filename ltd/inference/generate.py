@@ -289,17 +289,7 @@ def load_generator(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     denoiser = denoisers.load(run_dir, weights=weights, device=device, dtype=dtype)
     decoder = autoencoders.load(autoencoder or parts.autoencoder, device=device)
-    found: dict[str, Any] = {
-        "time": denoisers.TIME_CONVENTION,
-        "autoencoder_hash": autoencoders.weights_hash(decoder),
-        "latent_norm": decoder.latent_norm.to_plain(),
-    }
-    for name, value in parts.lineage.items():
-        if name in found and found[name] != value:
-            raise ConfigError(
-                f"autoencoder: {name} of {autoencoder or parts.autoencoder} is {found[name]}, the denoiser was trained "
-                f"with {value}; give the autoencoder it was trained with"
-            )
+    check_autoencoder(decoder, parts, autoencoder)
     return Generator(
         denoiser,
         decoder,
@@ -308,6 +298,30 @@ def load_generator(
         negative=negative,
         tiling=tiling,
     )
+
+
+def check_autoencoder(decoder: autoencoders.Autoencoder, parts: RunParts, given: str | None = None) -> None:
+    """Refuse an autoencoder that a denoiser was not trained with.
+
+    Args:
+        decoder: The autoencoder.
+        parts: What the denoiser's run says.
+        given: Where the autoencoder is, if not where the run says.
+
+    Raises:
+        ConfigError: If the denoiser's latents are another autoencoder's.
+    """
+    found: dict[str, Any] = {
+        "time": denoisers.TIME_CONVENTION,
+        "autoencoder_hash": autoencoders.weights_hash(decoder),
+        "latent_norm": decoder.latent_norm.to_plain(),
+    }
+    for name, value in parts.lineage.items():
+        if name in found and found[name] != value:
+            raise ConfigError(
+                f"autoencoder: {name} of {given or parts.autoencoder} is {found[name]}, the denoiser was trained "
+                f"with {value}; give the autoencoder it was trained with"
+            )
 
 
 def load_guide(

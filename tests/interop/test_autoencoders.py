@@ -258,7 +258,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         convert_checkpoint.main(["--from", "ltd", str(tmp_path / "ours"), "--to", "diffusers", str(tmp_path / "b")])
         == 0
     )
-    assert "AutoencoderKLWan that diffusers loads" in capsys.readouterr().out
+    assert "AutoencoderKLWan for diffusers" in capsys.readouterr().out
     for arguments in (["--from", "diffusers", "--to", "safetensors"], ["--from", "diffusers", "--to", "diffusers"]):
         with pytest.raises(SystemExit):
             convert_checkpoint.main([*arguments, "a", "b"])
