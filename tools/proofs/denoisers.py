@@ -180,7 +180,7 @@ def measure() -> Proof:
     notes = (
         f"{SEEDS} draws of all weights each, zero-initialised ones too, fp32. Difference: largest, over the output's "
         f"standard deviation, limit {LIMIT:g}. Same file: the exported one holds the same bits under the same names. "
-        "Wan is run as its pipeline does, with texts padded by zeros to 512 tokens. DiT, SiT and LightningDiT cannot be "
+        "Wan runs as in its pipeline, with texts padded by zeros to 512 tokens. DiT, SiT and LightningDiT cannot be "
         "installed here: the reference is written from the papers' formulas in float64 under the names of their "
         "checkpoints. Published numbers of parameters: exact for Wan (diffusers' class), in millions for the rest "
         "(within 1 %). That an exported pipeline makes the same frames is held by tests/interop/test_pipeline.py."
