@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from ltd.diffusion import Denoiser, FlowMatching, FlowMatchingConfig, Path, Samp
 from ltd.rng import DrawRandom, derive_seed, generator
 
 BATCH, STEPS = 512, 3500
-LEARNING_RATE, AVERAGED = 8e-3, 0.998
+LEARNING_RATE = 8e-3
+#: Horizon of the moving average of the parameters, as a share of the steps.
+AVERAGED = 1 / 7
 SAMPLES, DIRECTIONS = 8192, 128
 SAMPLER = SamplerConfig(kind="heun", steps=100)
 
@@ -90,6 +92,8 @@ class Network(nn.Module):
         cells: Cells of a sample; their perceptrons share nothing.
         width: Of the three hidden layers.
     """
+
+    rates: Tensor
 
     def __init__(self, cells: int = 1, width: int = 128) -> None:
         super().__init__()
@@ -183,7 +187,7 @@ def train(case: Case, steps: int = STEPS) -> Trained:
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        torch._foreach_lerp_(average, list(network.parameters()), 1 - AVERAGED)
+        torch._foreach_lerp_(average, list(network.parameters()), 1 / (AVERAGED * steps))
     with torch.no_grad():
         for value, averaged in zip(network.parameters(), average, strict=True):
             value.copy_(averaged)
@@ -197,17 +201,18 @@ def generate(denoiser: Denoiser, case: Case, num: int = SAMPLES) -> Tensor:
     return points[:, :, 0, 0].permute(2, 0, 1)
 
 
-def exact_denoiser(path: Path) -> Denoiser:
-    """Build the best denoiser of the mixture on a path: the velocity expected of a state, in closed form.
+def exact_network(path: Path, output: Literal["velocity", "x0", "eps"]) -> Denoiser:
+    """Build the best network of the mixture on a path: what is expected of a state, in closed form.
 
     Args:
         path: Between the mixture and noise.
+        output: What the network predicts.
 
     Returns:
-        ``(x_t, t, cond) -> v`` for samples ``(b, 2, 1, 1, 1)``.
+        ``(x_t, t, cond) -> output`` for samples ``(b, 2, 1, 1, 1)``.
     """
 
-    def velocity(x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         alpha, sigma = path.alpha(t.double())[:, None, None], path.sigma(t.double())[:, None, None]
         variance = (alpha * MIXTURE.spreads).square() + sigma.square()  # b 8 2
         gaps = x_t[:, None, :, 0, 0, 0].double() - alpha * MIXTURE.centres
@@ -215,6 +220,7 @@ def exact_denoiser(path: Path) -> Denoiser:
         weights = log_weights.softmax(dim=1)[:, :, None]
         x0 = (weights * (MIXTURE.centres + alpha * MIXTURE.spreads.square() / variance * gaps)).sum(1)
         eps = (weights * (sigma / variance * gaps)).sum(1)
-        return path.velocity(x0, eps, t.double()).to(x_t.dtype).reshape(x_t.shape)
+        found = {"x0": x0, "eps": eps}[output] if output != "velocity" else path.velocity(x0, eps, t.double())
+        return found.to(x_t.dtype).reshape(x_t.shape)
 
-    return velocity
+    return network
