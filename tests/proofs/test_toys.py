@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltd.diffusion import FlowMatching, FlowMatchingConfig, LinearPath
+from ltd.diffusion import FlowMatching, FlowMatchingConfig, LinearPath, SamplerConfig
 from ltd.rng import generator
 from tools.proofs import _identities, _mixture, toys
 from tools.proofs._mixture import MIXTURE, Case, sliced_distance
@@ -19,6 +20,16 @@ NUM = 2048
 
 def misses() -> list[str]:
     return _identities.misses_of(_identities.options_off(), _identities.limits())
+
+
+#: Drawn once for all tests.
+draw_reference = functools.cache(toys.draw_reference)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toys, "draw_reference", draw_reference)
+    monkeypatch.setattr(_mixture, "SAMPLER", SamplerConfig(kind="heun", steps=40))
 
 
 def test_options_that_are_off_are_the_baseline_and_the_recipes_limits_hold() -> None:
@@ -50,18 +61,24 @@ def test_the_distance_of_a_shift_is_known_and_the_mixture_has_unit_scale() -> No
     assert sliced_distance(points[:1000], points[:1000] + shift) == pytest.approx(0.5 / 2**0.5, rel=1e-4)
 
 
-def test_a_short_training_learns_the_mixture_and_wrong_conversions_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("short")
+def test_a_short_training_learns_the_mixture_and_wrong_conversions_do_not() -> None:
     default = toys.cases()[0]
     found = toys.measure_objectives([default], steps=800, num=NUM)
     needed = {row[0]: row[-1] for row in found.rows}
     assert needed[default.name] == "within" and needed["time runs backwards"] == needed["noise"] == "beyond"
     assert found.misses == []
 
+
+@pytest.mark.usefixtures("short")
+def test_a_velocity_of_the_wrong_sign_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = toys.cases()[0]
     monkeypatch.setattr(LinearPath, "velocity", lambda self, x0, eps, t=None: x0 - eps)
-    broken = toys.measure_objectives([default], steps=60, num=NUM)
+    broken = toys.measure_objectives([default], steps=20, num=NUM)
     assert {miss.split(":")[0] for miss in broken.misses} >= {default.name, "exact network, linear, velocity"}
 
 
+@pytest.mark.usefixtures("short")
 def test_a_measure_that_takes_wrong_samples_for_right_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         toys, "wrong_denoisers", lambda trained: {"not wrong": _mixture.exact_network(LinearPath(), "velocity")}
