@@ -44,8 +44,8 @@ COLUMNS = ("row", "path", "prediction", "loss", "times", "distance", "times the 
 _SHARP = DataPredictionConfig(min_time=0.02)
 _NOTES = f"""*Data*: eight round Gaussians on a circle, shares 8:7:6:5:4:3:2:1, spreads growing from 0.08 to 0.2 of the
 radius, moved and scaled to mean 0 and deviation 1. *Network*: a perceptron of 36,000 parameters that sees the point and
-16 sinusoids of the time, plus the point times a learned function of the time. Start, data, noise and recipe are the same
-in every row: {_mixture.STEPS} steps of {_mixture.BATCH} samples, Adam, the rate falling from
+16 sinusoids of the time, plus the point times a learned function of the time. Recipe and, but for seeds 1 and 2, start,
+data and noise are equal in every row: {_mixture.STEPS} steps of {_mixture.BATCH} samples, Adam, the rate falling from
 {_mixture.LEARNING_RATE:g} to 0, an average of the weights over a seventh of the steps; about 15 seconds of one core.
 Losses are those of `FlowMatching.loss`; to draw a batch of noise at once, its random numbers come from one generator
 instead of one for every sample. *Samples*: {_mixture.SAMPLES} by `sample` with {_mixture.SAMPLER.steps} steps of Heun's
