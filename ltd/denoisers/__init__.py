@@ -4,6 +4,8 @@ from ltd.denoisers.conditioning import NULL_LABEL, Conditioning, stack
 from ltd.denoisers.dit import Dit, DitConfig
 from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, describe, load, save
 from ltd.denoisers.parametrized import Parametrized
+from ltd.denoisers.surgery import SurgeryConfig, SurgeryReport, transplant
+from ltd.denoisers.weights import Weights, open_weights
 
 __all__ = [
     "NULL_LABEL",
@@ -12,9 +14,14 @@ __all__ = [
     "Dit",
     "DitConfig",
     "Parametrized",
+    "SurgeryConfig",
+    "SurgeryReport",
+    "Weights",
     "build_denoiser",
     "describe",
     "load",
+    "open_weights",
     "save",
     "stack",
+    "transplant",
 ]

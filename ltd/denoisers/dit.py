@@ -56,6 +56,9 @@ class DitConfig:
     """Channels of a head rotated by (t, h, w), three even numbers; null = a third each."""
     rope_theta: float = 10_000.0
     """Base of the rotation frequencies, above 1; smaller for short grids."""
+    position_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """What (t, h, w) positions are multiplied by before rotations and sinusoids, above 0; 0.5 brings a range twice as
+    long as that of training back into it."""
     position_embedding: Literal["none", "sincos"] = "sincos"
     """Whether sinusoids of a token's position join its patch: rotations alone tell only differences of positions."""
     modulation: Literal["per_block", "shared"] = "per_block"
@@ -82,6 +85,8 @@ class DitConfig:
                 f"mlp_ratio, rope_theta, time_scale: got {self.mlp_ratio}, {self.rope_theta}, {self.time_scale}, "
                 "needed above 0, above 1, above 0"
             )
+        if min(self.position_scale) <= 0:
+            raise ConfigError(f"position_scale: got {self.position_scale}, needed three numbers above 0")
         if self.position_embedding == "sincos" and (self.width % 2 or self.width < 6):
             raise ConfigError(
                 f"width: got {self.width}, needed an even number of 6 or more for position_embedding: sincos"
@@ -244,6 +249,8 @@ class Dit(nn.Module):
         """Map patches ``(b, n, patch_dim)`` to what the last layer predicts of them; ``lengths``: of one pack."""
         patches = self.shard_tokens(patches)  # b n patch_dim
         positions = self.shard_tokens(positions)  # 1 n 3
+        if self.config.position_scale != (1.0, 1.0, 1.0):
+            positions = positions * positions.new_tensor(self.config.position_scale)
         wide = torch.promote_types(patches.dtype, torch.float32)
         tables = rope_tables(positions, self.config.head_split, theta=self.config.rope_theta, dtype=wide)
         condition, text, text_lengths = self._embed(t, cond, packed=lengths is not None)
