@@ -115,7 +115,7 @@ def test_exported_folders_do_too(image_run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [2, 3])
 def test_every_zero_stage_begins_with_the_same_weights(zero: int, image_run: Path, tmp_path: Path) -> None:
     more = (f"parallel.zero={zero}", "parallel.activation_checkpointing=full", "parallel.sequence=2")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
