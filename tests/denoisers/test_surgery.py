@@ -103,6 +103,20 @@ def test_a_larger_patch_sees_an_enlarged_image_as_the_smaller_saw_the_image(befo
     assert_same(other(assemble(large), t, cond), enlarge(image(small, t, cond)), 1e-11)
 
 
+def test_a_patch_of_another_form_and_as_many_cells_is_resized(build, inputs):
+    """No shape tells: latents that are constant everywhere have the same tokens before and after."""
+    image = build(patch=(1, 2, 4))
+    other, report = inflate(image, patch=(1, 4, 2))
+    assert report.count("resized") == 3
+    assert report.fields[0].effect.endswith("nearly (least squares), and the output resampled")
+    flat = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64).reshape(1, 3, 1, 1, 1)
+    before, after = (
+        model.patch_embedding(patchify(flat.expand(1, 3, 1, size[1], size[2]), size))
+        for model, size in ((image, (1, 2, 4)), (other, (1, 4, 2)))
+    )
+    assert_same(after, before)
+
+
 def test_a_smaller_patch_is_the_nearest_and_exact_on_what_it_can_tell(build):
     """Token of the reduced patch: exact for patches out of the reduction's row space, close for smooth ones."""
     torch.manual_seed(0)
@@ -151,6 +165,7 @@ def test_another_split_gives_time_the_lowest_frequencies_and_keeps_the_others():
     order = regroup_pairs(before, after)
     assert order == [2, 5, 0, 1, 3, 4]
     assert regroup_pairs(after, after) == list(range(6))
+    assert regroup_pairs(after, (8, 2, 2)) == [0, 1, 3, 5, 2, 4]  # its own pairs stay first
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 12, 2, 12, dtype=torch.float64)
     positions = grid_positions((1, 3, 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ltd.denoisers import surgery as rules
+from ltd.denoisers import resize
 from tools.proofs import surgery
 
 
@@ -13,8 +13,8 @@ def test_every_limit_holds_and_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyP
     held = surgery.measure()
     assert not held.misses and len(held.rows) == len(surgery.CASES) + 3
 
-    genuine = rules.resize_output
-    monkeypatch.setattr(rules, "resize_output", lambda *args: genuine(*args) * 1.0001)
+    genuine = resize.resize_output
+    monkeypatch.setattr("ltd.denoisers.surgery.resize_output", lambda *args: genuine(*args) * 1.0001)
     misses = surgery.measure().misses
     assert {miss.partition(":")[0] for miss in misses} >= {"4 -> 16 channels", "patch of 2 frames, average"}
     assert not any(miss.startswith("3 -> 5 blocks") for miss in misses)
