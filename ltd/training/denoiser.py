@@ -33,6 +33,7 @@ from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
+from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.loop import train
 from ltd.training.run import RunConfig, check_views, heldout_batches
 from ltd.training.session import Session, open_layout, start_session
@@ -50,6 +51,8 @@ class DenoiserRun(RunConfig):
 
     kind: Literal["denoiser"] = "denoiser"
     model: DitConfig
+    #: Weights of another denoiser that a new run starts from, shaped to ``model``; a run that goes on ignores it.
+    init_from: InitFromConfig | None = None
     objective: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     #: Run directory or exported folder of the autoencoder that the latents are of.
     autoencoder: str | None = None
@@ -313,15 +316,23 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
         return None
     config = found.run
     _check_objective(found.manifest, config)
+    origin = find_origin(config.init_from, config.model, _parametrization(config), found, layout)
     inputs: list[LatentInputs] = []
 
     def accept(lineage: dict[str, Any]) -> None:
         inputs.append(LatentInputs(config, layout))
         _check_lineage(lineage, inputs[0].lineage())
+        if origin is not None:
+            origin.check_lineage(inputs[0].lineage())
 
-    session = start_session(found, layout, beat, lambda fresh: _build(config, layout, fresh=fresh), accept=accept)
+    def build(fresh: bool) -> Dit:
+        return _build(config, layout, fresh=fresh, origin=origin)
+
+    session = start_session(found, layout, beat, build, accept=accept)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
+    if origin is not None:
+        session.lineage["init_from"] = origin.record
     return session, stage
 
 
@@ -357,7 +368,7 @@ def _check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
 def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
     """Refuse a checkpoint whose network predicts something else, or on another path."""
     before = read_parametrization(manifest.get("config", {}).get("objective", {}))
-    now = ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)
+    now = _parametrization(run)
     for name in ("path", "prediction") if manifest else ():
         if getattr(before, name) != getattr(now, name):
             raise ConfigError(
@@ -366,12 +377,18 @@ def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
             )
 
 
-def _build(config: DenoiserRun, layout: Layout, *, fresh: bool) -> Dit:
+def _parametrization(run: DenoiserRun) -> ParametrizationConfig:
+    return ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)
+
+
+def _build(config: DenoiserRun, layout: Layout, *, fresh: bool, origin: Origin | None) -> Dit:
     # Values that a checkpoint brings are neither drawn nor allocated twice.
     with torch.device("cpu" if fresh else "meta"):
         model = build_denoiser(config.model)
     if not fresh:  # at stage 3 the engine brings parameters to the device one by one
         model.to_empty(device="cpu" if config.parallel.zero == 3 else layout.device)
+    elif origin is not None:  # before anything wraps the blocks or splits the weights
+        origin.apply(model, config.run_dir, layout)
     checkpoint_blocks(model, config.parallel)
     sequence.shard(model, layout)
     return model
