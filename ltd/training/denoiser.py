@@ -17,7 +17,17 @@ from ltd.autoencoders import AutoencoderConfig, LatentNorm
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
-from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser, draw_kept
+from ltd.denoisers import (
+    TIME_CONVENTION,
+    Conditioning,
+    Dit,
+    DitConfig,
+    Frames,
+    FrameTasksConfig,
+    build_denoiser,
+    draw_kept,
+    draw_tasks,
+)
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig, read_parametrization
 from ltd.encoders.text import (
     TextEncoder,
@@ -66,6 +76,8 @@ class DenoiserRun(RunConfig):
     caption_dropout: float = 0.1
     #: Share of the tokens dropped in training behind the first ``model.mixer_depth`` blocks, in [0, 1); 0 = none.
     token_dropping: float = 0.0
+    #: What is given of training samples beforehand, for a model with ``model.frames``; null gives nothing.
+    frame_tasks: FrameTasksConfig | None = None
     #: Samples of fixed prompts while training; null makes none.
     samples: SamplesConfig | None = None
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
@@ -79,6 +91,7 @@ class DenoiserRun(RunConfig):
             raise ConfigError(f"token_dropping: must lie in [0, 1), got {self.token_dropping}")
         if self.token_dropping and self.model.mixer_depth == 0:
             raise ConfigError("token_dropping: needs model.mixer_depth above 0, the blocks that see all tokens")
+        self._check_frames()
         if self.token_dropping and self.data.batching.kind == "packed":
             raise ConfigError("token_dropping: packs cannot drop tokens; set data.batching.kind to buckets")
         if self.parallel.compile != "none" and self.data.batching.kind == "packed":
@@ -98,6 +111,19 @@ class DenoiserRun(RunConfig):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
                 "makes a velocity of the linear path; set model.prediction to velocity"
+            )
+
+    def _check_frames(self) -> None:
+        if self.frame_tasks is None or self.frame_tasks.total == 0:
+            return
+        if self.model.frames == "none":
+            raise ConfigError("frame_tasks: needs model.frames, times or channels; the model takes no known latents")
+        if self.data.batching.kind == "packed":
+            raise ConfigError("frame_tasks: packs take no known latents; set data.batching.kind to buckets")
+        if self.model.frames == "times" and self.objective.prediction.kind == "edm":
+            raise ConfigError(
+                "objective.prediction.kind: got edm, which scales the network's input by the sample's time; known "
+                "latents at time 0 (model.frames: times) need velocity, x0 or eps; or set model.frames to channels"
             )
 
 
@@ -140,13 +166,28 @@ class DenoiserStage:
         """
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
-        latents, cells = unpack(tensors), None
-        if self.run.token_dropping and isinstance(latents, Tensor):
-            shape = (latents.shape[2], latents.shape[3], latents.shape[4])
-            kept, cells = draw_kept(shape, self.run.model.patch, self.run.token_dropping, random)
-            cond, cells = dataclasses.replace(cond, kept=kept.to(latents.device)), cells.to(latents.device)
+        latents = unpack(tensors)
+        cond, cells = self._partial(latents, cond, random) if isinstance(latents, Tensor) else (cond, None)
         losses, weight = self.objective.loss(self.denoiser, latents, cond, random, cell_weight=cells)
         return {"loss": losses * weight}
+
+    def _partial(self, latents: Tensor, cond: Conditioning, random: DrawRandom) -> tuple[Conditioning, Tensor | None]:
+        """Give known latents and drop tokens, as the run says; returns what of the sample counts, ``(b, t, h, w)``."""
+        run, cells = self.run, None
+        shape = (latents.shape[2], latents.shape[3], latents.shape[4])
+        if run.frame_tasks is not None and run.frame_tasks.total > 0:
+            mask, _ = draw_tasks(run.frame_tasks, shape, run.model.patch, random)
+            mask = mask.to(latents.device)
+            cells = (~mask[:, 0]).float()
+            # Beside the input, unknown cells are told as zeros: what is behind the mask must not be seen.
+            known = torch.where(mask, latents, 0) if run.model.frames == "channels" else latents
+            channels = run.model.frame_mask_channels if run.model.frames == "channels" else 1
+            cond = dataclasses.replace(cond, frames=Frames(known, mask.expand(-1, channels, -1, -1, -1)))
+        if run.token_dropping:
+            kept, weight = draw_kept(shape, run.model.patch, run.token_dropping, random)
+            cond, weight = dataclasses.replace(cond, kept=kept.to(latents.device)), weight.to(latents.device)
+            cells = weight if cells is None else cells * weight
+        return cond, cells
 
     def num_tokens(self, tensors: dict[str, Tensor]) -> int:
         """Count the denoiser's tokens in the micro-batch."""
