@@ -20,7 +20,7 @@ NAME = "frames"
 FRAMES, SIDE, PATCH = 6, 8, (1, 2, 2)
 #: Spread of a disc, in cells; its diameter at half height is about 2.4.
 SPREAD = 1.0
-STEPS, BATCH, LEARNING_RATE = 2000, 16, 3e-3
+STEPS, BATCH, LEARNING_RATE = 3000, 16, 3e-3
 NUM_CLIPS = 96
 #: Limits in cells, fixed before the first training run: a sixth and a half of a disc's diameter.
 MEDIAN_LIMIT, TAIL_LIMIT = 0.4, 1.2
