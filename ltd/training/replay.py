@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ltd.parallel import checkpoint
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.parallel.preflight import code_digests, package_versions
+from ltd.tracking.code_version import find_commit
 from ltd.tracking.journal import plain, read_journal
 from ltd.tracking.tracker import METRICS
 from ltd.training import autoencoder, denoiser
@@ -150,7 +150,7 @@ def _quiet(run: Run, scratch: str, checkpoint: Path | None) -> Run:
         resume="never" if checkpoint is None else str(checkpoint),
         fork=None,
         evaluation=dataclasses.replace(run.evaluation, every=0, shards=None),
-        tracking=dataclasses.replace(run.tracking, wandb="disabled"),
+        tracking=dataclasses.replace(run.tracking, wandb="disabled", tensorboard=False, histograms_every=0),
         parallel=dataclasses.replace(run.parallel, preflight=False),
     )
 
@@ -216,23 +216,8 @@ def _facts(session: Session, step: int, row: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "packages": package_versions(),
         "code": {name: text for name, text in code_digests().items() if name.startswith("ltd/")},
-        "commit": _commit(),
+        "commit": find_commit(),
     }
-
-
-def _commit() -> str | None:
-    """Ask git for the commit of this code; None where it lies in no repository."""
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() or None
 
 
 def _recorded(run_dir: Path, step: int) -> dict[str, Any] | None:

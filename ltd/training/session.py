@@ -28,9 +28,11 @@ from ltd.parallel.compilation import Compiled, compile_blocks
 from ltd.parallel.ema import Ema
 from ltd.parallel.engine import build_engine
 from ltd.parallel.heartbeat import Heartbeat, open_watched
+from ltd.parallel.histograms import bin_edges, shard_histograms
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import derive_seed
+from ltd.tracking.histogram import Histogram
 from ltd.tracking.tracker import Tracker
 from ltd.training.fork import inherited_counts
 from ltd.training.guards import GuardError, Guards, Incident
@@ -105,6 +107,13 @@ class Session:
             "ancestors": self.ancestors,
         }
         self.saver.save(step, extra)
+
+    def log_histograms(self, step: int) -> None:
+        """Log histograms of the weights, and of Adam's first moment, after a step; called by all processes."""
+        kinds = ("master", "exp_avg") if self.run.optim.kind == "adamw" else ("master",)
+        counts = shard_histograms(self.engine, self.layout, kinds)
+        edges = bin_edges()
+        self.tracker.log_histograms(step, {f"histogram/{name}": Histogram(edges, row) for name, row in counts.items()})
 
     def record_incident(self, step: int, incident: Incident, ids: list[str], **details: Any) -> None:
         """List the samples of a step that was not taken in the quarantine file, under the row of ``step``."""
