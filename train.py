@@ -1,6 +1,7 @@
 """Train an autoencoder or a denoiser: python train.py CONFIG [dotted.key=value ...].
 
-A W&B sweep's --dotted.key=value is read as dotted.key=value. Start it alone, with torchrun, or with deepspeed; see launch/.
+A W&B sweep's --dotted.key=value is read as dotted.key=value. Start it alone, with torchrun, or with deepspeed;
+see launch/.
 """
 
 from __future__ import annotations

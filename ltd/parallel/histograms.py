@@ -1,7 +1,7 @@
 """Histograms of weights and optimizer state over all processes, from each process's shards: nothing is gathered.
 
-Bins are fixed and symmetric, with logarithmic widths, so that counts of processes and of steps add up. Values are of the
-fp32 masters and of Adam's first moment, the running mean of the gradients.
+Bins are fixed and symmetric, with logarithmic widths, so that counts of processes and of steps add up. Values are of
+the fp32 masters and of Adam's first moment, the running mean of the gradients.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ def lineage_section(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> 
     ]
     if not rows:
         return ""
-    note = "Oldest first: each run began from the checkpoint in its last line, with the fields changed that stand there."
+    note = (
+        "Oldest first: each run began from the checkpoint in its last line, with the fields changed that stand there."
+    )
     columns = ["run", "from", "step", "fingerprint", "changed"]
     return section("Lineage", table(columns, rows, numeric=[2]) + f'<p class="note">{note}</p>', "lineage")
 
@@ -42,6 +44,7 @@ def _fingerprint(entry: Mapping[str, Any]) -> str:
 def _overrides(entry: Mapping[str, Any]) -> str:
     changes = entry.get("overrides") or {}
     lines = [
-        f"<code>{escape(field)}</code>: {escape(str(old))} → {escape(str(new))}" for field, (old, new) in changes.items()
+        f"<code>{escape(field)}</code>: {escape(str(old))} → {escape(str(new))}"
+        for field, (old, new) in changes.items()
     ]
     return "<br>".join(lines) or value_cell("nothing")

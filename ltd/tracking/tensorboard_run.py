@@ -1,7 +1,7 @@
 """TensorBoard event files of a run: the only module that imports torch.utils.tensorboard.
 
-Rows have the names and steps of ``metrics.jsonl``. A resumed run writes a new file that tells TensorBoard to forget what
-older ones hold from its first step on. Training must not stop because of it: the first failure is one warning.
+Rows have the names and steps of ``metrics.jsonl``. A resumed run writes a new file that tells TensorBoard to forget
+what older ones hold from its first step on. Training must not stop because of it: the first failure is one warning.
 """
 
 from __future__ import annotations

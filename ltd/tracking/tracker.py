@@ -1,4 +1,4 @@
-"""The one place a run's numbers go through: JSON lines always, W&B and TensorBoard when asked, on the main process only."""
+"""The one place a run's numbers go through: JSON lines always, others when asked, on the main process only."""
 
 from __future__ import annotations
 

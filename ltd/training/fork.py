@@ -79,8 +79,8 @@ def check_same_origin(fork: str, ancestors: Sequence[Mapping[str, Any]], run_dir
         return
     origin = "anew" if before is None else f"from {before['run']}@{before['step']}"
     raise ConfigError(
-        f"fork: got {fork}, but {run_dir} has checkpoints of a run that started {origin}; change run_dir, or leave fork "
-        "out to go on from them"
+        f"fork: got {fork}, but {run_dir} has checkpoints of a run that started {origin}; change run_dir, or leave "
+        "fork out to go on from them"
     )
 
 
@@ -136,8 +136,8 @@ def add_ancestor(checkpoint: Path, manifest: Mapping[str, Any], run: RunConfig) 
         run: The new run.
 
     Returns:
-        Oldest first: ``run``, ``step``, ``fingerprint`` (SHA-256 of the state), ``overrides`` that were made on starting
-        from it, and ``wandb_id``.
+        Oldest first: ``run``, ``step``, ``fingerprint`` (SHA-256 of the state), ``overrides`` that were made on
+        starting from it, and ``wandb_id``.
     """
     config = manifest.get("config", {})
     entry = {

@@ -79,8 +79,8 @@ class RunConfig:
     resume: str = "auto"
     #: Steps between rows of ``metrics.jsonl``.
     log_every: int = 1
-    #: ``RUN@STEP``: start from that checkpoint of another run, with all of its state (RUN: from its latest). Once the run
-    #: has checkpoints of its own, it goes on from those.
+    #: ``RUN@STEP``: start from that checkpoint of another run, with all of its state (RUN: from its latest). Once the
+    #: run has checkpoints of its own, it goes on from those.
     fork: str | None = None
     #: CPU threads of each process; null leaves PyTorch's choice.
     num_threads: int | None = None

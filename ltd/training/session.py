@@ -218,15 +218,7 @@ def start_session(
     ema = Ema(engine, run.ema)
     beside = None if critic is None else _build_critic(run, layout, *critic)
     if start.checkpoint is not None:
-        field = "fork" if start.forked else "resume"
-        aside = None if beside is None else beside.engine
-        checkpoints.load(start.checkpoint, engine, ema, layout, critic=aside, field=field)
-        if start.own and layout.is_main:
-            storage.set_aside_newer(run.run_dir, start.checkpoint)
-        if start.ancestors and layout.is_main:
-            Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-            storage.write_json(Path(run.run_dir) / storage.LINEAGE, {"ancestors": start.ancestors})
-        _save_config(start.base, layout)
+        _restore(start, start.checkpoint, layout, engine, ema, beside)
     if layout.is_main and run.parallel.engine == "deepspeed":
         storage.write_json(Path(run.run_dir) / "deepspeed.json", engine.resolved_config())
     return Session(
@@ -248,6 +240,22 @@ def start_session(
         origin=start.checkpoint if start.forked else None,
         critic=beside,
     )
+
+
+def _restore(
+    start: Start[Any], checkpoint: Path, layout: Layout, engine: Engine, ema: Ema, critic: Critic | None
+) -> None:
+    """Load the checkpoint, and then let the run directory say what now holds."""
+    field = "fork" if start.forked else "resume"
+    beside = None if critic is None else critic.engine
+    checkpoints.load(checkpoint, engine, ema, layout, critic=beside, field=field)
+    run_dir = Path(start.base.run_dir)
+    if start.own and layout.is_main:
+        storage.set_aside_newer(run_dir, checkpoint)
+    if start.ancestors and layout.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        storage.write_json(run_dir / storage.LINEAGE, {"ancestors": start.ancestors})
+    _save_config(start.base, layout)
 
 
 def _build_critic(run: RunConfig, layout: Layout, build: Callable[[], nn.Module], optim: OptimConfig) -> Critic:

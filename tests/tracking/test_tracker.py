@@ -316,7 +316,7 @@ def test_tensorboard_has_the_rows_of_the_journal_once_after_a_resume(tmp_path: P
     journal = {row["step"]: row["loss/denoise"] for row in rows(tmp_path / "metrics.jsonl")}
     assert {event.step: event.value for event in found.Scalars("loss/denoise")} == journal
     assert [event.step for event in found.Scalars("loss/denoise")] == list(range(1, 9))
-    assert {tag for tag in found.Tags()["scalars"]} == {"loss/denoise", "bad", "data/bad"}
+    assert set(found.Tags()["scalars"]) == {"loss/denoise", "bad", "data/bad"}
     assert {event.value for event in found.Scalars("bad")} == {math.inf}
     assert [(event.step, event.width, event.height) for event in found.Images("samples/grid")][-1] == (8, 6, 4)
     last = found.Histograms("histogram/w")[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -225,7 +225,7 @@ def test_cool_downs_from_one_trunk(shards: Path, tmp_path: Path) -> None:
 class FakeWandbRun:
     """A W&B run that notes how it was begun and what it got."""
 
-    made: list[FakeWandbRun] = []
+    made: ClassVar[list[FakeWandbRun]] = []
 
     def __init__(self, run_dir: Path, *, run_config: Any, run_id: str | None, **rest: Any) -> None:
         self.id = run_id or f"id{len(self.made)}"
@@ -287,9 +287,12 @@ def test_a_wandb_sweep_starts_runs_with_overrides(
         base = ["configs/debug/denoiser.yaml", f"run_dir={tmp_path}/{form}-${{oc.env:WANDB_RUN_ID}}"]
         command = [CONFIG, *sweeps.create_sweep_command(base)[1:]]
         common = [f"data.shards={shards}", "steps=1", "evaluation.every=0", "parallel.engine=torch"]
+        common += ["tracking.wandb=offline"] if form == "args" else []
         assert train.main([*command, *common, *arguments[form]]) == 0
         config = config_io.load(DenoiserRun, tmp_path / f"{form}-trial1" / "config.yaml")
         assert (config.optim.lr, config.ema.warmup, config.optim.betas) == (0.002, False, (0.8, 0.9))
+    manifest = storage.read_manifest(storage.checkpoint_path(tmp_path / "args-trial1", 1))
+    assert manifest["tracker"]["wandb_id"] == "trial1", "the run is the agent's"
 
 
 def test_histograms_count_every_weight_and_change_nothing(shards: Path, trunk: Path, tmp_path: Path) -> None:
