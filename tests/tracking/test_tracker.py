@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ltd import __version__
 from ltd.config import ConfigError
 from ltd.tracking import Journal, Tracker, TrackingConfig, read_journal
 from ltd.tracking import code_version as code
@@ -286,10 +287,10 @@ def test_histograms_are_rows_of_their_own_and_reach_wandb_without_empty_ends(
 
 def test_code_is_named_by_its_commit_or_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = code.find_commit()
-    assert code_version() == (f"ltd {code.__version__}" if commit is None else f"commit {commit}")
+    assert code_version() == (f"ltd {__version__}" if commit is None else f"commit {commit}")
     monkeypatch.setenv("PATH", "")
     assert code.find_commit() is None
-    assert code_version() == f"ltd {code.__version__}"
+    assert code_version() == f"ltd {__version__}"
 
 
 def test_missing_tensorboard_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

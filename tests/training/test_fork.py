@@ -93,6 +93,29 @@ def test_a_fork_and_its_fork_equal_the_trunk_bit_for_bit(shards: Path, trunk: Pa
     assert set(replay(load_run(first, []), first, 5).differences().values()) == {0.0}
 
 
+def test_a_fork_may_change_data_rate_and_averages(
+    shards: Path, trunk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = tmp_path / "child"
+    changes = ["data.global_batch=8", "optim.lr=2e-4", "ema.decays=[0.95,0.5]", "steps=6"]
+    assert run(shards, child, f"fork={trunk}@4", *changes) == 0
+    assert list(rows(child)) == [5, 6] and rows(child)[5]["loss/denoise"] != rows(trunk)[5]["loss/denoise"]
+    (entry,) = ancestors(child, 6)
+    assert sorted(entry["overrides"]) == ["data.global_batch", "ema.decays", "optim.lr", "steps"]
+    assert "optim.lr was 0.001 in the run it is forked from and is 0.0002 now" in caplog.text
+    assert "going on at step 4 of the new order" in caplog.text and "ema_0.5; it starts from the loaded" in caplog.text
+
+
+def test_forks_within_and_at_the_end_of_a_stage_equal_the_trunk(shards: Path, tmp_path: Path) -> None:
+    trunk = tmp_path / "trunk"
+    stages = "stages=[{from_step: 6, set: {optim: {lr: 1.0e-4}}}]"
+    assert run(shards, trunk, stages) == 0
+    for step in (4, 6):
+        child = tmp_path / f"child{step}"
+        assert run(shards, child, stages, f"fork={trunk}@{step}", "resume=never") == 0
+        assert rows(child) == since(trunk, step) and different_shards(trunk, child, STEPS) == ([], 1)
+
+
 def test_a_fork_inherits_what_the_guards_know_and_the_counts_of_bad_samples(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +252,8 @@ class FakeWandbRun:
 
     def __init__(self, run_dir: Path, *, run_config: Any, run_id: str | None, **rest: Any) -> None:
         self.id = run_id or f"id{len(self.made)}"
-        self.given, self.config, self.steps = run_id, run_config, []
+        self.given, self.config = run_id, run_config
+        self.steps: list[int] = []
         self.made.append(self)
 
     def log(self, step: int, values: Any) -> None:

@@ -155,10 +155,11 @@ def measure() -> Proof:
     notes = (
         f"Trunks of {_STEPS} steps. A fork begins from a checkpoint of the run named, with only `run_dir` and `fork` "
         "changed. Compared with the trunk: every row of `metrics.jsonl` from the fork's first step on (losses, "
-        "gradient norms, learning rates, held-out figures, key hashes; not the clocks), and every byte of the last "
-        "checkpoint's shards (weights, optimizer state, averages). The lineage is that of the last checkpoint's manifest. "
-        "Histograms of the weights are on in all runs and count every weight once on any number of processes. Cool-downs "
-        "(`configs/debug/denoiser_cooldown.yaml`): the logged rates against peak x (n - i) / n at the i-th of n steps."
+        "gradient norms, learning rates, held-out figures, key hashes; not the clocks), and every byte of the "
+        "last checkpoint's shards (weights, optimizer state, averages). The lineage is that of the last manifest. "
+        "Histograms of the weights are on in all runs and count every weight once on any number of processes. "
+        "Cool-downs (`configs/debug/denoiser_cooldown.yaml`): the logged rates against "
+        "peak x (n - i) / n at the i-th of n steps."
     )
     columns = ["run", "fork of", "after step", "rows", "rows that differ", "shards that differ", "lineage"]
     return Proof("A fork, and a fork of a fork, equal their trunk", columns, rows, misses, notes)
