@@ -96,6 +96,7 @@ def test_a_fork_and_its_fork_equal_the_trunk_bit_for_bit(shards: Path, trunk: Pa
 def test_a_fork_may_change_data_rate_and_averages(
     shards: Path, trunk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     child = tmp_path / "child"
     changes = ["data.global_batch=8", "optim.lr=2e-4", "ema.decays=[0.95,0.5]", "steps=6"]
     assert run(shards, child, f"fork={trunk}@4", *changes) == 0
