@@ -6,7 +6,7 @@ four attributes (``SelfAttention.attend``, ``Dit.shard_tokens``, ``Dit.gather_to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltd.config import ConfigError
+from ltd.denoisers.alignment import TokenProjector
 from ltd.denoisers.blocks import BlockModulation, DitBlock, FinalLayer, TableModulation
 from ltd.denoisers.conditioning import Conditioning
 from ltd.nn import seams
@@ -169,6 +170,8 @@ class Dit(nn.Module):
             for _ in range(config.depth)
         )
         self.final = FinalLayer(d, config.patch_dim)
+        #: What only training needs: a projection of one block's tokens; never exported.
+        self.alignment: TokenProjector | None = None
         self.initialise()
 
     @torch.no_grad()
@@ -204,7 +207,11 @@ class Dit(nn.Module):
         return {"decay": [n for n in names if n in decay], "no_decay": [n for n in names if n not in decay]}
 
     def forward(
-        self, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning | None = None
+        self,
+        x_t: Tensor | Sequence[Tensor],
+        t: Tensor,
+        cond: Conditioning | None = None,
+        tap: Callable[[Tensor], None] | None = None,
     ) -> Tensor | list[Tensor]:
         """Predict the velocity ``eps - x0``.
 
@@ -213,22 +220,27 @@ class Dit(nn.Module):
                 run as one sequence without padding and do not see each other.
             t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise.
             cond: Text and labels; None, or a missing field, is the null condition.
+            tap: Is given the projected tokens of ``alignment``, ``(b, n, features)``, all of them on every process;
+                ``(1, n, features)`` of samples, one behind the other. What is returned does not depend on it.
 
         Returns:
             The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
 
         Raises:
-            ValueError: If the latents do not fit the patch or the channels, or the conditions do not fit the model.
+            ValueError: If the latents do not fit the patch or the channels, or the conditions do not fit the model,
+                or a tap is given to a model without ``alignment``.
         """
         cond = cond or Conditioning()
         self._check(x_t, cond)
+        if tap is not None and self.alignment is None:
+            raise ValueError("tap: the model projects no tokens; needed its alignment")
         dtype, patch = self.patch_embedding.weight.dtype, self.config.patch
         if isinstance(x_t, Tensor):
             grid = token_grid(VideoShape(*x_t.shape[2:]), patch)
-            out = self._tokens(patchify(x_t.to(dtype), patch), grid_positions(grid, x_t.device), t, cond)
+            out = self._tokens(patchify(x_t.to(dtype), patch), grid_positions(grid, x_t.device), t, cond, tap=tap)
             return self._velocity(unpatchify(out, grid, patch), x_t, t)
         patches, positions, lengths = pack_latents([x.to(dtype) for x in x_t], patch)
-        out = self._tokens(patches, positions, t, cond, lengths)
+        out = self._tokens(patches, positions, t, cond, lengths, tap=tap)
         predictions = unpack_latents(out, [(x.shape[1], x.shape[2], x.shape[3]) for x in x_t], patch)
         samples = zip(predictions, x_t, t.split(1), strict=True)
         return [self._velocity(p.unsqueeze(0), x.unsqueeze(0), time).squeeze(0) for p, x, time in samples]
@@ -240,6 +252,8 @@ class Dit(nn.Module):
         t: Tensor,
         cond: Conditioning,
         lengths: tuple[int, ...] | None = None,
+        *,
+        tap: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Map patches ``(b, n, patch_dim)`` to what the last layer predicts of them; ``lengths``: of one pack."""
         patches = self.shard_tokens(patches)  # b n patch_dim
@@ -252,8 +266,10 @@ class Dit(nn.Module):
         x = self.patch_embedding(patches)  # b n d
         if self.config.position_embedding == "sincos":
             x = x + position_sinusoid(positions, self.config.width).to(patches.dtype)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             x = block(x, shared, *tables, *text, packing)
+            if tap is not None and self.alignment is not None and number == self.alignment.block:
+                tap(self.gather_tokens(self.alignment(x)))
         return self.gather_tokens(self.final(x, condition, packing.lengths if packing else None))  # b n patch_dim
 
     def _packing(self, lengths: tuple[int, ...], text_lengths: tuple[int, ...] | None) -> Packing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
+from ltd.training.denoiser_alignment import DenoiserAlignmentRun, build_aligner
 from ltd.training.loop import train
 from ltd.training.run import RunConfig, check_views, heldout_batches
 from ltd.training.session import Session, open_layout, start_session
@@ -58,6 +60,8 @@ class DenoiserRun(RunConfig):
     text: TextEncoderConfig = field(default_factory=TransformersTextConfig)
     #: Share of captions replaced by the empty caption, for classifier-free guidance, in [0, 1].
     caption_dropout: float = 0.1
+    #: Tokens are drawn towards a vision network's features (REPA); null leaves them alone.
+    alignment: DenoiserAlignmentRun | None = None
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
     toy_data: ToyDataConfig | None = None
 
@@ -72,6 +76,10 @@ class DenoiserRun(RunConfig):
             )
         if (self.autoencoder is None) == (self.untrained_autoencoder is None):
             raise ConfigError("autoencoder: give a path, or untrained_autoencoder for debug runs, and not both")
+        if self.alignment is not None and self.alignment.block > self.model.depth:
+            raise ConfigError(
+                f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
+            )
         kinds = self.objective.path.kind, self.objective.prediction.kind
         if self.model.prediction == "data" and kinds != ("linear", "velocity"):
             raise ConfigError(
@@ -104,9 +112,14 @@ class DenoiserStage:
     def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Make unit-scale latents and text embeddings of this process's samples."""
         if isinstance(batch, PackedBatch):
-            groups = [self.inputs.prepare(group, DrawRandom(self.run.seed, group.draws)) for group in batch.groups]
-            return pack(groups)
-        return self.inputs.prepare(batch, DrawRandom(self.run.seed, batch.draws))
+            return pack([self._prepare(group) for group in batch.groups])
+        return self._prepare(batch)
+
+    def _prepare(self, batch: Batch) -> dict[str, Tensor]:
+        prepared = self.inputs.prepare(batch, DrawRandom(self.run.seed, batch.draws))
+        if self.inputs.aligner is not None:
+            prepared["features"] = self.inputs.aligner.features(batch)
+        return prepared
 
     def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the flow-matching loss of each sample, some of them with their caption dropped.
@@ -115,12 +128,21 @@ class DenoiserStage:
             tensors: What ``prepare`` made.
 
         Returns:
-            ``loss``, (b,).
+            ``loss``, (b,); with alignment also ``flow``, the loss without it, and ``align``, mean negative cosines.
         """
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
-        losses, weight = self.objective.loss(self.denoiser, unpack(tensors), cond, random)
-        return {"loss": losses * weight}
+        aligner = self.inputs.aligner
+        if aligner is None:
+            losses, weight = self.objective.loss(self.denoiser, unpack(tensors), cond, random)
+            return {"loss": losses * weight}
+        tapped: list[Tensor] = []
+        denoiser = self.objective.denoiser(functools.partial(self.engine, tap=tapped.append))
+        losses, weight = self.objective.loss(denoiser, unpack(tensors), cond, random)
+        term = aligner.loss(tapped.pop(), tensors)
+        flow = losses * weight
+        # 1 + the term, which changes no gradient: guards judge a loss by its ratio to others, so it stays above 0.
+        return {"loss": flow + aligner.config.weight * (1 + term), "flow": flow, "align": term}
 
     def num_tokens(self, tensors: dict[str, Tensor]) -> int:
         """Count the denoiser's tokens in the micro-batch."""
@@ -177,6 +199,8 @@ class LatentInputs:
         heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
         shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
         caches = [self._checked_cache(run, path, layout) for path in shards]
+        trained = caches[: len(run.data.sets)]
+        self.aligner = build_aligner(run.alignment, trained, autoencoder.compression, run.model.patch, layout.device)
         all_cached = None not in caches
         self.autoencoder: autoencoders.Autoencoder | None = None if all_cached else autoencoder
         if not all_cached:
@@ -259,10 +283,13 @@ def pack(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         groups: What ``LatentInputs.prepare`` made, per size.
 
     Returns:
-        The same names; ``latents`` is flat and ``shapes`` (b, 4) holds the (c, t, h, w) of each sample.
+        The same names; ``latents`` is flat and ``shapes`` (b, 4) holds the (c, t, h, w) of each sample; ``features``,
+        where there are some, has a row per token, sample after sample.
     """
     longest = max(group["text"].shape[1] for group in groups)
     packed = {name: torch.cat([group[name] for group in groups]) for name in ("weight", "draws")}
+    if "features" in groups[0]:
+        packed["features"] = torch.cat([group["features"].flatten(0, 1) for group in groups])
     for name in ("text", "text_mask"):
         parts = [group[name] for group in groups]
         packed[name] = torch.cat(
@@ -305,7 +332,10 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
         inputs.append(LatentInputs(config, layout))
         _check_lineage(lineage, inputs[0].lineage())
 
-    session = start_session(found, layout, beat, lambda fresh: _build(config, layout, fresh=fresh), accept=accept)
+    def build(fresh: bool) -> Dit:
+        return _build(config, layout, inputs[0], fresh=fresh)
+
+    session = start_session(found, layout, beat, build, accept=accept)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
     return session, stage
@@ -352,10 +382,12 @@ def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
             )
 
 
-def _build(config: DenoiserRun, layout: Layout, *, fresh: bool) -> Dit:
+def _build(config: DenoiserRun, layout: Layout, inputs: LatentInputs, *, fresh: bool) -> Dit:
     # Values that a checkpoint brings are neither drawn nor allocated twice.
     with torch.device("cpu" if fresh else "meta"):
         model = build_denoiser(config.model)
+        if inputs.aligner is not None:  # drawn last: the model's own values are those without it
+            model.alignment = inputs.aligner.projector(config.model.width)
     if not fresh:  # at stage 3 the engine brings parameters to the device one by one
         model.to_empty(device="cpu" if config.parallel.zero == 3 else layout.device)
     checkpoint_blocks(model, config.parallel)
