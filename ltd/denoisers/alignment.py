@@ -85,7 +85,9 @@ def alignment_loss(projected: Tensor, target: Tensor, lengths: Sequence[int] | N
         ValueError: If the shapes differ, or the lengths are not of the tokens.
     """
     if projected.shape != target.shape:
-        raise ValueError(f"features: got shape {tuple(target.shape)}, the projected tokens have {tuple(projected.shape)}")
+        raise ValueError(
+            f"features: got shape {tuple(target.shape)}, the projected tokens have {tuple(projected.shape)}"
+        )
     # Clamped: rounding must not take a cosine beyond 1.
     cosine = F.cosine_similarity(projected.float(), target.detach().float(), dim=-1).clamp(-1, 1)  # b n
     if lengths is None:

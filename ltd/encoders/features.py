@@ -6,6 +6,7 @@ Every feature carries its ``name`` and ``preprocessing``, so that each number ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -44,9 +45,12 @@ class _Source:
     file: str
     requirement: str
 
-    def read(self, field: str = "features") -> dict[str, Tensor]:
+    def path(self, field: str = "features") -> Path:
         folder = package_directory(self.package, field=field, pip_name=self.requirement, extra="eval")
-        return read_weights(folder / self.file, field=field)
+        return folder / self.file
+
+    def read(self, field: str = "features") -> dict[str, Tensor]:
+        return read_weights(self.path(field), field=field)
 
 
 EFFICIENTNET_LITE0 = _Source(

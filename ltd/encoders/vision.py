@@ -1,5 +1,7 @@
-"""Vision networks whose feature maps latents and tokens may be aligned with: a transformers folder such as DINOv2's, or
-the small convolutional network that a package ships. Frozen."""
+"""Vision networks whose feature maps latents and tokens may be aligned with. Frozen.
+
+A transformers folder such as DINOv2's, or the small convolutional network that a package ships.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from ltd.config import ConfigError
 from ltd.encoders.efficientnet import EfficientNetLite0
-from ltd.encoders.features import load_efficientnet
+from ltd.encoders.features import EFFICIENTNET_LITE0, load_efficientnet
+from ltd.encoders.package_files import hash_files
 from ltd.encoders.text import resolve_folder
 
 #: Mean and deviation of ImageNet's channels, which these networks were trained with.
@@ -143,6 +146,26 @@ def build_teacher(config: TeacherConfig) -> VisionTeacher | EfficientNetTeacher:
             return VisionTeacher(config)
         case EfficientNetTeacherConfig():
             return EfficientNetTeacher(config)
+
+
+def teacher_hash(config: TeacherConfig) -> str:
+    """Hash what a network's feature maps depend on, without loading it.
+
+    Args:
+        config: Which network.
+
+    Returns:
+        SHA-256 in hex, of its files and the size that it sees.
+
+    Raises:
+        ConfigError: If the folder or package is not there.
+    """
+    match config:
+        case VisionTeacherConfig():
+            folder, _ = resolve_folder(config.path)
+            return hash_files([folder / "config.json", *folder.glob("*.safetensors")], config.kind, config.size)
+        case EfficientNetTeacherConfig():
+            return hash_files([EFFICIENTNET_LITE0.path("kind")], config.kind, config.size)
 
 
 def _load(config: VisionTeacherConfig) -> tuple[nn.Module, int, int]:

@@ -200,7 +200,14 @@ class LatentInputs:
         shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
         caches = [self._checked_cache(run, path, layout) for path in shards]
         trained = caches[: len(run.data.sets)]
-        self.aligner = build_aligner(run.alignment, trained, autoencoder.compression, run.model.patch, layout.device)
+        self.aligner = build_aligner(
+            run.alignment,
+            trained,
+            autoencoder.compression,
+            run.model.patch,
+            layout.device,
+            read_features=run.data.read_features,
+        )
         all_cached = None not in caches
         self.autoencoder: autoencoders.Autoencoder | None = None if all_cached else autoencoder
         if not all_cached:

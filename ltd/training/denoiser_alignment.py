@@ -1,4 +1,4 @@
-"""Alignment of a denoiser with a frozen vision network in training (REPA): features of clean pixels, on the token grid."""
+"""Alignment of a denoiser with a frozen vision network in training (REPA): features of clean pixels, token by token."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from ltd.autoencoders.alignment import Teacher, features_per_latent, teacher_features
 from ltd.config import ConfigError
 from ltd.data import Batch
-from ltd.data.latents import LatentCache
+from ltd.data.latents import LatentCache, check_cache
 from ltd.denoisers.alignment import DenoiserAlignmentConfig, TokenProjector, alignment_loss
 from ltd.encoders.vision import TeacherConfig, build_teacher
+from ltd.inference.cache import features_identity
 from ltd.inference.media import pixels_to_video
 from ltd.shapes import Compression
 
@@ -27,7 +28,7 @@ class DenoiserAlignmentRun(DenoiserAlignmentConfig):
     Reference: Yu et al. (2024), arXiv 2410.06940 (REPA).
     """
 
-    #: The network, which sees the clean pixels of every training sample.
+    #: The network, which sees the clean pixels of every training sample, or saw them when a latent cache was made.
     teacher: TeacherConfig
 
 
@@ -36,7 +37,7 @@ class Aligner:
 
     Args:
         config: Block, weight and frames.
-        teacher: The network, frozen and on its device.
+        teacher: The network, frozen and on its device; None where batches bring its features.
         num_features: Channels of its maps.
         compression: Of the autoencoder.
         patch: Latent cells per token of the denoiser, along (t, h, w).
@@ -45,7 +46,7 @@ class Aligner:
     def __init__(
         self,
         config: DenoiserAlignmentConfig,
-        teacher: Teacher,
+        teacher: Teacher | None,
         num_features: int,
         compression: Compression,
         patch: tuple[int, int, int],
@@ -59,16 +60,20 @@ class Aligner:
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
-        """Ask the network about the clean pixels.
+        """Ask the network about the clean pixels, or take what a cache has of it.
 
         Args:
-            batch: Media, on the network's device.
+            batch: Media or cached latents with features, on the network's device.
 
         Returns:
             ``(b, n, d)`` fp32, without gradient; in the order of the denoiser's tokens.
 
         """
-        assert batch.pixels is not None  # ``build_aligner`` refused caches
+        if self.teacher is None:
+            assert batch.mean is not None and batch.features is not None  # ``build_aligner`` asked for them
+            _, _, t, h, w = batch.mean.shape
+            return features_per_token(batch.features.float(), (t, h, w), self.patch)
+        assert batch.pixels is not None
         video = pixels_to_video(batch.pixels)
         latent_frames = self.compression.latent_frames(video.shape[2])
         size = latent_frames, video.shape[3] // self.compression.h, video.shape[4] // self.compression.w
@@ -100,6 +105,8 @@ def build_aligner(
     compression: Compression,
     patch: tuple[int, int, int],
     device: torch.device | str,
+    *,
+    read_features: bool,
 ) -> Aligner | None:
     """Load the network that tokens are aligned with.
 
@@ -109,26 +116,46 @@ def build_aligner(
         compression: Of the autoencoder.
         patch: Latent cells per token of the denoiser, along (t, h, w).
         device: Where the network runs.
+        read_features: Whether batches of caches bring features: ``data.read_features``.
 
     Returns:
-        The aligner; None without a section, or at weight 0.
+        The aligner; None without a section, or at weight 0. On caches it has no network: they hold its features.
 
     Raises:
-        ConfigError: If a data set is a latent cache, or the network does not load.
+        ConfigError: If a cache has no features, or those of another network, or the network does not load.
     """
     if config is None or not config.weight:
         return None
-    for cache in caches:
-        if cache is not None:
-            raise ConfigError(
-                f"alignment: got the latent cache {cache.directory} as data, which has no pixels for the teacher to "
-                "look at; train on media shards, or set alignment to null"
-            )
+    cached = [cache for cache in caches if cache is not None]
+    if cached:
+        num_features = _cached_features(config, cached)
+        if not read_features:
+            raise ConfigError("data.read_features: got false, but alignment on a latent cache needs it; set it to true")
+        return Aligner(config, None, num_features, compression, patch)
     try:
         teacher = build_teacher(config.teacher).to(device)
     except ConfigError as error:
         raise ConfigError(f"alignment.teacher.{error}") from None
     return Aligner(config, teacher, teacher.dim, compression, patch)
+
+
+def _cached_features(config: DenoiserAlignmentRun, caches: Sequence[LatentCache]) -> int:
+    """Refuse caches whose features are not those of the section; give the channels of a feature."""
+    try:
+        wanted = features_identity(config.teacher, config.frames)
+    except ConfigError as error:
+        raise ConfigError(f"alignment.teacher.{error}") from None
+    channels = 0
+    for cache in caches:
+        if cache.num_features is None:
+            raise ConfigError(
+                f"alignment: got the latent cache {cache.directory} as data, which has no pixels for the teacher to "
+                "look at and none of its features; make it again in another directory with the same teacher "
+                "(tools/cache_latents.py), train on media shards, or set alignment to null"
+            )
+        check_cache(cache.manifest, features=wanted)
+        channels = cache.num_features
+    return channels
 
 
 def features_per_token(features: Tensor, size: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Alignment of tokens with features: closed forms, which blocks learn from it, packs, and what never leaves training."""
+"""Alignment of tokens with features: closed forms, which blocks learn from it, packs, what never leaves training."""
 
 from __future__ import annotations
 
