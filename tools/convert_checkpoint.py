@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ltd import autoencoders, denoisers, storage
-from ltd.autoencoders.files import TRAINING_ONLY, newest_export
+from ltd.autoencoders.files import newest_export
 from ltd.command import command_line
 from ltd.config import ConfigError, from_dict
 from ltd.inference.generate import check_autoencoder, read_run_parts
@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 #: Bytes of tensors held at a time.
 _BATCH_BYTES = 64 * 2**20
+#: How the names of tensors begin that only training needs, by kind of run.
+_TRAINING_ONLY = {"autoencoder": autoencoders.files.TRAINING_ONLY, "denoiser": denoisers.files.TRAINING_ONLY}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -283,7 +285,7 @@ class _Tensors:
             name: part
             for part in (group, "buffer")
             for name in _names(reader, part)
-            if not (kind == "autoencoder" and name.startswith(TRAINING_ONLY))
+            if not name.startswith(_TRAINING_ONLY[kind])
         }
         self.shapes: Shapes = {
             name: (reader.dtype(part, name), reader.shape(part, name)) for name, part in self._groups.items()

@@ -150,7 +150,7 @@ def heldout_batches(run: RunConfig, layout: Layout) -> Iterator[Batch]:
         Batches on the CPU.
     """
     return evaluation_batches(
-        dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=()),
+        dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=(), read_features=False),
         batch_size=run.evaluation.batch_size,
         global_rank=layout.global_rank,
         world_size=layout.world_size,
