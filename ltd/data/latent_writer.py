@@ -232,17 +232,7 @@ class LatentCacheWriter:
                 missing, not wanted, or of another number of frames. Values beyond the stored precision give a
                 ``ConfigError``.
         """
-        if mean.shape != logvar.shape or mean.ndim != 4 or mean.shape[0] != self.identity.latent_channels:
-            raise ValueError(
-                f"latents of {window.key}: got mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)}, "
-                f"needed ({self.identity.latent_channels}, t, h, w) twice"
-            )
-        if (features is None) != (self.identity.features is None) or (
-            features is not None and (features.ndim != 4 or features.shape[1] != mean.shape[1])
-        ):
-            got = None if features is None else tuple(features.shape)
-            wanted = None if self.identity.features is None else f"(d, {mean.shape[1]}, h, w)"
-            raise ValueError(f"features of {window.key}: got {got}, needed {wanted}")
+        self._check(window, mean, logvar, features)
         values = torch.stack([mean, logvar])
         if not torch.isfinite(values).all():
             self.skip(window, cause="not_finite", message="the autoencoder gave NaN or infinity")
@@ -273,6 +263,19 @@ class LatentCacheWriter:
         record["row"] = self._rows(record).append(data)
         self._record(record)
         return True
+
+    def _check(self, window: Window, mean: Tensor, logvar: Tensor, features: Tensor | None) -> None:
+        if mean.shape != logvar.shape or mean.ndim != 4 or mean.shape[0] != self.identity.latent_channels:
+            raise ValueError(
+                f"latents of {window.key}: got mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)}, "
+                f"needed ({self.identity.latent_channels}, t, h, w) twice"
+            )
+        if (features is None) != (self.identity.features is None) or (
+            features is not None and (features.ndim != 4 or features.shape[1] != mean.shape[1])
+        ):
+            got = None if features is None else tuple(features.shape)
+            wanted = None if self.identity.features is None else f"(d, {mean.shape[1]}, h, w)"
+            raise ValueError(f"features of {window.key}: got {got}, needed {wanted}")
 
     def skip(self, window: Window, *, cause: str, message: str) -> None:
         """Record a window that cannot be cached.
