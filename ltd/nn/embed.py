@@ -191,7 +191,13 @@ class ImageEmbedding(nn.Module):
         self.out_norm = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Project ``(b, n, image_dim)`` of any dtype to ``(b, n, dim)`` in the parameters' dtype.
+        """Project the tokens.
+
+        Args:
+            image: ``(b, n, image_dim)``, any float dtype.
+
+        Returns:
+            ``(b, n, dim)`` in the parameters' dtype.
 
         Raises:
             ValueError: If the tokens are not as many as the positions.

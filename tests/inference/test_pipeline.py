@@ -27,7 +27,8 @@ from ltd.inference.generate import Generator, Request, batches, load_generator
 from ltd.inference.media import pixels_to_video, tile, video_to_pixels
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape
-from ltd.training.denoiser import DenoiserRun, LatentInputs
+from ltd.training.denoiser import DenoiserRun
+from ltd.training.latent_inputs import LatentInputs
 from tools import cache_latents
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,8 @@ from ltd import storage
 from ltd.data import Batch, MicroBatch
 from ltd.parallel.compilation import Compiled
 from ltd.rng import DrawRandom
-from ltd.training.denoiser import DenoiserStage, LatentInputs
+from ltd.training.denoiser import DenoiserStage
+from ltd.training.latent_inputs import LatentInputs
 from ltd.training.trace import Trace
 from ltd.training.trace_compare import Comparison, compare
 from tools import replay

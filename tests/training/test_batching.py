@@ -14,7 +14,7 @@ from ltd.config import ConfigError
 from ltd.data import BucketsConfig, DataConfig, PackedConfig
 from ltd.shapes import Compression
 from ltd.training.data_wait import DataWait
-from ltd.training.denoiser import pack, unpack
+from ltd.training.latent_inputs import pack, unpack
 from ltd.training.run import check_views
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,7 +23,8 @@ from ltd.diffusion import GuidanceConfig, SamplerConfig
 from ltd.encoders.text import build_text_encoder
 from ltd.inference.generate import Generator, Request
 from ltd.shapes import VideoShape
-from ltd.training.denoiser import DenoiserRun, _autoencoder
+from ltd.training.denoiser import DenoiserRun
+from ltd.training.latent_inputs import open_autoencoder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "debug" / "denoiser.yaml"
@@ -92,7 +93,7 @@ def test_samples_are_those_of_the_averaged_weights(runs: dict[str, Path]) -> Non
     requests = [Request(prompt=p, repetition=0, shape=VideoShape(1, 32, 32), fps=24.0) for p in PROMPTS[:2]]
     frames = {}
     for weights in ("ema_0.5", "raw"):
-        generator = Generator(load(runs["sampled"], weights=weights), _autoencoder(run), text, sampler=sampler)
+        generator = Generator(load(runs["sampled"], weights=weights), open_autoencoder(run), text, sampler=sampler)
         frames[weights] = generator.generate(requests, seed=0).numpy()
     folder = runs["sampled"] / "samples" / "step-00000004"
     for row in range(2):

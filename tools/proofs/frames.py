@@ -207,7 +207,12 @@ def _line(found: Tensor) -> Tensor:
 
 
 def picture(clip: Tensor, mask: Tensor | None = None, scale: int = 8) -> np.ndarray:
-    """Draw the frames of ``(1, 1, t, h, w)`` side by side; given cells are tinted.
+    """Draw the frames of a clip side by side.
+
+    Args:
+        clip: ``(1, 1, t, h, w)``.
+        mask: Bool, like the clip; given cells are tinted.
+        scale: Pixels per cell.
 
     Returns:
         uint8 ``(scale * h, scale * (t * (w + 1)), 3)``.

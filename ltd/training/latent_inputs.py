@@ -1,0 +1,195 @@
+"""What a denoiser trains on: batches of media or of cached latents -> unit-scale latents, text, features."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ltd import autoencoders
+from ltd.autoencoders import LatentNorm
+from ltd.config import ConfigError
+from ltd.data import Batch
+from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
+from ltd.denoisers import TIME_CONVENTION, Conditioning
+from ltd.encoders.text import TextEncoder, build_text_encoder, text_encoder_hash
+from ltd.inference.media import pixels_to_video
+from ltd.parallel.layout import Layout
+from ltd.rng import DrawRandom
+from ltd.training.denoiser_alignment import build_aligner
+from ltd.training.run import check_views
+
+if TYPE_CHECKING:
+    from ltd.training.denoiser import DenoiserRun
+
+logger = logging.getLogger(__name__)
+
+
+class LatentInputs:
+    """Turn batches of media or of cached latents into what a denoiser trains on.
+
+    Args:
+        run: The run.
+        layout: This process's device.
+
+    Raises:
+        ConfigError: If the cache is of another autoencoder or text encoder, or the model does not fit them.
+    """
+
+    def __init__(self, run: DenoiserRun, layout: Layout) -> None:
+        self.device = layout.device
+        autoencoder = open_autoencoder(run).to(layout.device)
+        check_views(run.data, autoencoder.compression, run.model.patch)
+        self.norm: LatentNorm = autoencoder.latent_norm
+        self.compression = autoencoder.compression
+        self.hash = autoencoders.weights_hash(autoencoder)
+        self.encoder: TextEncoder | None = None
+        heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
+        shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
+        caches = [self._checked_cache(run, path, layout) for path in shards]
+        trained = caches[: len(run.data.sets)]
+        self.aligner = build_aligner(
+            run.alignment,
+            trained,
+            autoencoder.compression,
+            run.model.patch,
+            layout.device,
+            read_features=run.data.read_features,
+        )
+        all_cached = None not in caches
+        self.autoencoder: autoencoders.Autoencoder | None = None if all_cached else autoencoder
+        if not all_cached:
+            self.encoder = build_text_encoder(run.text, device=layout.device)
+        if caches[0] is not None:
+            text, mask = _null_text(caches[0])
+        else:
+            assert self.encoder is not None
+            text, mask = self.encoder.encode([""])
+        self.null = Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
+        _check_model(run, autoencoder, text.shape[-1])
+
+    def _checked_cache(self, run: DenoiserRun, shards: str | tuple[str, ...], layout: Layout) -> LatentCache | None:
+        """Open a latent cache and refuse one of another autoencoder, text encoder or data; None for media."""
+        paths = (shards,) if isinstance(shards, str) else shards
+        if len(paths) != 1 or not is_cache(paths[0]):
+            return None
+        cache = LatentCache(paths[0])
+        check_cache(cache.manifest, autoencoder_hash=self.hash, text_encoder_hash=text_encoder_hash(run.text))
+        problem = None
+        if layout.is_main:  # reads the tars' indexes: once is enough
+            try:
+                check_source(cache.manifest)
+            except ConfigError as error:
+                problem = str(error)
+        problem = layout.broadcast_object(problem)
+        if problem is not None:
+            raise ConfigError(problem)
+        return cache
+
+    def lineage(self) -> dict[str, Any]:
+        """Say what the denoiser's latents depend on: a checkpoint keeps it, and sampling checks it."""
+        return {
+            "time": TIME_CONVENTION,
+            "autoencoder_hash": self.hash,
+            "latent_norm": self.norm.to_plain(),
+        }
+
+    def prepare(self, batch: Batch, random: DrawRandom) -> dict[str, Tensor]:
+        """Make unit-scale latents and text embeddings.
+
+        Args:
+            batch: Media or cached latents, on the device.
+            random: Random numbers of the batch; stream ``"posterior"``.
+
+        Returns:
+            ``latents`` (b, c, t, h, w) drawn from the posterior, ``text`` (b, n, d), ``text_mask`` (b, n),
+            ``weight`` (b,) and ``draws`` (b,).
+        """
+        if batch.pixels is not None:
+            assert self.autoencoder is not None
+            with torch.no_grad():
+                posterior = self.autoencoder.encode(pixels_to_video(batch.pixels))
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        else:
+            assert batch.mean is not None and batch.logvar is not None
+            mean, logvar = batch.mean.float(), batch.logvar.float()
+        noise = random.normal(mean.shape[1:], "posterior").to(mean.device)
+        latents = self.norm.normalize(mean + torch.exp(0.5 * logvar) * noise)
+        text, mask = self._text(batch)
+        draws = torch.tensor(batch.draws, device=self.device)
+        return {"latents": latents, "text": text, "text_mask": mask, "weight": batch.weight, "draws": draws}
+
+    def conditioning(self, tensors: dict[str, Tensor]) -> Conditioning:
+        """Collect what the denoiser is told."""
+        return Conditioning(text=tensors["text"], text_mask=tensors["text_mask"])
+
+    def _text(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.text is not None and batch.text_mask is not None:
+            return batch.text.float(), batch.text_mask
+        assert self.encoder is not None
+        text, mask = self.encoder.encode(list(batch.captions))
+        return text.to(self.device), mask.to(self.device)
+
+
+def pack(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put samples of several sizes into plain tensors, which a sequence group can exchange.
+
+    Args:
+        groups: What ``LatentInputs.prepare`` made, per size.
+
+    Returns:
+        The same names; ``latents`` is flat and ``shapes`` (b, 4) holds the (c, t, h, w) of each sample; ``features``,
+        where there are some, has a row per token, sample after sample.
+    """
+    longest = max(group["text"].shape[1] for group in groups)
+    packed = {name: torch.cat([group[name] for group in groups]) for name in ("weight", "draws")}
+    if "features" in groups[0]:
+        packed["features"] = torch.cat([group["features"].flatten(0, 1) for group in groups])
+    for name in ("text", "text_mask"):
+        parts = [group[name] for group in groups]
+        packed[name] = torch.cat(
+            [torch.cat([p, p.new_zeros(len(p), longest - p.shape[1], *p.shape[2:])], dim=1) for p in parts]
+        )
+    packed["latents"] = torch.cat([group["latents"].flatten() for group in groups])
+    shapes = [shape for group in groups for shape in [list(group["latents"].shape[1:])] * len(group["latents"])]
+    packed["shapes"] = torch.tensor(shapes)  # on the CPU: reading it there waits for no device
+    return packed
+
+
+def unpack(tensors: dict[str, Tensor]) -> Tensor | list[Tensor]:
+    """Take the latents back out: the inverse of ``pack``; latents of one size stay one tensor."""
+    if "shapes" not in tensors:
+        return tensors["latents"]
+    shapes = tensors["shapes"].tolist()
+    pieces = tensors["latents"].split([math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def open_autoencoder(run: DenoiserRun) -> autoencoders.Autoencoder:
+    """Load the autoencoder of a run's latents, or make the untrained one of a debug run."""
+    if run.autoencoder is not None:
+        return autoencoders.load(run.autoencoder)
+    assert run.untrained_autoencoder is not None
+    logger.warning("untrained_autoencoder: its weights are random; good for a first look at the code only")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return autoencoders.build_autoencoder(run.untrained_autoencoder).eval().requires_grad_(False)
+
+
+def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:
+    text, mask = cache.text("")
+    if text is None or mask is None:
+        raise ConfigError(f"data.shards: the latent cache {cache.directory} has no text; make it with a text encoder")
+    return text[None], mask[None]
+
+
+def _check_model(run: DenoiserRun, autoencoder: autoencoders.Autoencoder, text_dim: int) -> None:
+    model, channels = run.model, autoencoder.latent_channels
+    if model.latent_channels != channels:
+        raise ConfigError(f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {channels}")
+    if model.text_dim != text_dim:
+        raise ConfigError(f"model.text_dim: got {model.text_dim}, the text encoder makes {text_dim}")
