@@ -5,6 +5,7 @@ from ltd.denoisers.config import DitConfig, ExpertsConfig, HeadConfig
 from ltd.denoisers.dit import Dit
 from ltd.denoisers.dropping import draw_kept
 from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, count_parameters, describe, load, save
+from ltd.denoisers.flops import DitFlops, DitInputs, count_flops
 from ltd.denoisers.parametrized import Parametrized
 
 __all__ = [
@@ -13,11 +14,14 @@ __all__ = [
     "Conditioning",
     "Dit",
     "DitConfig",
+    "DitFlops",
+    "DitInputs",
     "ExpertsConfig",
     "Frames",
     "HeadConfig",
     "Parametrized",
     "build_denoiser",
+    "count_flops",
     "count_parameters",
     "describe",
     "draw_kept",
