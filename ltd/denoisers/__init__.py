@@ -7,6 +7,8 @@ from ltd.denoisers.dropping import draw_kept
 from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, count_parameters, describe, load, save
 from ltd.denoisers.flops import DitFlops, DitInputs, count_flops
 from ltd.denoisers.parametrized import Parametrized
+from ltd.denoisers.surgery import SurgeryConfig, SurgeryReport, transplant
+from ltd.denoisers.weights import Weights, open_weights
 
 __all__ = [
     "NULL_LABEL",
@@ -20,12 +22,17 @@ __all__ = [
     "Frames",
     "HeadConfig",
     "Parametrized",
+    "SurgeryConfig",
+    "SurgeryReport",
+    "Weights",
     "build_denoiser",
     "count_flops",
     "count_parameters",
     "describe",
     "draw_kept",
     "load",
+    "open_weights",
     "save",
     "stack",
+    "transplant",
 ]

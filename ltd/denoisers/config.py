@@ -121,6 +121,9 @@ class DitConfig:
     """Channels of a head rotated by (t, h, w), three even numbers; null = a third each."""
     rope_theta: float = 10_000.0
     """Base of the rotation frequencies, above 1; smaller for short grids."""
+    position_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """What (t, h, w) positions are multiplied by before rotations and sinusoids, above 0; 0.5 brings a range twice as
+    long as that of training back into it."""
     position_embedding: Literal["none", "sincos", "sincos_2d"] = "sincos"
     """Whether sinusoids of a token's position join its patch: rotations alone tell only differences of positions.
     sincos_2d is DiT's layout: (sin, cos) of the column, then of the row; it is blind to time."""
@@ -188,6 +191,8 @@ class DitConfig:
                 f"mlp_ratio, rope_theta, time_scale: got {self.mlp_ratio}, {self.rope_theta}, {self.time_scale}, "
                 "needed above 0, above 1, above 0"
             )
+        if min(self.position_scale) <= 0:
+            raise ConfigError(f"position_scale: got {self.position_scale}, needed three numbers above 0")
         if self.time_features % 2 or self.time_feature_shift not in (0, 1):
             raise ConfigError(
                 f"time_features, time_feature_shift: got {self.time_features}, {self.time_feature_shift}, "

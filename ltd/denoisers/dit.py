@@ -210,6 +210,8 @@ class Dit(nn.Module):
 
     def _patches(self, x: Tensor, positions: Tensor, grids: Sequence[tuple[int, int, int]], **given: Any) -> Tokens:
         base = self.config.position_base
+        if self.config.position_scale != (1.0, 1.0, 1.0):
+            positions = positions * positions.new_tensor(self.config.position_scale)
         places = None if base is None else scaled_positions(grids, base, positions)
         return Tokens(x, positions, places, **given)
 

@@ -33,8 +33,11 @@ from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
+from ltd.shapes import VideoShape, num_tokens
+from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.loop import train
 from ltd.training.run import RunConfig, check_views, heldout_batches
+from ltd.training.samples import RememberedText, SamplesConfig, Sampling, read_requests
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
@@ -50,6 +53,8 @@ class DenoiserRun(RunConfig):
 
     kind: Literal["denoiser"] = "denoiser"
     model: DitConfig
+    #: Weights of another denoiser that a new run starts from, shaped to ``model``; a run that goes on ignores it.
+    init_from: InitFromConfig | None = None
     objective: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     #: Run directory or exported folder of the autoencoder that the latents are of.
     autoencoder: str | None = None
@@ -61,6 +66,8 @@ class DenoiserRun(RunConfig):
     caption_dropout: float = 0.1
     #: Share of the tokens dropped in training behind the first ``model.mixer_depth`` blocks, in [0, 1); 0 = none.
     token_dropping: float = 0.0
+    #: Samples of fixed prompts while training; null makes none.
+    samples: SamplesConfig | None = None
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
     toy_data: ToyDataConfig | None = None
 
@@ -82,6 +89,11 @@ class DenoiserRun(RunConfig):
         if (self.autoencoder is None) == (self.untrained_autoencoder is None):
             raise ConfigError("autoencoder: give a path, or untrained_autoencoder for debug runs, and not both")
         kinds = self.objective.path.kind, self.objective.prediction.kind
+        if self.samples is not None and kinds[0] != "linear" and self.samples.solver not in ("euler", "heun"):
+            raise ConfigError(
+                f"samples.solver: got {self.samples.solver}, which knows the linear path only; objective.path.kind is "
+                f"{kinds[0]}: needed euler or heun"
+            )
         if self.model.prediction == "data" and kinds != ("linear", "velocity"):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
@@ -186,6 +198,7 @@ class LatentInputs:
         autoencoder = _autoencoder(run).to(layout.device)
         check_views(run.data, autoencoder.compression, run.model.patch)
         self.norm: LatentNorm = autoencoder.latent_norm
+        self.compression = autoencoder.compression
         self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
         heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
@@ -313,16 +326,52 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
         return None
     config = found.run
     _check_objective(found.manifest, config)
+    origin = find_origin(config.init_from, config.model, _parametrization(config), found, layout)
     inputs: list[LatentInputs] = []
 
     def accept(lineage: dict[str, Any]) -> None:
         inputs.append(LatentInputs(config, layout))
         _check_lineage(lineage, inputs[0].lineage())
+        if origin is not None:
+            origin.check_lineage(inputs[0].lineage())
 
-    session = start_session(found, layout, beat, lambda fresh: _build(config, layout, fresh=fresh), accept=accept)
+    def build(fresh: bool) -> Dit:
+        return _build(config, layout, fresh=fresh, origin=origin)
+
+    session = start_session(found, layout, beat, build, accept=accept)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
+    if config.samples is not None and config.samples.every:
+        session.evaluators.append(_sampling(config, config.samples, session, stage.inputs))
+    if origin is not None:
+        session.lineage["init_from"] = origin.record
     return session, stage
+
+
+def _sampling(config: DenoiserRun, samples: SamplesConfig, session: Session, inputs: LatentInputs) -> Sampling:
+    """Prepare sampling while training; the text encoder is let go when the prompts are embedded."""
+    fixed = config.data.batching.kind == "fixed"
+    views = [(VideoShape(v.num_frames, v.height, v.width), v.fps) for v in config.data.views] if fixed else []
+    requests = read_requests(samples, views)
+    if samples.decay not in (None, 0, *config.ema.decays):
+        raise ConfigError(f"samples.decay: got {samples.decay}, needed null, 0 or one of ema.decays")
+    for shape in {request.shape for request in requests}:
+        try:
+            num_tokens(inputs.compression.latent(shape), config.model.patch)
+        except ValueError as error:
+            raise ConfigError(f"samples.shapes: {shape}: {error}") from None
+    encoder = inputs.encoder or build_text_encoder(config.text, device=session.layout.device)
+    text = RememberedText(encoder, [*(request.prompt for request in requests), samples.negative])
+    network: Any = session.engine.module
+    return Sampling(
+        samples,
+        (network, _parametrization(config), session.ema),
+        (requests, text),
+        lambda: inputs.autoencoder or _autoencoder(config).to(session.layout.device),
+        config.objective.shift,
+        session.layout,
+        lambda: session.tracker,
+    )
 
 
 def run(config: DenoiserRun) -> None:
@@ -357,7 +406,7 @@ def _check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
 def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
     """Refuse a checkpoint whose network predicts something else, or on another path."""
     before = read_parametrization(manifest.get("config", {}).get("objective", {}))
-    now = ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)
+    now = _parametrization(run)
     for name in ("path", "prediction") if manifest else ():
         if getattr(before, name) != getattr(now, name):
             raise ConfigError(
@@ -366,12 +415,18 @@ def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
             )
 
 
-def _build(config: DenoiserRun, layout: Layout, *, fresh: bool) -> Dit:
+def _parametrization(run: DenoiserRun) -> ParametrizationConfig:
+    return ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)
+
+
+def _build(config: DenoiserRun, layout: Layout, *, fresh: bool, origin: Origin | None) -> Dit:
     # Values that a checkpoint brings are neither drawn nor allocated twice.
     with torch.device("cpu" if fresh else "meta"):
         model = build_denoiser(config.model)
     if not fresh:  # at stage 3 the engine brings parameters to the device one by one
         model.to_empty(device="cpu" if config.parallel.zero == 3 else layout.device)
+    elif origin is not None:  # before anything wraps the blocks or splits the weights
+        origin.apply(model, config.run_dir, layout)
     checkpoint_blocks(model, config.parallel)
     sequence.shard(model, layout)
     return model

@@ -183,6 +183,11 @@ class _Loop:
         if evaluated:
             session.beat.enter("evaluate", done)
             row |= stage.heldout()
+        for evaluator in session.evaluators:
+            if every(done, evaluator.every) or (evaluator.every and done == session.run.steps):
+                session.beat.enter("evaluate", done)
+                row |= evaluator.run(done)
+                evaluated = True
         if evaluated or result.skipped or every(done, session.run.log_every) or done == session.run.steps:
             session.tracker.log(done, {**row, "data/keys_hash": info.keys_hash})
         self.save_blocked_s = 0.0

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -48,6 +48,19 @@ class Critic:
     optim: OptimConfig
 
 
+class Evaluator(Protocol):
+    """Evaluates a run on a schedule; the loop calls it on all processes."""
+
+    @property
+    def every(self) -> int:
+        """Steps between evaluations, and at the last step; 0 is never."""
+        ...
+
+    def run(self, step: int) -> dict[str, float]:
+        """Evaluate after ``step`` steps; returns metrics, the same on all processes."""
+        ...
+
+
 @dataclass
 class Session:
     """Everything a loop needs besides the stage."""
@@ -72,6 +85,8 @@ class Session:
     #: What the model depends on besides its weights (hashes, statistics), as the checkpoint has it; saved with each.
     lineage: dict[str, Any]
     critic: Critic | None = None
+    #: What is evaluated on schedules of its own, besides the stage's held-out loss.
+    evaluators: list[Evaluator] = field(default_factory=list)
 
     def __enter__(self) -> Session:
         return self

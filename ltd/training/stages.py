@@ -27,6 +27,7 @@ _FIXED = (
     "toy_data",
     "start_from",
     "initialize_from",
+    "init_from",
     "alignment",
     "autoencoder",
     "untrained_autoencoder",

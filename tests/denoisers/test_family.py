@@ -13,6 +13,8 @@ from ltd.config import ConfigError, from_dict, to_dict
 from ltd.denoisers import Conditioning, Dit, DitConfig, ExpertsConfig, Frames, HeadConfig, stack
 from ltd.denoisers.blocks import DualBlock
 from ltd.nn.moe import ExpertChoice
+from ltd.nn.patch import grid_positions, patchify, unpatchify
+from ltd.nn.rope import apply_rope, rope_tables
 from tests.parallel.family_check import FAMILY, SIZE, conditions, inputs, member, packs
 
 F64 = torch.float64
@@ -198,6 +200,59 @@ def test_prepared_conditions_give_the_same_bits(name: str) -> None:
         model(x_t, t, prepared)
         assert calls == []
         assert stack([prepared, cond]).prepared is None  # what was made for one batch is not another's
+        assert prepared.where(torch.tensor([True, False]), cond).prepared is None
+
+
+def test_a_wide_head_is_modulated_token_by_token_by_time_and_what_the_blocks_made() -> None:
+    model = member("wide head")
+    x_t, t, cond = inputs("wide head", False, F64)
+    seen: list[torch.Tensor] = []
+    out = model(x_t, t, cond, tap=lambda index, tokens: seen.append(tokens))
+    head, heads = model.head, 2
+    assert head is not None and model.time_embedding is not None
+    patches = patchify(x_t, model.config.patch)
+    cos, sin = rope_tables(grid_positions((3, 1, 3)), (6, 6, 6), dtype=F64)
+    condition = head.projection(F.silu(seen[-1] + model.time_embedding(t)[:, None]))
+    x = head.patch_embedding(patches)
+
+    def norm(value: torch.Tensor) -> torch.Tensor:
+        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    for block in head.blocks:
+        s1, a1, g1, s2, a2, g2 = block.modulation.linear(condition).chunk(6, -1)
+        layer = block.attention
+        q, k, v = layer.qkv(norm(x) * (1 + a1) + s1).unflatten(-1, (3, heads, 18)).unbind(2)
+        q, k = (apply_rope(norm(y) * part.weight, cos, sin) for y, part in ((q, layer.q_norm), (k, layer.k_norm)))
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 18**0.5
+        x = x + g1 * layer.out(torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v).flatten(2))
+        x = x + g2 * block.mlp(norm(x) * (1 + a2) + s2)
+    shift, scale = model.final.modulation.linear(condition).chunk(2, -1)
+    expected = unpatchify(model.final.linear(norm(x) * (1 + scale) + shift), (3, 1, 3), model.config.patch)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-10 * expected.std().item())
+
+
+def test_a_patch_over_frames_has_the_time_of_its_first_frame() -> None:
+    model = Dit(DitConfig(**{**SIZE, "patch": (2, 1, 2)})).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    x_t, times = torch.randn(1, 3, 4, 2, 4, dtype=F64), torch.tensor([[0.1, 0.9, 0.7, 0.2]], dtype=F64)
+    expected = model(x_t, torch.tensor([[0.1, 0.1, 0.7, 0.7]], dtype=F64))
+    assert torch.equal(model(x_t, times), expected)
+    assert not torch.allclose(model(x_t, times.flip(1)), expected, atol=1e-3)
+
+
+def test_numbers_join_the_time_embedding() -> None:
+    model = member("numbers")
+    x_t, t, cond = inputs("numbers", False, F64)
+    assert cond.scalars is not None and model.scalar_embedding is not None and model.time_embedding is not None
+    inner = model.time_embedding.forward
+    expected = model(x_t, t, cond)
+    fps, height = (layer(cond.scalars[:, i].nan_to_num()) for i, layer in enumerate(model.scalar_embedding.embeddings))
+    height = height * torch.tensor([[0.0], [1.0]])  # the first row's is unknown
+    model.time_embedding.forward = lambda times: inner(times) + fps + height  # type: ignore[method-assign]
+    without = dataclasses.replace(cond, scalars=None)
+    assert torch.allclose(model(x_t, t, without), expected, rtol=0, atol=1e-9)
 
 
 def test_unknown_numbers_add_nothing_and_known_ones_count() -> None:
