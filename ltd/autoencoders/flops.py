@@ -1,6 +1,6 @@
 """Operations of the autoencoders' two halves, counted from a configuration and the size of the clips.
 
-Quantisers, norms, shortcuts and resampling without weights make no products that would count.
+Norms, FSQ, shortcuts and resampling without weights make no products that would count; a codebook's distances do.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
-from ltd.autoencoders.build import AutoencoderConfig
 from ltd.autoencoders.bottleneck import num_moments
+from ltd.autoencoders.build import AutoencoderConfig
 from ltd.autoencoders.causal_vae import CausalVaeConfig
 from ltd.autoencoders.conv_vae import ConvVaeConfig
+from ltd.autoencoders.quantizers import VqConfig
 from ltd.nn.causal_conv import Factors
 from ltd.nn.flops import Flops, attention, convolution, linear, total
 from ltd.shapes import VideoShape
@@ -52,11 +53,15 @@ def encode_flops(config: AutoencoderConfig, shape: VideoShape, rows: int = 1) ->
         The operations.
     """
     grid = _Grid(rows, shape.num_frames, shape.height, shape.width)
+    codes = 0.0
+    if isinstance(config.bottleneck, VqConfig):
+        latent = config.compression.latent(shape)
+        codes = 2.0 * rows * latent.num_cells * config.latent_channels * config.bottleneck.num_codes
     match config:
         case CausalVaeConfig():
-            return _causal_encoder(config, grid)
+            return _causal_encoder(config, grid) + Flops(codes)
         case ConvVaeConfig():
-            return _conv_encoder(config, grid)
+            return _conv_encoder(config, grid) + Flops(codes)
 
 
 def decode_flops(config: AutoencoderConfig, latent: VideoShape, rows: int = 1) -> Flops:

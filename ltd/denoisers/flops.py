@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ltd.denoisers.conditioning import Conditioning
@@ -76,7 +79,7 @@ class DitFlops:
     @property
     def all(self) -> Flops:
         """Of the whole model."""
-        return total((*self.blocks, self.rest))
+        return _sum_of(self.blocks) + self.rest
 
     def recomputed(self, every: int, *, keep_attention: bool = False) -> Number:
         """Count the forward operations that activation checkpointing repeats.
@@ -88,8 +91,15 @@ class DitFlops:
         Returns:
             The operations.
         """
-        chosen = total(self.blocks[::every] if every else ())
+        chosen = _sum_of(self.blocks[::every] if every else ())
         return chosen.forward - chosen.attention if keep_attention else chosen.forward
+
+
+def _sum_of(blocks: Sequence[Flops]) -> Flops:
+    """Add up blocks, most of which are alike: few operations where the counts are on a device."""
+    alike = Counter(id(block) for block in blocks)
+    distinct = {id(block): block for block in blocks}
+    return total(distinct[key] * count for key, count in alike.items())
 
 
 def count_flops(config: DitConfig, inputs: DitInputs) -> DitFlops:
@@ -106,8 +116,20 @@ def count_flops(config: DitConfig, inputs: DitInputs) -> DitFlops:
         ValueError: If a size does not divide by the patch.
     """
     counts = _Counts(config, inputs)
-    blocks = [counts.block(index, kind) for index, kind in enumerate(config.block_kinds)]
-    return DitFlops(tuple(blocks), counts.embeddings() + counts.ending())
+    kinds = [(kind, index >= config.mixer_depth) for index, kind in enumerate(config.block_kinds)]
+    made = {key: counts.block(*key) for key in dict.fromkeys(kinds)}
+    return DitFlops(tuple(made[key] for key in kinds), counts.embeddings() + counts.ending())
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Sums over the samples of a call."""
+
+    num: Number
+    #: Of squares.
+    pairs: Number
+    #: Of products with the sample's text tokens.
+    with_text: Number
 
 
 class _Counts:
@@ -118,13 +140,17 @@ class _Counts:
         self.samples = len(inputs.cells)
         grids = [token_grid(VideoShape(*cells), config.patch) for cells in inputs.cells]
         self.patches = [t * h * w for t, h, w in grids]
-        self.text = self._text()
         self.joint = config.text_stream == "joint"
+        text = self._text()
+        self.text = _add(text)
+        self.whole = self._tokens(self.patches, text)
+        #: Behind the blocks that see all tokens.
+        self.kept = self.whole if inputs.kept is None else self._tokens([inputs.kept] * self.samples, text)
         #: Rows of the condition.
         self.rows = self.samples * (inputs.times + (inputs.frames and config.frames == "times"))
 
-    def _text(self) -> list[Number]:
-        """List the text tokens of every sample that the model works on."""
+    def _text(self) -> Sequence[int] | Tensor:
+        """Count the text tokens of every sample that the model works on."""
         config, given = self.config, self.inputs.text
         if config.text_dim is None:
             return [0] * self.samples
@@ -133,48 +159,58 @@ class _Counts:
         cross = config.text_stream == "cross"
         if isinstance(given, Tensor):
             # Packed text keeps one token of a sample without any, for cross-attention.
-            return list((given.clamp(min=1) if cross else given).unbind())
+            return given.clamp(min=1) if cross else given
         if not len(given):
             return [int(not self.inputs.packed or cross)] * self.samples
         return [max(count, 1) if self.inputs.packed and cross else count for count in given]
 
-    def sequence(self, index: int) -> list[Number]:
-        """Count the tokens of every sample that a block (or what follows the last) works on."""
-        config, kept = self.config, self.inputs.kept
-        dropped = kept is not None and index >= config.mixer_depth
-        own: list[Number] = [kept if dropped and kept is not None else count for count in self.patches]
-        return [n + config.registers + (m if self.joint else 0) for n, m in zip(own, self.text, strict=True)]
+    def _tokens(self, patches: Sequence[int], text: Sequence[int] | Tensor) -> _Tokens:
+        """Sum over sequences of patches, registers and, in a joint sequence, text."""
+        own = [count + self.config.registers for count in patches]
+        if isinstance(text, Tensor):
+            base = torch.tensor(own, dtype=text.dtype).to(text.device, non_blocking=True)
+            tokens = base + text if self.joint else base
+            return _Tokens(tokens.sum(), tokens.square().sum(), (tokens * text).sum())
+        counts = [n + m for n, m in zip(own, text, strict=True)] if self.joint else own
+        products = (n * m for n, m in zip(counts, text, strict=True))
+        return _Tokens(sum(counts), sum(n * n for n in counts), sum(products))
 
-    def block(self, index: int, kind: str) -> Flops:
-        """Count one of the blocks."""
-        config, d = self.config, self.config.width
-        tokens = self.sequence(index)
-        parts = [self._transformer(tokens, d, config.hidden_of(d), kind)]
+    def block(self, kind: str, dropped: bool) -> Flops:
+        """Count one of the blocks; ``dropped``: whether it comes behind those that see all tokens."""
+        config, d, tokens = self.config, self.config.width, self.kept if dropped else self.whole
+        parts = [self._transformer(tokens, d, kind, dropped=dropped)]
         if config.modulation == "per_block":
             parts.append(linear(self.rows, d, 6 * d) * (2 if kind == "dual" else 1))
         if config.text_dim is not None and not self.joint:
-            parts += [linear(sum(tokens), d, 2 * d), linear(sum(self.text), d, 2 * d)]  # queries and output; keys
-            parts += [attention(n, m, d) for n, m in zip(tokens, self.text, strict=True)]
+            parts += [linear(tokens.num, d, 2 * d), linear(self.text, d, 2 * d)]  # queries and output; keys and values
+            parts.append(attention(tokens.with_text, 1, d))
             if self.inputs.image:
                 parts.append(linear(self.samples * self.inputs.image, d, 2 * d))
-                parts += [attention(n, self.inputs.image, d) for n in tokens]
+                parts.append(attention(tokens.num, self.inputs.image, d))
         return total(parts)
 
-    def _transformer(self, tokens: Sequence[Number], width: int, hidden: int, kind: str = "plain") -> Flops:
-        """Count self-attention and perceptron over the tokens of every sample."""
-        num: Number = sum(tokens)
-        parts = [linear(num, width, 4 * width), *(attention(n, n, width) for n in tokens)]
+    def _transformer(self, tokens: _Tokens, width: int, kind: str = "plain", *, dropped: bool = False) -> Flops:
+        """Count self-attention and perceptron."""
+        hidden = self.config.hidden_of(width)
+        parts = [linear(tokens.num, width, 4 * width), attention(tokens.pairs, 1, width)]
         if kind != "experts":
             gates = 2 if self.config.mlp == "swiglu" else 1
-            return total([*parts, linear(num, width, gates * hidden), linear(num, hidden, width)])
-        experts = self.config.experts
+            return total([*parts, linear(tokens.num, width, gates * hidden), linear(tokens.num, hidden, width)])
+        assert self.config.experts is not None
+        parts.append(linear(tokens.num, width, self.config.experts.num))
+        return total([*parts, linear(self._taken(dropped), width, hidden) * 2])
+
+    def _taken(self, dropped: bool) -> int:
+        """Count the tokens that experts take of each sample; packed joint text is waited for, as routing waits too."""
+        experts, kept = self.config.experts, self.inputs.kept
         assert experts is not None
-        parts.append(linear(num, width, experts.num))
-        for n in tokens:
-            assert not isinstance(n, Tensor)
-            taken = experts.num * min(n, max(1, round(experts.capacity * n / experts.num)))
-            parts.append(linear(taken, width, hidden) * 2)
-        return total(parts)
+        text: Any = self._text()
+        taken = 0
+        for place, patches in enumerate(self.patches):
+            own = kept if dropped and kept is not None else patches
+            n = own + self.config.registers + (int(text[place]) if self.joint else 0)
+            taken += experts.num * min(n, max(1, round(experts.capacity * n / experts.num)))
+        return taken
 
     def embeddings(self) -> Flops:
         """Count what is embedded before the blocks."""
@@ -185,8 +221,7 @@ class _Counts:
         if config.modulation == "shared":
             parts.append(linear(self.rows, d, 6 * d))
         if config.text_dim is not None:
-            tokens: Number = sum(self.text)
-            parts += [linear(tokens, config.text_dim, d, leaf=not config.text_norm), linear(tokens, d, d)]
+            parts += [linear(self.text, config.text_dim, d, leaf=not config.text_norm), linear(self.text, d, d)]
         if config.pooled_text:
             parts.append(linear(samples, d, d))
         if config.image_dim is not None and self.inputs.image:
@@ -202,14 +237,17 @@ class _Counts:
         """Count the wide head, if any, and the last layer."""
         config, head, d = self.config, self.config.head, self.config.width
         outputs = config.out_channels * config.patch_cells
-        tokens = self.sequence(config.depth)
-        num: Number = sum(tokens)
+        num = self.kept.num
         if head is None:
             table = config.final_modulation == "table"
             return linear(num, d, outputs) + (Flops() if table else linear(self.rows, d, 2 * d))
         parts = [self._time(), linear(num, config.patch_dim, head.width, leaf=True)]
         if d != head.width:
             parts.append(linear(num, d, head.width))
-        block = self._transformer(tokens, head.width, config.hidden_of(head.width))
+        block = self._transformer(self.kept, head.width)
         parts.append((block + linear(num, head.width, 6 * head.width)) * head.depth)
         return total([*parts, linear(num, head.width, 2 * head.width), linear(num, head.width, outputs)])
+
+
+def _add(counts: Sequence[int] | Tensor) -> Number:
+    return counts.sum() if isinstance(counts, Tensor) else sum(counts)
