@@ -41,6 +41,14 @@ class _Grid:
         return _Grid(self.rows, 1 + (self.t - 1) * ft, self.h * fh, self.w * fw)
 
 
+@dataclass(frozen=True)
+class _Guide:
+    """The latents that conditional norms read, and whether they need no gradient."""
+
+    grid: _Grid
+    leaf: bool
+
+
 def encode_flops(config: AutoencoderConfig, shape: VideoShape, rows: int = 1) -> Flops:
     """Count the operations of encoding; the pixels need no gradient.
 
@@ -64,13 +72,14 @@ def encode_flops(config: AutoencoderConfig, shape: VideoShape, rows: int = 1) ->
             return _conv_encoder(config, grid) + Flops(codes)
 
 
-def decode_flops(config: AutoencoderConfig, latent: VideoShape, rows: int = 1) -> Flops:
-    """Count the operations of decoding; the latents need a gradient.
+def decode_flops(config: AutoencoderConfig, latent: VideoShape, rows: int = 1, *, leaf: bool = False) -> Flops:
+    """Count the operations of decoding.
 
     Args:
         config: The autoencoder's.
         latent: Size of the latents in cells.
         rows: Number of clips.
+        leaf: Whether the latents need no gradient, as behind a frozen encoder.
 
     Returns:
         The operations.
@@ -78,9 +87,9 @@ def decode_flops(config: AutoencoderConfig, latent: VideoShape, rows: int = 1) -
     grid = _Grid(rows, latent.num_frames, latent.height, latent.width)
     match config:
         case CausalVaeConfig():
-            return _causal_decoder(config, grid)
+            return _causal_decoder(config, grid, leaf)
         case ConvVaeConfig():
-            return _conv_decoder(config, grid)
+            return _conv_decoder(config, grid, leaf)
 
 
 def _causal_encoder(config: CausalVaeConfig, grid: _Grid) -> Flops:
@@ -102,9 +111,9 @@ def _causal_encoder(config: CausalVaeConfig, grid: _Grid) -> Flops:
     return total(parts)
 
 
-def _causal_decoder(config: CausalVaeConfig, grid: _Grid) -> Flops:
+def _causal_decoder(config: CausalVaeConfig, grid: _Grid, leaf: bool) -> Flops:
     widths, cells = config.channels, grid.cells
-    parts = [convolution(cells, config.latent_channels, widths[-1], config.stem_kernel)]
+    parts = [convolution(cells, config.latent_channels, widths[-1], config.stem_kernel, leaf=leaf)]
     for level in reversed(range(len(widths))):
         parts.append(_causal_block(config, grid, widths[level]) * config.decoder_blocks[level])
         if level:
@@ -117,7 +126,7 @@ def _causal_decoder(config: CausalVaeConfig, grid: _Grid) -> Flops:
     parts.append(replace(rotation, backward=rotation.forward))
     if config.linear_path:
         block = config.in_channels * prod((config.compression.t, config.compression.h, config.compression.w))
-        parts.append(convolution(cells, config.latent_channels, block, config.linear_kernel, fixed=True))
+        parts.append(convolution(cells, config.latent_channels, block, config.linear_kernel, leaf=leaf, fixed=True))
     return total(parts)
 
 
@@ -162,11 +171,12 @@ def _conv_encoder(config: ConvVaeConfig, grid: _Grid) -> Flops:
     return total(parts)
 
 
-def _conv_decoder(config: ConvVaeConfig, grid: _Grid) -> Flops:
-    widths, latent, base = config.widths("decoder"), config.latent_channels, grid
-    parts = [convolution(grid.cells, latent, widths[-1], _kernel(config))]
-    if config.post_quant_conv:
-        parts.append(convolution(grid.cells, latent, latent, (1,)))
+def _conv_decoder(config: ConvVaeConfig, grid: _Grid, leaf: bool) -> Flops:
+    widths, latent, base = config.widths("decoder"), config.latent_channels, _Guide(grid, leaf)
+    first_of_two = config.post_quant_conv
+    parts = [convolution(grid.cells, latent, widths[-1], _kernel(config), leaf=leaf and not first_of_two)]
+    if first_of_two:
+        parts.append(convolution(grid.cells, latent, latent, (1,), leaf=leaf))
     parts.append(_middle(config, grid, widths[-1], base))
     before = widths[-1]
     for level in reversed(range(len(widths))):
@@ -189,7 +199,7 @@ def _conv_decoder(config: ConvVaeConfig, grid: _Grid) -> Flops:
     return total(parts)
 
 
-def _middle(config: ConvVaeConfig, grid: _Grid, width: int, guide: _Grid | None = None) -> Flops:
+def _middle(config: ConvVaeConfig, grid: _Grid, width: int, guide: _Guide | None = None) -> Flops:
     parts = [_conv_block(config, grid, width, width, guide) * 2]
     if config.attention:
         pixels, frames = grid.h * grid.w, grid.rows * grid.t
@@ -197,7 +207,7 @@ def _middle(config: ConvVaeConfig, grid: _Grid, width: int, guide: _Grid | None 
     return total(parts)
 
 
-def _conv_block(config: ConvVaeConfig, grid: _Grid, inputs: int, outputs: int, guide: _Grid | None = None) -> Flops:
+def _conv_block(config: ConvVaeConfig, grid: _Grid, inputs: int, outputs: int, guide: _Guide | None = None) -> Flops:
     parts = [convolution(grid.cells, inputs, outputs, _kernel(config))]
     parts.append(convolution(grid.cells, outputs, outputs, _kernel(config)))
     if inputs != outputs:
@@ -207,11 +217,12 @@ def _conv_block(config: ConvVaeConfig, grid: _Grid, inputs: int, outputs: int, g
     return total(parts)
 
 
-def _guided(config: ConvVaeConfig, grid: _Grid, channels: int, guide: _Grid) -> Flops:
+def _guided(config: ConvVaeConfig, grid: _Grid, channels: int, guide: _Guide) -> Flops:
     """Count what a conditional norm makes of the latents, whose frames are repeated to those of the grid."""
     if not config.conditional_norm:
         return Flops()
-    return convolution(replace(guide, t=grid.t).cells, config.latent_channels, 2 * channels, (1,))
+    cells = replace(guide.grid, t=grid.t).cells
+    return convolution(cells, config.latent_channels, 2 * channels, (1,), leaf=guide.leaf)
 
 
 def _kernel(config: ConvVaeConfig) -> Factors:

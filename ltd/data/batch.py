@@ -50,6 +50,7 @@ class Sample:
     """One sample before collation; either ``pixels`` or ``mean`` and ``logvar`` are set."""
 
     caption: str = ""  #: Caption, "" where there is none.
+    caption_column: int = 0  #: Which of the sample's captions it is, from 0.
     fps: float = 0.0  #: Frames per second after the frame step; 0 for images and where unknown.
     pixels: np.ndarray | None = None  #: uint8 (t, h, w, c), RGB.
     mean: Tensor | None = None  #: float (c, t, h, w), raw latents.
@@ -74,6 +75,7 @@ class Batch:
     text_mask: Tensor | None = None  #: bool (b, n), True = token.
     kinds: tuple[str, ...] = field(default=())  #: "image" or "video" per sample.
     entries: tuple[int, ...] = field(default=())  #: Place of each sample in the index of all data sets.
+    caption_columns: tuple[int, ...] = field(default=())  #: Which of its captions each sample has, from 0.
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -254,4 +256,5 @@ def collate(
         text_mask=stack("text_mask"),
         kinds=(kind,) * len(filled),
         entries=tuple(entries),
+        caption_columns=tuple(sample.caption_column for sample in filled),
     )

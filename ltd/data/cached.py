@@ -84,6 +84,7 @@ class CacheSource:
             text_mask=loaded.text_mask,
             kinds=(view.kind,) * len(items),
             entries=tuple(items.entries.tolist()),
+            caption_columns=loaded.caption_columns,
         )
 
     def num_bytes(self, items: Items, view: ViewConfig) -> int:
