@@ -75,6 +75,10 @@ class DitFlops:
     blocks: tuple[Flops, ...]
     #: Of embeddings, wide head and last layer.
     rest: Flops
+    #: Tokens of the latents, over all samples.
+    patches: int
+    #: Text tokens that are computed, over all samples.
+    text: Number
 
     @property
     def all(self) -> Flops:
@@ -118,7 +122,8 @@ def count_flops(config: DitConfig, inputs: DitInputs) -> DitFlops:
     counts = _Counts(config, inputs)
     kinds = [(kind, index >= config.mixer_depth) for index, kind in enumerate(config.block_kinds)]
     made = {key: counts.block(*key) for key in dict.fromkeys(kinds)}
-    return DitFlops(tuple(made[key] for key in kinds), counts.embeddings() + counts.ending())
+    blocks, rest = tuple(made[key] for key in kinds), counts.embeddings() + counts.ending()
+    return DitFlops(blocks, rest, sum(counts.patches), counts.text)
 
 
 @dataclass(frozen=True)

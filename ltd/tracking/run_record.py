@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ltd.tracking.journal import read_journal
+from ltd.tracking.ledger import LedgerRecord, read_ledger
 from ltd.tracking.tracker import MEDIA, METRICS, QUARANTINE
 
 CONFIG = "config.yaml"
@@ -42,6 +43,7 @@ class RunRecord:
     samples: Sequence[Sample] = ()
     evaluation: Sequence[Mapping[str, Any]] = ()
     bad: Mapping[str, int] = field(default_factory=dict)
+    ledger: LedgerRecord = field(default_factory=LedgerRecord)
     bad_examples: Sequence[Mapping[str, Any]] = ()
 
 
@@ -73,6 +75,7 @@ def read_run(run_dir: Path, *, samples: Path | None = None) -> RunRecord:
         evaluation=_read_evaluation(run_dir / EVALUATION),
         bad=dict(Counter(str(row.get("cause", "unknown")) for row in quarantine).most_common()),
         bad_examples=quarantine[:20],
+        ledger=read_ledger(run_dir),
     )
 
 

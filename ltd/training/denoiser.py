@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ltd import autoencoders
 from ltd.autoencoders import AutoencoderConfig, LatentNorm
+from ltd.autoencoders.flops import encode_flops
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
@@ -24,6 +25,7 @@ from ltd.encoders.text import (
     TextEncoderConfig,
     TransformersTextConfig,
     build_text_encoder,
+    flops_so_far,
     text_encoder_hash,
 )
 from ltd.inference.media import pixels_to_video
@@ -34,6 +36,7 @@ from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
+from ltd.training.denoiser_work import DenoiserWork
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.loop import train
 from ltd.training.run import RunConfig, check_views, heldout_batches
@@ -41,6 +44,7 @@ from ltd.training.samples import RememberedText, SamplesConfig, Sampling, read_r
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
+from ltd.training.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +115,8 @@ class DenoiserStage:
         self.objective = FlowMatching(run.objective)
         self.denoiser = self.objective.denoiser(engine)
         self.inputs = LatentInputs(run, layout) if inputs is None else inputs
+        self._counter = DenoiserWork(run.model, run.parallel, self.objective, run.caption_dropout)
+        self._work: Work | None = None
 
     def begin(self, step: int) -> None:
         """Need nothing of the step."""
@@ -146,15 +152,17 @@ class DenoiserStage:
             kept, cells = draw_kept(shape, self.run.model.patch, self.run.token_dropping, random)
             cond, cells = dataclasses.replace(cond, kept=kept.to(latents.device)), cells.to(latents.device)
         losses, weight = self.objective.loss(self.denoiser, latents, cond, random, cell_weight=cells)
+        self._work = self._counter.count(latents, cond, tensors["weight"], random)
         return {"loss": losses * weight}
 
-    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
-        """Count the denoiser's tokens in the micro-batch."""
-        patch = torch.tensor(self.run.model.patch)
-        if "shapes" in tensors:
-            return int((tensors["shapes"][:, 1:] // patch).prod(dim=1).sum())
-        latents = tensors["latents"]
-        return len(latents) * int((torch.tensor(latents.shape[2:]) // patch).prod())
+    def work(self) -> Work:
+        """Count what the last call of ``terms`` amounted to."""
+        assert self._work is not None, "terms comes first"
+        return self._work
+
+    def encoder_flops(self) -> float:
+        """Count the operations of autoencoder and text encoder so far, on this process."""
+        return self.inputs.encoder_flops
 
     @torch.no_grad()
     def heldout(self) -> dict[str, float]:
@@ -201,6 +209,7 @@ class LatentInputs:
         self.compression = autoencoder.compression
         self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
+        self._encoded_flops = 0.0
         heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
         shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
         caches = [self._checked_cache(run, path, layout) for path in shards]
@@ -234,6 +243,11 @@ class LatentInputs:
             raise ConfigError(problem)
         return cache
 
+    @property
+    def encoder_flops(self) -> float:
+        """Operations of autoencoder and text encoder so far, on this process."""
+        return self._encoded_flops + flops_so_far(self.encoder)
+
     def lineage(self) -> dict[str, Any]:
         """Say what the denoiser's latents depend on: a checkpoint keeps it, and sampling checks it."""
         return {
@@ -257,6 +271,8 @@ class LatentInputs:
             assert self.autoencoder is not None
             with torch.no_grad():
                 posterior = self.autoencoder.encode(pixels_to_video(batch.pixels))
+            config, rows = self.autoencoder.config, len(batch.pixels)
+            self._encoded_flops += float(encode_flops(config, batch.shape, rows).forward)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
         else:
             assert batch.mean is not None and batch.logvar is not None
