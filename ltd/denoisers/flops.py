@@ -36,6 +36,8 @@ class DitInputs:
     frames: bool = False
     #: Tokens of a sample that are kept behind the first blocks; None = all.
     kept: int | None = None
+    #: Whether the numbers of ``DitConfig.scalars`` are given.
+    scalars: bool = True
     #: Tokens of an image encoder per sample; 0 = none.
     image: int = 0
 
@@ -62,6 +64,7 @@ class DitInputs:
             packed=packed,
             times=times,
             frames=cond.frames is not None,
+            scalars=cond.scalars is not None,
             kept=None if cond.kept is None else cond.kept.shape[1],
             image=0 if cond.image is None else cond.image.shape[1],
         )
@@ -222,7 +225,8 @@ class _Counts:
         config, d, samples = self.config, self.config.width, self.samples
         parts = [linear(sum(self.patches), config.patch_dim, d, leaf=True)]
         parts.append(self._time() * (config.depth if config.embed_per_block else 1))
-        parts.append((linear(samples, _SCALAR_FEATURES, d, leaf=True) + linear(samples, d, d)) * len(config.scalars))
+        scalar = linear(samples, _SCALAR_FEATURES, d, leaf=True) + linear(samples, d, d)
+        parts.append(scalar * (len(config.scalars) if self.inputs.scalars else 0))
         if config.modulation == "shared":
             parts.append(linear(self.rows, d, 6 * d))
         if config.text_dim is not None:

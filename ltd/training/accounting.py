@@ -145,6 +145,8 @@ class Accounting:
                 storage.write_json(Path(run_dir) / HARDWARE, {**hardware.to_plain(), "devices": layout.world_size})
         self._buckets: dict[str, _Sum] = {}
         self._communication_s, self._measured_step_s = 0.0, 0.0
+        #: Whether the step that runs is one whose collectives are timed.
+        self._watched = False
         self._row: dict[str, float] = {}
 
     def flags(self) -> list[float]:
@@ -164,6 +166,7 @@ class Accounting:
         if not self.config.enabled or alone or not every or step % every:
             yield
             return
+        self._watched = True
         gpu = self.layout.device.type == "cuda"
         kinds = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[kinds.CUDA if gpu else kinds.CPU], acc_events=True) as profiler:
@@ -190,11 +193,13 @@ class Accounting:
         """
         if not self.config.enabled:
             return
+        watched, self._watched = self._watched, False
         communication_s, measured_s, *memory = flags
         if measured_s:
             self._row["perf/communication_share"] = communication_s / measured_s
         self._row["perf/memory_peak_gb"] = max(memory) / 1e9
-        self._buckets.setdefault(bucket, _Sum()).add(work, step_s)
+        if not watched:  # its profiler took time of its own
+            self._buckets.setdefault(bucket, _Sum()).add(work, step_s)
 
     def row(self) -> dict[str, float]:
         """Give the metrics of the steps since the last row, and begin anew."""

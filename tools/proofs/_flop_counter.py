@@ -1,4 +1,4 @@
-"""torch's counter of operations, with the formula of fused attention for the CPU's kernel too, which torch leaves out."""
+"""torch's counter of operations; the CPU's kernel of fused attention, which it leaves out, has the GPU's formula."""
 
 from __future__ import annotations
 
