@@ -96,8 +96,6 @@ def test_report_shows_the_table(tmp_path: Path) -> None:
     write(tmp_path, loss)
     row = {"step": 1, "loss/x": 1.0, "perf/mfu": 0.25, "perf/bucket/1x2x2/mfu": 1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        '{"step": 1, "loss/x": 1.0, "perf/mfu": 0.25, "perf/bucket/1x2x2/mfu": 1}\n'
-    )
     page, _ = build_page([read_run(tmp_path)])
     section = page[page.index('<section id="ledger">') :]
     assert "b/&lt;odd&gt;.tar" in section and "<odd>" not in page
