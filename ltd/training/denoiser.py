@@ -19,7 +19,7 @@ from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
 from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser, draw_kept
-from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig, read_parametrization
+from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
 from ltd.encoders.text import (
     TextEncoder,
     TextEncoderConfig,
@@ -36,6 +36,7 @@ from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
+from ltd.training.denoiser_checks import check_lineage, check_objective
 from ltd.training.denoiser_work import DenoiserWork
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.loop import train
@@ -341,13 +342,13 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     if found is None:
         return None
     config = found.run
-    _check_objective(found.manifest, config)
+    check_objective(found.manifest, _parametrization(config))
     origin = find_origin(config.init_from, config.model, _parametrization(config), found, layout)
     inputs: list[LatentInputs] = []
 
     def accept(lineage: dict[str, Any]) -> None:
         inputs.append(LatentInputs(config, layout))
-        _check_lineage(lineage, inputs[0].lineage())
+        check_lineage(lineage, inputs[0].lineage())
         if origin is not None:
             origin.check_lineage(inputs[0].lineage())
 
@@ -408,27 +409,6 @@ def _autoencoder(run: DenoiserRun) -> autoencoders.Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return autoencoders.build_autoencoder(run.untrained_autoencoder).eval().requires_grad_(False)
-
-
-def _check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if name in before and before[name] != value:
-            raise ConfigError(
-                f"autoencoder: {name} is {value} now, but the checkpoint was trained with {before[name]}; "
-                "point autoencoder at the one it was trained with, or start in another run_dir"
-            )
-
-
-def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
-    """Refuse a checkpoint whose network predicts something else, or on another path."""
-    before = read_parametrization(manifest.get("config", {}).get("objective", {}))
-    now = _parametrization(run)
-    for name in ("path", "prediction") if manifest else ():
-        if getattr(before, name) != getattr(now, name):
-            raise ConfigError(
-                f"objective.{name}: is {getattr(now, name)} now, but the checkpoint was trained with "
-                f"{getattr(before, name)}; set it to that, or start anew in another run_dir"
-            )
 
 
 def _parametrization(run: DenoiserRun) -> ParametrizationConfig:
