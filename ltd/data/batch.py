@@ -57,6 +57,7 @@ class Sample:
     logvar: Tensor | None = None  #: float (c, t, h, w).
     text: Tensor | None = None  #: float (n, d), zero where masked out.
     text_mask: Tensor | None = None  #: bool (n,), True = token.
+    features: Tensor | None = None  #: float (d, t, h', w'), a vision network's.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class Batch:
     logvar: Tensor | None = None  #: Like ``mean``.
     text: Tensor | None = None  #: float, as a cache stores it, (b, n, d).
     text_mask: Tensor | None = None  #: bool (b, n), True = token.
+    features: Tensor | None = None  #: float, as a cache stores it, (b, d, t, h', w'), a vision network's.
     kinds: tuple[str, ...] = field(default=())  #: "image" or "video" per sample.
     entries: tuple[int, ...] = field(default=())  #: Place of each sample in the index of all data sets.
     caption_columns: tuple[int, ...] = field(default=())  #: Which of its captions each sample has, from 0.
@@ -254,6 +256,7 @@ def collate(
         logvar=stack("logvar"),
         text=stack("text"),
         text_mask=stack("text_mask"),
+        features=stack("features"),
         kinds=(kind,) * len(filled),
         entries=tuple(entries),
         caption_columns=tuple(sample.caption_column for sample in filled),

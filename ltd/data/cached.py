@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
 import torch
 
+from ltd.config import ConfigError
 from ltd.data.batch import BadSample, Batch, Sample
 from ltd.data.latents import LatentCache
 from ltd.data.plan import Placement, ViewConfig
@@ -19,12 +21,21 @@ class CacheSource:
     Args:
         cache: The opened cache.
         caption_required: Whether windows without a caption are left out.
+        features: Whether the features of a vision network are read too.
+
+    Raises:
+        ConfigError: If features are asked for and the cache has none.
     """
 
     random_cuts = False
 
-    def __init__(self, cache: LatentCache, *, caption_required: bool) -> None:
-        self.cache = cache
+    def __init__(self, cache: LatentCache, *, caption_required: bool, features: bool = False) -> None:
+        self.cache, self.features = cache, features
+        if features and cache.num_features is None:
+            raise ConfigError(
+                f"data.read_features: got true, but the latent cache {cache.directory} has no features; make it again "
+                "in another directory with a teacher (tools/cache_latents.py)"
+            )
         self.bad: list[BadSample] = []
         self.entries = cache.entries
         if caption_required:
@@ -71,7 +82,7 @@ class CacheSource:
         Returns:
             The batch, with ``mean`` and ``logvar`` in the stored dtype and, where cached, text.
         """
-        loaded = self.cache.load(self.entries.columns["shard"][items.entries], items.captions)
+        loaded = self.cache.load(self.entries.columns["shard"][items.entries], items.captions, features=self.features)
         return Batch(
             keys=tuple(items.keys),
             draws=tuple(items.draws),
@@ -82,13 +93,14 @@ class CacheSource:
             logvar=loaded.logvar,
             text=loaded.text,
             text_mask=loaded.text_mask,
+            features=loaded.features,
             kinds=(view.kind,) * len(items),
             entries=tuple(items.entries.tolist()),
             caption_columns=loaded.caption_columns,
         )
 
     def num_bytes(self, items: Items, view: ViewConfig) -> int:
-        """Count the bytes of the latents of windows of one size.
+        """Count the bytes of the latents and features of windows of one size.
 
         Args:
             items: The windows.
@@ -98,7 +110,11 @@ class CacheSource:
             Bytes.
         """
         t, h, w = self._shape(int(items.entries[0]))
-        return len(items) * t * h * w * self._bytes
+        features = math.prod(self._features_shape(int(items.entries[0]))) * self.cache.dtype.itemsize
+        return len(items) * (t * h * w * self._bytes + features * self.features)
+
+    def _features_shape(self, entry: int) -> tuple[int, ...]:
+        return self.cache.features_shape(int(self.entries.columns["shard"][entry])) if self.features else ()
 
     def _shape(self, entry: int) -> list[int]:
         shape: list[int] = self.cache.latent_shapes[self.entries.columns["shard"][entry]].tolist()
@@ -116,7 +132,8 @@ class CacheSource:
         """
         text, mask = self.cache.blank_text()
         zeros = torch.zeros(self.cache.channels, *self._shape(entry), dtype=self.cache.dtype)
-        return Sample(mean=zeros, logvar=zeros, text=text, text_mask=mask)
+        features = torch.zeros(self._features_shape(entry), dtype=self.cache.dtype) if self.features else None
+        return Sample(mean=zeros, logvar=zeros, text=text, text_mask=mask, features=features)
 
     def shard_of(self, entry: int) -> str:
         """Name the cache directory."""

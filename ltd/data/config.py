@@ -44,6 +44,7 @@ class DataConfig:
     licence: str | None = None  #: Licence of the data, for the card of what is exported; null = not recorded.
     caption_required: bool = True  #: Whether samples without a caption are left out.
     flip: bool = False  #: Whether half of the samples are mirrored (media only; a cache holds its own copies).
+    read_features: bool = False  #: Whether a cache's features of a vision network are read too; ``alignment`` needs it.
     decoder: Literal["decord", "pyav"] | None = None  #: Video decoder; null takes decord, or PyAV without decord.
     store: StoreConfig = field(default_factory=StoreConfig)  #: How remote shards are read and kept.
     num_workers: int = 0  #: Threads that load ahead, >= 0; 0 loads each step when it is asked for.

@@ -69,6 +69,11 @@ def finish_cache(directory: str | Path, *, accept_unreadable: bool = False) -> d
         {"path": path, "shape": shape, "rows": rows}
         for path, shape, rows in zip(joined.file_ids, joined.shapes, joined.rows, strict=True)
     ]
+    for file in manifest["files"]:
+        if file["path"] in joined.features:
+            file["features"] = joined.features[file["path"]]
+            size = int(np.prod(file["features"]["shape"])) * itemsize
+            _check_rows(directory / file["features"]["path"], size, file["rows"])
     _write_columns(directory, joined)
     manifest["text_files"], dropped = _write_texts(directory, joined, itemsize) if with_text else ([], [])
     bad = "".join(json.dumps(joined.bad[position]) + "\n" for position in sorted(joined.bad))
@@ -99,6 +104,7 @@ class _Joined:
     file_ids: dict[str, int] = field(default_factory=dict)
     shapes: list[list[int]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)  # path and shape, by file of latents
     text_ids: dict[str, int] = field(default_factory=lambda: {"": 0})  # of the windows that are kept
     embeddings: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # file, first row, tokens
     text_dim: int = 0
@@ -128,6 +134,8 @@ class _Joined:
         if file == len(self.shapes):
             self.shapes.append(record["shape"])
             self.rows.append(0)
+            if "features" in record:
+                self.features[record["file"]] = record["features"]
         self.rows[file] = max(self.rows[file], record["row"] + 1)
         self.keys.append(record["key"])
         numbers = {name: record[name] for name in ("position", "frames", "height", "width", "fps", "row")}

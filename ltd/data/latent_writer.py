@@ -146,6 +146,8 @@ class LatentCacheWriter:
             self._know(record)
             if "file" in record:
                 self._rows(record).count = record["row"] + record.get("tokens", 1)
+                if "features" in record:
+                    self._feature_rows(record).count = record["row"] + 1
 
     def _know(self, record: Mapping[str, Any]) -> None:
         if "text" in record:
@@ -172,6 +174,15 @@ class LatentCacheWriter:
                 self._know(record)
         self._refreshed_s = time.monotonic()
 
+    def _feature_rows(self, record: Mapping[str, Any]) -> _Rows:
+        """Find the file of features whose rows are those of the record's file of latents."""
+        path, shape = record["features"]["path"], record["features"]["shape"]
+        size = int(np.prod(shape)) * DTYPES[self.identity.dtype].itemsize
+        rows = self._files.setdefault(path, _Rows(self.directory / path, size))
+        if rows.row_bytes != size:
+            raise ValueError(f"features of {record['key']}: got {shape}, other windows of {path} have another size")
+        return rows
+
     def _rows(self, record: Mapping[str, Any]) -> _Rows:
         if record["file"] not in self._files:
             itemsize = DTYPES[self.identity.dtype].itemsize
@@ -195,30 +206,39 @@ class LatentCacheWriter:
         share = self.windows[self.global_rank :: self.world_size]
         return share.take(~self._done[share.positions])
 
-    def add(self, window: Window, *, captions: Sequence[tuple[str, float]] = (), mean: Tensor, logvar: Tensor) -> bool:
-        """Append a window; one whose latents are not finite is recorded as skipped.
+    def add(
+        self,
+        window: Window,
+        *,
+        captions: Sequence[tuple[str, float]] = (),
+        mean: Tensor,
+        logvar: Tensor,
+        features: Tensor | None = None,
+    ) -> bool:
+        """Append a window; one whose latents or features are not finite is recorded as skipped.
 
         Args:
             window: The window.
             captions: Its captions with their weights; () for none.
             mean: ``(c, t, h, w)``, raw latents.
             logvar: ``(c, t, h, w)``.
+            features: ``(d, t, h', w')``, one map per latent frame; given where the identity has features.
 
         Returns:
             Whether it was stored.
 
         Raises:
-            ValueError: If the latents have other channels than the identity says, or differ in shape. Values beyond the
-                stored precision give a ``ConfigError``.
+            ValueError: If the latents have other channels than the identity says, or differ in shape; or features are
+                missing, not wanted, or of another number of frames. Values beyond the stored precision give a
+                ``ConfigError``.
         """
-        if mean.shape != logvar.shape or mean.ndim != 4 or mean.shape[0] != self.identity.latent_channels:
-            raise ValueError(
-                f"latents of {window.key}: got mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)}, "
-                f"needed ({self.identity.latent_channels}, t, h, w) twice"
-            )
+        self._check(window, mean, logvar, features)
         values = torch.stack([mean, logvar])
         if not torch.isfinite(values).all():
             self.skip(window, cause="not_finite", message="the autoencoder gave NaN or infinity")
+            return False
+        if features is not None and not torch.isfinite(features).all():
+            self.skip(window, cause="not_finite", message="the vision network gave NaN or infinity")
             return False
         shape = list(mean.shape)
         name = f"latents_{'x'.join(map(str, shape))}.bin"
@@ -235,9 +255,27 @@ class LatentCacheWriter:
             "shape": shape,
         }
         data = _to_bytes(values, self.identity.dtype, f"the latents of {window.key}")
+        if features is not None:
+            path = str((self.part / f"features_{'x'.join(map(str, shape))}.bin").relative_to(self.directory))
+            record["features"] = {"path": path, "shape": list(features.shape)}
+            rows = self._feature_rows(record)
+            rows.append(_to_bytes(features, self.identity.dtype, f"the features of {window.key}"))
         record["row"] = self._rows(record).append(data)
         self._record(record)
         return True
+
+    def _check(self, window: Window, mean: Tensor, logvar: Tensor, features: Tensor | None) -> None:
+        if mean.shape != logvar.shape or mean.ndim != 4 or mean.shape[0] != self.identity.latent_channels:
+            raise ValueError(
+                f"latents of {window.key}: got mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)}, "
+                f"needed ({self.identity.latent_channels}, t, h, w) twice"
+            )
+        if (features is None) != (self.identity.features is None) or (
+            features is not None and (features.ndim != 4 or features.shape[1] != mean.shape[1])
+        ):
+            got = None if features is None else tuple(features.shape)
+            wanted = None if self.identity.features is None else f"(d, {mean.shape[1]}, h, w)"
+            raise ValueError(f"features of {window.key}: got {got}, needed {wanted}")
 
     def skip(self, window: Window, *, cause: str, message: str) -> None:
         """Record a window that cannot be cached.

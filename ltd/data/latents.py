@@ -49,13 +49,17 @@ class CacheIdentity:
     transforms: dict[str, Any]  #: Views, flip, window step, precision: whatever was chosen for the pixels.
     text_encoder: str | None = None  #: Name of the text encoder; None for a cache without text.
     text_encoder_hash: str | None = None  #: Hash of its configuration and weights.
-    dtype: Dtype = "bf16"  #: Stored precision of latents and embeddings.
+    dtype: Dtype = "bf16"  #: Stored precision of latents, embeddings and features.
+    features: dict[str, Any] | None = None  #: Vision network whose features are stored too, and the frames it saw.
     rules: dict[str, str] = field(default_factory=lambda: dict(RULES))  #: ``RULES`` of the code that wrote it.
 
     @property
     def digest(self) -> str:
-        """sha256 of all fields."""
-        return digest(asdict(self))
+        """sha256 of all fields; without features the same as before there were any."""
+        fields = asdict(self)
+        if self.features is None:
+            del fields["features"]
+        return digest(fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class CachedRows:
     caption_columns: tuple[int, ...]  #: Which of its captions each window has, from 0.
     text: Tensor | None = None  #: (b, n, d), zero where masked out; None in a cache without text.
     text_mask: Tensor | None = None  #: bool (b, n), True = token.
+    features: Tensor | None = None  #: (b, d, t, h', w'), one map per latent frame; None where not asked for.
 
 
 def is_cache(path: str | Path) -> bool:
@@ -197,6 +202,7 @@ class LatentCache:
             self._files = [self._open(file, (2, *file["shape"])) for file in self.manifest["files"]]
             self._text_files = [self._open(file, (self.text_dim,)) for file in self.manifest["text_files"]]
             shapes = [file["shape"] for file in self.manifest["files"]]
+            self._features = self._open_features()
         except ConfigError:
             raise
         except (KeyError, ValueError, TypeError, OSError) as error:
@@ -246,18 +252,36 @@ class LatentCache:
     def _open(self, file: Mapping[str, Any], shape: Sequence[int]) -> RowFile:
         return RowFile(self.directory / file["path"], num_rows=int(file["rows"]), shape=shape, dtype=self._raw)
 
+    def _open_features(self) -> list[RowFile]:
+        if self.manifest.get("features") is None:
+            return []
+        files = self.manifest["files"]
+        return [self._open({**file["features"], "rows": file["rows"]}, file["features"]["shape"]) for file in files]
+
+    @property
+    def num_features(self) -> int | None:
+        """Channels of the stored features; None in a cache without."""
+        return int(self._features[0].rows.shape[1]) if self._features else None
+
+    def features_shape(self, row: int) -> tuple[int, ...]:
+        """Tell the size (d, t, h, w) of a window's features, in a cache that has some."""
+        return tuple(self._features[int(self._file[row])].rows.shape[1:])
+
     @property
     def num_windows(self) -> int:
         """How many windows the cache holds."""
         return len(self.entries)
 
-    def load(self, rows: np.ndarray, caption_uniform: np.ndarray | None = None) -> CachedRows:
+    def load(
+        self, rows: np.ndarray, caption_uniform: np.ndarray | None = None, *, features: bool = False
+    ) -> CachedRows:
         """Read windows of one latent shape in one go.
 
         Args:
             rows: int ``(b,)``, numbers of windows, each in [0, num_windows).
             caption_uniform: ``(b,)``, each in [0, 1); chooses among the weighted captions of a window. None takes the
                 first.
+            features: Whether to read the features too, in a cache that has some.
 
         Returns:
             The windows, in the order given.
@@ -280,7 +304,16 @@ class LatentCache:
             caption_columns=tuple(columns.tolist()),
             text=text,
             text_mask=mask,
+            features=self._gather_features(self._file[rows], self._row[rows]) if features else None,
         )
+
+    def _gather_features(self, files: np.ndarray, rows: np.ndarray) -> Tensor:
+        """Read the features of windows whose latents were read, ``(b, d, t, h, w)``."""
+        _fetch(self._features, files, rows)
+        out = self._buffers.take((len(rows), *self._features[int(files[0])].rows.shape[1:]), self._raw)
+        for place, (file, row) in enumerate(zip(files.tolist(), rows.tolist(), strict=True)):
+            out[place] = self._features[file].rows[row]
+        return torch.from_numpy(out).view(self.dtype)
 
     def _gather(self, files: np.ndarray, rows: np.ndarray) -> Tensor:
         """Read rows of latents, ``(2, b, c, t, h, w)``: all means, then all log-variances."""

@@ -105,6 +105,7 @@ def open_source(
     caption_required: bool,
     backend: Backend | None = None,
     store: Store | None = None,
+    features: bool = False,
 ) -> Source:
     """Open what ``data.shards`` points at: tars, or one latent cache.
 
@@ -113,6 +114,7 @@ def open_source(
         caption_required: Whether samples without a caption are left out.
         backend: Video decoder for tars; None takes the preferred one.
         store: Where tars lie; None makes one.
+        features: Whether a cache's features of a vision network are read too.
 
     Returns:
         The source.
@@ -129,7 +131,7 @@ def open_source(
                 f"data.shards: got {len(paths)} paths, one of them a latent cache; needed one cache alone, "
                 "or one entry of data.datasets for each"
             )
-        return CacheSource(LatentCache(paths[0]), caption_required=caption_required)
+        return CacheSource(LatentCache(paths[0]), caption_required=caption_required, features=features)
     store = store or Store()
     return MediaSource(Index(find_shards(shards, store), store), caption_required=caption_required, backend=backend)
 
@@ -154,7 +156,13 @@ def open_sources(config: DataConfig) -> MixedSource:
     store = Store(config.store)
     source = MixedSource(
         [
-            open_source(dataset.shards, caption_required=config.caption_required, backend=config.decoder, store=store)
+            open_source(
+                dataset.shards,
+                caption_required=config.caption_required,
+                backend=config.decoder,
+                store=store,
+                features=config.read_features,
+            )
             for dataset in config.sets
         ]
     )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltd.denoisers.alignment import TokenProjector
 from ltd.denoisers.blocks import (
     BlockModulation,
     DitBlock,
@@ -58,7 +59,7 @@ from ltd.nn.patch import grid_positions, patchify, token_grid, unpatchify
 from ltd.nn.rope import rope_tables
 from ltd.shapes import VideoShape
 
-Tap = Callable[[int, Tensor], None]
+Tap = Callable[[Tensor], None]
 
 
 class Dit(nn.Module):
@@ -103,6 +104,8 @@ class Dit(nn.Module):
         )
         self.head = WideHead(config) if config.head else None
         self.final = FinalLayer(config, config.out_channels * config.patch_cells)
+        #: What only training needs: a projection of one block's tokens; never exported.
+        self.alignment: TokenProjector | None = None
         self.initialise()
 
     @torch.no_grad()
@@ -161,17 +164,21 @@ class Dit(nn.Module):
             t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise. For latents of one size also ``(b, t)``: one for every
                 latent frame.
             cond: Conditions; None, or a missing field, is the null condition.
-            tap: Is given (number of the block from 1, its tokens ``(b, n, d)``) after every block: of the patches
-                alone, of all processes.
+            tap: Is given the projected tokens of ``alignment``, ``(b, n, features)``: of the patches alone, all of them
+                on every process; ``(1, n, features)`` of samples, one behind the other. What is returned does not
+                depend on it.
 
         Returns:
             The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
 
         Raises:
-            ValueError: If the latents do not fit the patch or the channels, or the conditions do not fit the model.
+            ValueError: If the latents do not fit the patch or the channels, or the conditions do not fit the model,
+                or a tap is given to a model without ``alignment``.
         """
         cond = cond or Conditioning()
         check_inputs(self.config, x_t, t, cond)
+        if tap is not None and self.alignment is None:
+            raise ValueError("tap: the model projects no tokens; needed its alignment")
         dtype, patch, config = self.patch_embedding.weight.dtype, self.config.patch, self.config
         if isinstance(x_t, Tensor):
             grid = token_grid(VideoShape(*x_t.shape[2:]), patch)
@@ -233,8 +240,8 @@ class Dit(nn.Module):
                 x, context = take_tokens(x, places), context.take(places)
             keys = () if cond.prepared is None else (cond.prepared.keys[index],)
             x = block(x, shared[min(index, len(shared) - 1)], context, *keys)
-            if tap is not None:
-                tap(index + 1, strip_prefix(self.gather_tokens(x), tokens))
+            if tap is not None and self.alignment is not None and index + 1 == self.alignment.block:
+                tap(strip_prefix(self.gather_tokens(self.alignment(x)), tokens))
         if self.head is not None:
             x, condition = self.head(x, self._time_of_tokens(times, context), inputs, context)
             return self.gather_tokens(self.final(x, condition))

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ltd.denoisers.frame_tasks import repeat_cells
 from ltd.nn.patch import token_grid
 from ltd.rng import DrawRandom
 from ltd.shapes import VideoShape
@@ -34,6 +35,4 @@ def draw_kept(
     order = random.uniform((num,), "tokens").argsort(dim=1)
     kept = order[:, : max(1, round((1 - share) * num))].sort(dim=1).values
     weight = torch.zeros(len(kept), num).scatter(1, kept, 1.0).unflatten(1, grid)
-    for axis, size in enumerate(patch):
-        weight = weight.repeat_interleave(size, dim=axis + 1)
-    return kept, weight
+    return kept, repeat_cells(weight, patch)

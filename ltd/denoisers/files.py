@@ -20,6 +20,9 @@ from ltd.diffusion import ParametrizationConfig, read_parametrization
 TIME_CONVENTION = "noise-at-1"
 """t = 0 is data, t = 1 is noise; a loaded denoiser predicts dx_t/dt."""
 
+TRAINING_ONLY = "alignment."
+"""Tensors of a run that no export has."""
+
 
 def build_denoiser(config: DitConfig) -> Dit:
     """Build a denoiser with freshly drawn parameters from its configuration."""
@@ -44,7 +47,7 @@ def save(model: Dit | Parametrized, directory: str | Path, *, lineage: Mapping[s
     if isinstance(model, Parametrized):
         config["objective"] = to_dict(model.parametrization)
         model = model.network
-    storage.save_model(directory, model.state_dict(), config)
+    storage.save_model(directory, _exported(model.state_dict()), config)
 
 
 def load(
@@ -82,7 +85,7 @@ def load(
     if "model" not in config:
         raise ConfigError(f"{path}: its config.yaml has no section 'model'; not a denoiser's")
     model = build_denoiser(from_dict(DitConfig, config["model"]))
-    _load_strictly(model, tensors, path)
+    _load_strictly(model, _exported(tensors), path)
     model = model.to(device=device, dtype=dtype).eval()
     objective = config.get("objective") or config.get("run", {}).get("objective") or {}
     try:
@@ -90,6 +93,10 @@ def load(
     except ConfigError as error:
         raise ConfigError(f"{path}: objective.{error}") from None
     return model if parametrization == ParametrizationConfig() else Parametrized(model, parametrization).eval()
+
+
+def _exported(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.startswith(TRAINING_ONLY)}
 
 
 def _load_strictly(model: Dit, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Mathematics of diffusion: paths, times, objectives, samplers, guidance. A denoiser is any callable (x_t, t, cond)."""
 
 from ltd.diffusion.guidance import Denoiser, GuidanceConfig, guided
+from ltd.diffusion.known import with_known
 from ltd.diffusion.objectives import FlowMatching, FlowMatchingConfig
 from ltd.diffusion.paths import (
     GvpPathConfig,
@@ -67,4 +68,5 @@ __all__ = [
     "sample",
     "shift_times",
     "time_grid",
+    "with_known",
 ]

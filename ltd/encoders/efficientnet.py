@@ -17,6 +17,8 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+#: Blocks of the first five stages, up to a sixteenth of the size.
+_NUM_MAP_BLOCKS = sum(repeats for repeats, *_ in _STAGES[:5])
 
 
 class EfficientNetLite0(nn.Module):
@@ -26,6 +28,7 @@ class EfficientNetLite0(nn.Module):
     """
 
     dim = 1280
+    map_dim = 112
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +55,20 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
         x = F.relu6(self._bn1(self._conv_head(x)))  # (b, 1280, 7, 7)
         return x.mean(dim=(2, 3))
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Compute the feature maps of the last stage at a sixteenth of the size, before any ReLU.
+
+        Args:
+            images: ``(b, 3, h, w)``, ``(pixel - 127) / 128``; h and w multiples of 16.
+
+        Returns:
+            ``(b, map_dim, h / 16, w / 16)``.
+        """
+        x = F.relu6(self._bn0(self._conv_stem(images)))
+        for block in self._blocks[:_NUM_MAP_BLOCKS]:
+            x = block(x)
+        return x
 
     def fold(self) -> EfficientNetLite0:
         """Merge every normalisation into the convolution before it: the same outputs, 2.3 times as fast on a CPU."""

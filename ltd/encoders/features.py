@@ -6,6 +6,7 @@ Every feature carries its ``name`` and ``preprocessing``, so that each number ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -44,9 +45,12 @@ class _Source:
     file: str
     requirement: str
 
-    def read(self) -> dict[str, Tensor]:
-        folder = package_directory(self.package, field="features", pip_name=self.requirement, extra="eval")
-        return read_weights(folder / self.file, field="features")
+    def path(self, field: str = "features") -> Path:
+        folder = package_directory(self.package, field=field, pip_name=self.requirement, extra="eval")
+        return folder / self.file
+
+    def read(self, field: str = "features") -> dict[str, Tensor]:
+        return read_weights(self.path(field), field=field)
 
 
 EFFICIENTNET_LITE0 = _Source(
@@ -110,11 +114,7 @@ class EfficientNetFeatures:
     dim = EfficientNetLite0.dim
 
     def __init__(self, *, device: torch.device | str = "cpu") -> None:
-        weights = {k: v for k, v in EFFICIENTNET_LITE0.read().items() if not k.startswith("_fc.")}
-        with torch.device("meta"):
-            network = EfficientNetLite0()
-        load_frozen(network, weights)
-        self.network, self.device = network.fold().to(device), device
+        self.network, self.device = load_efficientnet().to(device), device
 
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> Tensor:
@@ -134,6 +134,25 @@ class EfficientNetFeatures:
             pixels = (_resize(part.to(self.device), 224, 224) - 127) / 128
             parts.append(self.network(pixels.contiguous(memory_format=torch.channels_last)).cpu())
         return torch.cat(parts).unflatten(0, (b, t)).mean(dim=1)
+
+
+def load_efficientnet(field: str = "features") -> EfficientNetLite0:
+    """Load EfficientNet-Lite0 from its package, frozen and folded.
+
+    Args:
+        field: Config field or argument that asked for it, for the message.
+
+    Returns:
+        The network, in evaluation mode, on the CPU.
+
+    Raises:
+        ConfigError: If the package is not installed.
+    """
+    weights = {k: v for k, v in EFFICIENTNET_LITE0.read(field).items() if not k.startswith("_fc.")}
+    with torch.device("meta"):
+        network = EfficientNetLite0()
+    load_frozen(network, weights)
+    return network.fold()
 
 
 class TransNetFeatures:

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ltd import autoencoders
+from ltd.autoencoders.alignment import Teacher, features_per_latent, teacher_features
 from ltd.config import ConfigError, to_dict
 from ltd.data import BucketsConfig, FixedConfig, PackedConfig, ViewConfig
 from ltd.data.batching import BatchingConfig, arrange_packs
@@ -28,6 +30,7 @@ from ltd.data.latents import CacheIdentity
 from ltd.data.store import is_remote
 from ltd.data.windows import Window, Windows, enumerate_windows, load_window
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, TransformersTextConfig, build_text_encoder
+from ltd.encoders.vision import TeacherConfig, build_teacher, teacher_hash
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.config import ParallelConfig
 from ltd.parallel.layout import Layout
@@ -54,6 +57,10 @@ class CacheConfig:
     autoencoder: str
     #: Text encoder of the captions; null caches no text.
     text: TextEncoderConfig | None = field(default_factory=TransformersTextConfig)
+    #: Vision network whose features are cached too, for ``alignment`` of a denoiser; null caches none.
+    teacher: TeacherConfig | None = None
+    #: Which frames of a clip it sees: of those that belong to one latent frame the middle one, or all, averaged.
+    teacher_frames: Literal["middle", "all"] = "middle"
     #: What every sample is cut to; a denoiser that trains on the cache names the same sizes. With fixed batching only.
     views: tuple[ViewConfig, ...] = ()
     #: ``fixed`` takes ``views``; buckets and packs cut each sample to the one size that training with them would take.
@@ -111,10 +118,24 @@ def build_caches(config: CacheConfig) -> list[Path]:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         autoencoder = autoencoders.load(config.autoencoder, device=layout.device, dtype=dtype)
         encoder = None if config.text is None else build_text_encoder(config.text, device=layout.device)
-        job = _Job(config, layout, autoencoder, encoder)
+        teacher = None if config.teacher is None else build_teacher(config.teacher).to(layout.device)
+        job = _Job(config, layout, autoencoder, encoder, teacher)
         return [job.run(shards, out) for shards, out in _splits(config)]
     finally:
         layout.close()
+
+
+def features_identity(teacher: TeacherConfig, frames: str) -> dict[str, str]:
+    """Say what cached features depend on: part of a cache's identity, and what training asks it for.
+
+    Args:
+        teacher: The vision network.
+        frames: Which frames of a clip it sees.
+
+    Returns:
+        Plain values.
+    """
+    return {"teacher_hash": teacher_hash(teacher), "frames": frames}
 
 
 def _splits(config: CacheConfig) -> list[tuple[Path, Path]]:
@@ -133,10 +154,15 @@ class _Job:
     """Models and settings that the splits share."""
 
     def __init__(
-        self, config: CacheConfig, layout: Layout, autoencoder: autoencoders.Autoencoder, encoder: TextEncoder | None
+        self,
+        config: CacheConfig,
+        layout: Layout,
+        autoencoder: autoencoders.Autoencoder,
+        encoder: TextEncoder | None,
+        teacher: Teacher | None,
     ) -> None:
         self.config, self.layout = config, layout
-        self.autoencoder, self.encoder = autoencoder, encoder
+        self.autoencoder, self.encoder, self.teacher = autoencoder, encoder, teacher
         self.num_seen, self.num_bad = 0, 0
         self._check_views(config.views, "views[{}]")
         self.hash = autoencoders.weights_hash(autoencoders.load(config.autoencoder))
@@ -221,6 +247,7 @@ class _Job:
             text_encoder=encoder.name if encoder else None,
             text_encoder_hash=encoder.hash if encoder else None,
             dtype=config.dtype,
+            features=None if config.teacher is None else features_identity(config.teacher, config.teacher_frames),
         )
 
     @torch.no_grad()
@@ -270,10 +297,19 @@ class _Job:
             return
         self._write_texts(writer, [text for _, (_, captions) in good for text, _ in captions])
         pixels = torch.from_numpy(np.stack([frames for _, (frames, _) in good])).to(self.layout.device)
-        posterior = self.autoencoder.encode(pixels_to_video(pixels))
+        video = pixels_to_video(pixels)
+        posterior = self.autoencoder.encode(video)
         means, logvars = posterior.mean.cpu(), posterior.logvar.cpu()  # one copy a batch
-        for (window, (_, captions)), mean, logvar in zip(good, means, logvars, strict=True):
-            writer.add(window, captions=captions, mean=mean, logvar=logvar)
+        features = self._features(video, means.shape[2])
+        for (window, (_, captions)), mean, logvar, maps in zip(good, means, logvars, features, strict=True):
+            writer.add(window, captions=captions, mean=mean, logvar=logvar, features=maps)
+
+    def _features(self, video: Tensor, latent_frames: int) -> Tensor | list[None]:
+        """Ask the vision network, if any, for ``(b, d, t, h, w)``, a map per latent frame, on the CPU."""
+        if self.teacher is None:
+            return [None] * len(video)
+        found = teacher_features(self.teacher, video, self.autoencoder.compression.t, self.config.teacher_frames)
+        return features_per_latent(found, (latent_frames, found.shape[3], found.shape[4])).cpu()
 
     def _write_texts(self, writer: LatentCacheWriter, captions: Sequence[str]) -> None:
         if self.encoder is None:

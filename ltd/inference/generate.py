@@ -18,8 +18,9 @@ from torch import Tensor
 from ltd import autoencoders, denoisers, storage
 from ltd.config import ConfigError, from_dict
 from ltd.denoisers import Conditioning
-from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig, guided, sample
+from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig, guided, sample, with_known
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
+from ltd.inference.known import Given, arrange, batch_frames, read_clips, tail_frames, told
 from ltd.inference.media import video_to_pixels
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
@@ -37,6 +38,20 @@ class Request:
     repetition: int
     shape: VideoShape
     fps: float
+    #: What is known of it; None = nothing.
+    given: Given | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """What a segment of a longer video begins with: the end of the one before."""
+
+    #: The video so far, uint8 ``(b, t, h, w, 3)``.
+    pixels: Tensor
+    #: Latent frames (in patches) that are known.
+    known: int
+    #: Number of the segment to make, from 1.
+    segment: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +159,23 @@ class Generator:
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
 
-    def check(self, shape: VideoShape) -> None:
+    def check(self, shape: VideoShape, given: Given | None = None) -> None:
         """Say before any work whether samples of a shape can be made.
 
         Args:
             shape: Frames, height and width in pixels.
+            given: What is known of them.
 
         Raises:
+            ConfigError: If the denoiser takes no known frames, or the media are too short.
             ValueError: If it does not fit the compression or the patch, or tiles do not fit the autoencoder.
         """
         num_tokens(self.autoencoder.compression.latent(shape), self.denoiser.config.patch)
+        if given is not None:
+            if self.denoiser.config.frames == "none":
+                raise ConfigError("condition: the denoiser was trained without known frames (model.frames is none)")
+            stride, patch = self.autoencoder.compression.t, self.denoiser.config.patch
+            arrange(given, read_clips(given, shape), shape, stride, patch[0])
         if self.tiling is not None:
             check_tiles(self.autoencoder, self.tiling, "decode")
 
@@ -197,6 +219,7 @@ class Generator:
         *,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        tail: Tail | None = None,
     ) -> Tensor:
         """Sample the latents of a batch of one shape.
 
@@ -205,6 +228,7 @@ class Generator:
             conditions: What ``condition`` gave for their prompts.
             seed: Seed of the noise.
             progress: Called with (steps done, steps).
+            tail: The segment before, whose end this one begins with; None for the first.
 
         Returns:
             ``(b, c, t, h, w)`` raw latents, as the autoencoder decodes them.
@@ -216,11 +240,20 @@ class Generator:
         if len(shapes) != 1:
             raise ValueError(f"a batch has one shape, got {sorted(map(str, shapes))}")
         latent = self.autoencoder.compression.latent(shapes.pop())
-        draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape)) for r in requests]
+        labels = [] if tail is None else [tail.segment]
+        draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape), *labels) for r in requests]
         size = (self.autoencoder.latent_channels, latent.num_frames, latent.height, latent.width)
         random = DrawRandom(seed, draws)
         noise = random.normal(size, "sample").to(self.device)
         cond, null_cond = conditions
+        config = self.denoiser.config
+        if tail is None:
+            frames = batch_frames([r.given for r in requests], requests[0].shape, self.autoencoder, config.patch)
+        else:
+            frames = tail_frames(tail.pixels, tail.known, requests[0].shape, self.autoencoder, config.patch)
+        if frames is not None:
+            form = told(frames, config.frames, config.frame_mask_channels)
+            cond, null_cond = (dataclasses.replace(one, frames=form) for one in (cond, null_cond))
         denoiser = guided(
             self.denoiser,
             null_cond,
@@ -230,7 +263,12 @@ class Generator:
             prepare=self.denoiser.prepare,
         )
         sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig())
+        if frames is not None:
+            path = self.denoiser.parametrization.path if isinstance(self.denoiser, denoisers.Parametrized) else None
+            denoiser = with_known(denoiser, frames.latents, frames.mask, path)
         latents = sample(denoiser, noise, cond, sampler, random=random, progress=progress)
+        if frames is not None:
+            latents = torch.where(frames.mask, frames.latents.to(latents), latents)  # the very bits
         return self.autoencoder.denormalize(latents)
 
     @torch.no_grad()

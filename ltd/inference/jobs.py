@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ltd.config import ConfigError
-from ltd.denoisers import Dit, Parametrized
-from ltd.inference.generate import Generator, Request, batches
+from ltd.denoisers import Conditioning, Dit, Parametrized
+from ltd.inference.generate import Generator, Request, Tail, batches
 from ltd.inference.halo import decode_strips
-from ltd.inference.media import video_to_pixels
+from ltd.inference.known import Given, tail_length
+from ltd.inference.media import pixels_to_video, video_to_pixels
 from ltd.inference.sample_folder import SampleFolder
 from ltd.parallel.halo import strips
 from ltd.parallel.heartbeat import Heartbeat
@@ -59,6 +60,10 @@ class SampleJob:
     identity: Mapping[str, str]
     #: What every row of samples.jsonl says besides its request.
     columns: Mapping[str, Any]
+    #: Segments of every video, each beginning with the end of the one before.
+    segments: int = 1
+    #: Latent frames (in patches) of that end.
+    overlap: int = 1
 
     def batches(self) -> list[list[Numbered]]:
         """Cut the requests into batches, in order."""
@@ -88,8 +93,8 @@ def run_job(job: SampleJob, load: Callable[[], Generator], layout: Layout, beat:
     pending = [batch for batch in job.batches() if any(number in missing for number, _ in batch)]
     share = pending[layout.global_rank // layout.sequence :: layout.world_size // layout.sequence]
     beat.enter("load", 0)
-    shapes = {batch[0][1].shape for batch in pending}
-    generator = agree(layout, lambda: _prepare(load, shapes, layout) if share else None)
+    kinds = {(request.shape, request.given) for batch in pending for _, request in batch}
+    generator = agree(layout, lambda: _prepare(load, kinds, layout) if share else None)
     # Only now is anything cleared away: a mistake in the arguments costs no samples.
     agree(layout, lambda: folder.begin(job.identity) if layout.is_main else None)
     failures: dict[int, str] = {}
@@ -144,12 +149,14 @@ def agree(layout: Layout, work: Callable[[], T]) -> T:
     raise ConfigError(f"{text} (on process {rank})")
 
 
-def _prepare(load: Callable[[], Generator], shapes: Iterable[VideoShape], layout: Layout) -> Generator:
+def _prepare(
+    load: Callable[[], Generator], kinds: Iterable[tuple[VideoShape, Given | None]], layout: Layout
+) -> Generator:
     """Load the generator, check what it is to make, and share its tokens out over the sequence group."""
     generator = load()
-    for shape in sorted(shapes, key=str):
+    for shape, given in sorted(kinds, key=str):
         try:
-            generator.check(shape)
+            generator.check(shape, given)
         except ConfigError:
             raise
         except ValueError as error:
@@ -243,6 +250,8 @@ class _Maker:
             )
             self.beat.enter("decode", self.count)
             video = self._decode(latents)
+            if self.job.segments > 1 and video is not None:
+                video = self._continue(requests, conditions, video)
         except Exception as error:
             # Members of a group are in the middle of what they do together: one cannot leave it and go on.
             if self.layout.sequence > 1 or not _concerns_samples(error):
@@ -251,6 +260,31 @@ class _Maker:
         self.beat.enter("write", self.count)
         self._write(batch, video)
         return None
+
+    def _continue(
+        self, requests: list[Request], conditions: tuple[Conditioning, Conditioning], video: Tensor
+    ) -> Tensor:
+        """Append segments, each of which begins with the end of the one before, encoded anew.
+
+        What the models need does not grow with the number of segments; frames are kept as bytes.
+        """
+        generator, known = self.generator, self.job.overlap
+        skip = tail_length(known, generator.autoencoder, generator.denoiser.config.patch)
+        finite = video.flatten(1).isfinite().all(1)
+        pixels = video_to_pixels(video).cpu()
+        for segment in range(1, self.job.segments):
+            latents = generator.draw_latents(
+                requests,
+                conditions,
+                seed=self.job.seed,
+                progress=lambda step, _: self._progress(step),
+                tail=Tail(pixels=pixels, known=known, segment=segment),
+            )
+            following = generator.decode(latents)
+            finite &= following.flatten(1).isfinite().all(1)
+            pixels = torch.cat((pixels, video_to_pixels(following).cpu()[:, skip:]), 1)
+        whole = pixels_to_video(pixels)  # bytes survive the way there and back
+        return torch.where(finite.cpu().view(-1, 1, 1, 1, 1), whole, torch.nan)
 
     def _decode(self, latents: Tensor) -> Tensor | None:
         """Decode on one process; by strips of rows in a sequence group, whose first member gets the video."""

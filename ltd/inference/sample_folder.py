@@ -163,6 +163,7 @@ class SampleFolder:
 
     def _row(self, number: int) -> dict[str, Any]:
         request = self.requests[number]
+        given = request.given
         return {
             "file": self.name(number),
             "prompt": request.prompt,
@@ -172,6 +173,7 @@ class SampleFolder:
             "height": request.shape.height,
             "width": request.shape.width,
             "fps": request.fps,
+            **({} if given is None else {"task": given.task, "condition": list(given.media)}),
         }
 
     def _failed_row(self, number: int, why: str) -> dict[str, Any]:

@@ -77,7 +77,13 @@ def _came_after(newest: Path, path: Path, resume: str) -> bool:
 
 
 def load(
-    path: str | Path, engine: Engine, ema: Ema | None, layout: Layout | None = None, *, critic: Engine | None = None
+    path: str | Path,
+    engine: Engine,
+    ema: Ema | None,
+    layout: Layout | None = None,
+    *,
+    critic: Engine | None = None,
+    field: str = "resume",
 ) -> dict[str, Any]:
     """Restore weights, optimizer state, buffers and averages; called by all processes, whatever layout wrote them.
 
@@ -91,6 +97,7 @@ def load(
         ema: Averaged weights to restore; those that the checkpoint lacks start from the masters.
         layout: Processes that load together, and stop together if one of them meets damage; None for one alone.
         critic: Engine of a discriminator; it stays as it is, with a warning, where the checkpoint has none.
+        field: Field of the configuration that named the checkpoint, for messages.
 
     Returns:
         The manifest: what ``save`` was given as ``extra``, ``step``, and how it was written.
@@ -100,22 +107,22 @@ def load(
     """
     reader: Reader = _SharedReader(path, layout)
     reader = _Refit(reader, engine)
-    check_same_model(reader, engine)
+    check_same_model(reader, engine, field)
     engine.load_shards(reader, int(reader.manifest["optimizer_step"]))
     reader.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(engine).items()])
     if ema is not None:
         ema.load(reader)
     if critic is not None:
-        _load_critic(reader, critic)
+        _load_critic(reader, critic, field)
     return reader.manifest
 
 
-def _load_critic(reader: Reader, critic: Engine) -> None:
+def _load_critic(reader: Reader, critic: Engine, field: str) -> None:
     if reader.manifest.get("critic_step") is None:
         logger.warning("%s has no discriminator: it starts anew", reader.directory)
         return
     part = _CriticReader(reader)
-    check_same_model(part, critic)
+    check_same_model(part, critic, field)
     critic.load_shards(part, int(reader.manifest["critic_step"]))
     part.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(critic).items()])
 
@@ -214,12 +221,13 @@ class _SharedReader(Reader):
             raise StorageError(f"{found[0]}{more}")
 
 
-def check_same_model(reader: Reader, engine: Engine) -> None:
+def check_same_model(reader: Reader, engine: Engine, field: str = "resume") -> None:
     """Compare names and shapes of a checkpoint with a model's.
 
     Args:
         reader: The checkpoint.
         engine: Engine of the model.
+        field: Field of the configuration that named the checkpoint.
 
     Raises:
         ConfigError: If they differ; names up to three missing, extra and differently shaped tensors.
@@ -246,4 +254,4 @@ def check_same_model(reader: Reader, engine: Engine) -> None:
     }
     found = [f"{what}: {', '.join(names[:3])} ({len(names)} in all)" for what, names in problems.items() if names]
     if found:
-        raise ConfigError(f"resume: {reader.directory} is a checkpoint of another model; {'; '.join(found)}")
+        raise ConfigError(f"{field}: {reader.directory} is a checkpoint of another model; {'; '.join(found)}")

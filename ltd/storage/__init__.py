@@ -31,12 +31,13 @@ from ltd.storage.paths import (
     write_latest,
 )
 from ltd.storage.reader import Fill, Reader, verify
-from ltd.storage.runs import model_config, open_run, read_run, weights_group
+from ltd.storage.runs import LINEAGE, model_config, open_run, read_lineage, read_run, weights_group
 from ltd.storage.shards import ShardImage, Slice, write_image, write_shard
 
 __all__ = [
     "EXPORT_FORMAT",
     "FORMAT",
+    "LINEAGE",
     "Fill",
     "Reader",
     "ShardImage",
@@ -60,6 +61,7 @@ __all__ = [
     "model_config",
     "open_run",
     "read_export_config",
+    "read_lineage",
     "read_manifest",
     "read_run",
     "remove_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from ltd.storage.errors import StorageError
 from ltd.storage.paths import MANIFEST, latest_checkpoint
 from ltd.storage.reader import Reader
+
+LINEAGE = "lineage.json"
+"""Where a run that started from another's checkpoint keeps its ancestors."""
 
 
 def open_run(path: str | Path) -> Reader:
@@ -29,6 +33,27 @@ def open_run(path: str | Path) -> Reader:
     if checkpoint is None:
         raise StorageError(f"{path}: neither an exported folder (model.safetensors) nor a run with a whole checkpoint")
     return Reader(checkpoint)
+
+
+def read_lineage(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Read the ancestors of a run.
+
+    Args:
+        run_dir: Run directory.
+
+    Returns:
+        Oldest first, each with ``run``, ``step``, ``fingerprint`` and ``overrides``; none where the run started anew.
+
+    Raises:
+        StorageError: If the file cannot be read.
+    """
+    file = Path(run_dir) / LINEAGE
+    if not file.is_file():
+        return []
+    try:
+        return [{**entry, "run": str(entry["run"])} for entry in json.loads(file.read_bytes())["ancestors"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{file}: needs a list of ancestors, each with a run: {error!r}") from error
 
 
 def weights_group(reader: Reader, weights: str) -> str:

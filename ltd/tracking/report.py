@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from ltd.tracking.charts import Chart, Point, Series, draw, number
 from ltd.tracking.ledger import ledger_section
+from ltd.tracking.lineage_section import lineage_section
 from ltd.tracking.markup import details, section, table, value_cell
 from ltd.tracking.media_section import samples_section
 from ltd.tracking.run_record import RunRecord
@@ -91,7 +92,8 @@ def build_page(runs: Sequence[RunRecord], *, media_limit_mb: float = 64.0) -> tu
     runs = _with_distinct_names(runs)
     samples, left_out = samples_section([(run.name, run.samples) for run in runs], media_limit_mb)
     ledger = ledger_section([(run.name, run.ledger) for run in runs])
-    sections = [evaluation_section(runs), samples, curves_section(runs), ledger, bad_section(runs)]
+    lineage = lineage_section([(run.name, run.lineage) for run in runs])
+    sections = [evaluation_section(runs), samples, curves_section(runs), ledger, bad_section(runs), lineage]
     sections.append(config_section(runs))
     assets = resources.files("ltd.tracking")
     page = PAGE.substitute(

@@ -1,5 +1,5 @@
 """Read what a run left on disk: ``config.yaml``, ``metrics.jsonl``, ``quarantine.jsonl``, ``media.jsonl``,
-``evaluation.json`` and folders of samples. Knows files, no model and no page.
+``evaluation.json``, ``lineage.json`` and folders of samples. Knows files, no model and no page.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ltd.storage import StorageError, read_lineage
 from ltd.tracking.journal import read_journal
 from ltd.tracking.ledger import LedgerRecord, read_ledger
 from ltd.tracking.tracker import MEDIA, METRICS, QUARANTINE
@@ -45,6 +46,8 @@ class RunRecord:
     bad: Mapping[str, int] = field(default_factory=dict)
     ledger: LedgerRecord = field(default_factory=LedgerRecord)
     bad_examples: Sequence[Mapping[str, Any]] = ()
+    #: Checkpoints of other runs that it started from, oldest first.
+    lineage: Sequence[Mapping[str, Any]] = ()
 
 
 def read_run(run_dir: Path, *, samples: Path | None = None) -> RunRecord:
@@ -76,6 +79,7 @@ def read_run(run_dir: Path, *, samples: Path | None = None) -> RunRecord:
         bad=dict(Counter(str(row.get("cause", "unknown")) for row in quarantine).most_common()),
         bad_examples=quarantine[:20],
         ledger=read_ledger(run_dir),
+        lineage=_read_lineage(run_dir),
     )
 
 
@@ -84,6 +88,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
+
+
+def _read_lineage(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return read_lineage(run_dir)
+    except StorageError as error:
+        raise ValueError(str(error)) from None
 
 
 def _read_evaluation(path: Path) -> list[dict[str, Any]]:

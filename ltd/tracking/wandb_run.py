@@ -15,6 +15,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from ltd.config import ConfigError
+from ltd.tracking.histogram import Histogram
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,11 @@ class WandbRun:
         if self._run is not None:
             self._guard("log media", lambda: self._log_media(step, name, files))
 
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Send histograms of one step, by metric name."""
+        if self._run is not None:
+            self._guard("log histograms", lambda: self._log_histograms(step, histograms))
+
     def finish(self) -> None:
         """End the run; later calls do nothing."""
         if self._run is not None:
@@ -149,3 +155,8 @@ class WandbRun:
             for path, caption in files
         ]
         self._log(step, {name: media})
+
+    def _log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        make = self._module.Histogram
+        row = {name: make(np_histogram=(list(h.counts), list(h.edges))) for name, h in histograms.items()}
+        self._log(step, row)

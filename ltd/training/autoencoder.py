@@ -291,13 +291,16 @@ def _export(base: AutoencoderRun, layout: Layout) -> None:
     target = Path(config.run_dir) / "model"
     checkpoint = storage.latest_checkpoint(config.run_dir)
     assert checkpoint is not None
+    manifest = storage.read_manifest(checkpoint)
     lineage = {
         "run": config.run_dir,
-        "step": storage.read_manifest(checkpoint)["step"],
+        "step": manifest["step"],
         "weights": storage.fingerprint(checkpoint),
         "latent_scale": config.latent_scale,
         "statistics_from": config.statistics_from,
     }
+    if manifest.get("ancestors"):
+        lineage["ancestors"] = manifest["ancestors"]
     origin = autoencoders.load(config.start_from) if config.start_from and _only_decoder(base) else None
     if origin is not None:
         lineage["latents_of"] = autoencoders.weights_hash(origin)

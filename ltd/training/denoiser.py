@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -18,7 +19,17 @@ from ltd.autoencoders.flops import encode_flops
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
-from ltd.denoisers import TIME_CONVENTION, Conditioning, Dit, DitConfig, build_denoiser, draw_kept
+from ltd.denoisers import (
+    TIME_CONVENTION,
+    Conditioning,
+    Dit,
+    DitConfig,
+    Frames,
+    FrameTasksConfig,
+    build_denoiser,
+    draw_kept,
+    draw_tasks,
+)
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
 from ltd.encoders.text import (
     TextEncoder,
@@ -36,6 +47,7 @@ from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
+from ltd.training.denoiser_alignment import DenoiserAlignmentRun, build_aligner
 from ltd.training.denoiser_checks import check_lineage, check_objective
 from ltd.training.denoiser_work import DenoiserWork
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
@@ -71,8 +83,12 @@ class DenoiserRun(RunConfig):
     caption_dropout: float = 0.1
     #: Share of the tokens dropped in training behind the first ``model.mixer_depth`` blocks, in [0, 1); 0 = none.
     token_dropping: float = 0.0
+    #: What is given of training samples beforehand, for a model with ``model.frames``; null gives nothing.
+    frame_tasks: FrameTasksConfig | None = None
     #: Samples of fixed prompts while training; null makes none.
     samples: SamplesConfig | None = None
+    #: Tokens are drawn towards a vision network's features (REPA); null leaves them alone.
+    alignment: DenoiserAlignmentRun | None = None
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
     toy_data: ToyDataConfig | None = None
 
@@ -84,6 +100,9 @@ class DenoiserRun(RunConfig):
             raise ConfigError(f"token_dropping: must lie in [0, 1), got {self.token_dropping}")
         if self.token_dropping and self.model.mixer_depth == 0:
             raise ConfigError("token_dropping: needs model.mixer_depth above 0, the blocks that see all tokens")
+        self._check_frames()
+        if self.token_dropping and self.alignment is not None:
+            raise ConfigError("token_dropping: alignment needs all tokens; set one of them to 0 or null")
         if self.token_dropping and self.data.batching.kind == "packed":
             raise ConfigError("token_dropping: packs cannot drop tokens; set data.batching.kind to buckets")
         if self.parallel.compile != "none" and self.data.batching.kind == "packed":
@@ -93,6 +112,10 @@ class DenoiserRun(RunConfig):
             )
         if (self.autoencoder is None) == (self.untrained_autoencoder is None):
             raise ConfigError("autoencoder: give a path, or untrained_autoencoder for debug runs, and not both")
+        if self.alignment is not None and self.alignment.block > self.model.depth:
+            raise ConfigError(
+                f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
+            )
         kinds = self.objective.path.kind, self.objective.prediction.kind
         if self.samples is not None and kinds[0] != "linear" and self.samples.solver not in ("euler", "heun"):
             raise ConfigError(
@@ -103,6 +126,19 @@ class DenoiserRun(RunConfig):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
                 "makes a velocity of the linear path; set model.prediction to velocity"
+            )
+
+    def _check_frames(self) -> None:
+        if self.frame_tasks is None or self.frame_tasks.total == 0:
+            return
+        if self.model.frames == "none":
+            raise ConfigError("frame_tasks: needs model.frames, times or channels; the model takes no known latents")
+        if self.data.batching.kind == "packed":
+            raise ConfigError("frame_tasks: packs take no known latents; set data.batching.kind to buckets")
+        if self.model.frames == "times" and self.objective.prediction.kind == "edm":
+            raise ConfigError(
+                "objective.prediction.kind: got edm, which scales the network's input by the sample's time; known "
+                "latents at time 0 (model.frames: times) need velocity, x0 or eps; or set model.frames to channels"
             )
 
 
@@ -132,9 +168,14 @@ class DenoiserStage:
     def prepare(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Make unit-scale latents and text embeddings of this process's samples."""
         if isinstance(batch, PackedBatch):
-            groups = [self.inputs.prepare(group, DrawRandom(self.run.seed, group.draws)) for group in batch.groups]
-            return pack(groups)
-        return self.inputs.prepare(batch, DrawRandom(self.run.seed, batch.draws))
+            return pack([self._prepare(group) for group in batch.groups])
+        return self._prepare(batch)
+
+    def _prepare(self, batch: Batch) -> dict[str, Tensor]:
+        prepared = self.inputs.prepare(batch, DrawRandom(self.run.seed, batch.draws))
+        if self.inputs.aligner is not None:
+            prepared["features"] = self.inputs.aligner.features(batch)
+        return prepared
 
     def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the flow-matching loss of each sample, some of them with their caption dropped.
@@ -143,18 +184,42 @@ class DenoiserStage:
             tensors: What ``prepare`` made.
 
         Returns:
-            ``loss``, (b,).
+            ``loss``, (b,); with alignment also ``flow``, the loss without it, and ``align``, mean negative cosines.
         """
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
-        latents, cells = unpack(tensors), None
-        if self.run.token_dropping and isinstance(latents, Tensor):
-            shape = (latents.shape[2], latents.shape[3], latents.shape[4])
-            kept, cells = draw_kept(shape, self.run.model.patch, self.run.token_dropping, random)
-            cond, cells = dataclasses.replace(cond, kept=kept.to(latents.device)), cells.to(latents.device)
-        losses, weight = self.objective.loss(self.denoiser, latents, cond, random, cell_weight=cells)
+        latents = unpack(tensors)
+        cond, cells = self._partial(latents, cond, random) if isinstance(latents, Tensor) else (cond, None)
         self._work = self._counter.count(latents, cond, tensors["weight"], random)
-        return {"loss": losses * weight}
+        aligner = self.inputs.aligner
+        if aligner is None:
+            losses, weight = self.objective.loss(self.denoiser, latents, cond, random, cell_weight=cells)
+            return {"loss": losses * weight}
+        tapped: list[Tensor] = []
+        denoiser = self.objective.denoiser(functools.partial(self.engine, tap=tapped.append))
+        losses, weight = self.objective.loss(denoiser, latents, cond, random, cell_weight=cells)
+        term = aligner.loss(tapped.pop(), tensors)
+        flow = losses * weight
+        # 1 + the term, which changes no gradient: guards judge a loss by its ratio to others, so it stays above 0.
+        return {"loss": flow + aligner.config.weight * (1 + term), "flow": flow, "align": term}
+
+    def _partial(self, latents: Tensor, cond: Conditioning, random: DrawRandom) -> tuple[Conditioning, Tensor | None]:
+        """Give known latents and drop tokens, as the run says; returns what of the sample counts, ``(b, t, h, w)``."""
+        run, cells = self.run, None
+        shape = (latents.shape[2], latents.shape[3], latents.shape[4])
+        if run.frame_tasks is not None and run.frame_tasks.total > 0:
+            mask, _ = draw_tasks(run.frame_tasks, shape, run.model.patch, random)
+            mask = mask.to(latents.device)
+            cells = (~mask[:, 0]).float()
+            # Beside the input, unknown cells are told as zeros: what is behind the mask must not be seen.
+            known = torch.where(mask, latents, 0) if run.model.frames == "channels" else latents
+            channels = run.model.frame_mask_channels if run.model.frames == "channels" else 1
+            cond = dataclasses.replace(cond, frames=Frames(known, mask.expand(-1, channels, -1, -1, -1)))
+        if run.token_dropping:
+            kept, weight = draw_kept(shape, run.model.patch, run.token_dropping, random)
+            cond, weight = dataclasses.replace(cond, kept=kept.to(latents.device)), weight.to(latents.device)
+            cells = weight if cells is None else cells * weight
+        return cond, cells
 
     def work(self) -> Work:
         """Count what the last call of ``terms`` amounted to."""
@@ -214,6 +279,15 @@ class LatentInputs:
         heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
         shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
         caches = [self._checked_cache(run, path, layout) for path in shards]
+        trained = caches[: len(run.data.sets)]
+        self.aligner = build_aligner(
+            run.alignment,
+            trained,
+            autoencoder.compression,
+            run.model.patch,
+            layout.device,
+            read_features=run.data.read_features,
+        )
         all_cached = None not in caches
         self.autoencoder: autoencoders.Autoencoder | None = None if all_cached else autoencoder
         if not all_cached:
@@ -303,10 +377,13 @@ def pack(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         groups: What ``LatentInputs.prepare`` made, per size.
 
     Returns:
-        The same names; ``latents`` is flat and ``shapes`` (b, 4) holds the (c, t, h, w) of each sample.
+        The same names; ``latents`` is flat and ``shapes`` (b, 4) holds the (c, t, h, w) of each sample; ``features``,
+        where there are some, has a row per token, sample after sample.
     """
     longest = max(group["text"].shape[1] for group in groups)
     packed = {name: torch.cat([group[name] for group in groups]) for name in ("weight", "draws")}
+    if "features" in groups[0]:
+        packed["features"] = torch.cat([group["features"].flatten(0, 1) for group in groups])
     for name in ("text", "text_mask"):
         parts = [group[name] for group in groups]
         packed[name] = torch.cat(
@@ -353,7 +430,7 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
             origin.check_lineage(inputs[0].lineage())
 
     def build(fresh: bool) -> Dit:
-        return _build(config, layout, fresh=fresh, origin=origin)
+        return _build(config, layout, inputs[0], fresh=fresh, origin=origin)
 
     session = start_session(found, layout, beat, build, accept=accept)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
@@ -415,14 +492,18 @@ def _parametrization(run: DenoiserRun) -> ParametrizationConfig:
     return ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)
 
 
-def _build(config: DenoiserRun, layout: Layout, *, fresh: bool, origin: Origin | None) -> Dit:
+def _build(config: DenoiserRun, layout: Layout, inputs: LatentInputs, *, fresh: bool, origin: Origin | None) -> Dit:
     # Values that a checkpoint brings are neither drawn nor allocated twice.
-    with torch.device("cpu" if fresh else "meta"):
+    device = "cpu" if fresh else "meta"
+    with torch.device(device):
         model = build_denoiser(config.model)
+    if fresh and origin is not None:  # before anything wraps the blocks or splits the weights
+        origin.apply(model, config.run_dir, layout)
+    if inputs.aligner is not None:
+        with torch.device(device):  # drawn last: the model's own values are those without it
+            model.alignment = inputs.aligner.projector(config.model.width)
     if not fresh:  # at stage 3 the engine brings parameters to the device one by one
         model.to_empty(device="cpu" if config.parallel.zero == 3 else layout.device)
-    elif origin is not None:  # before anything wraps the blocks or splits the weights
-        origin.apply(model, config.run_dir, layout)
     checkpoint_blocks(model, config.parallel)
     sequence.shard(model, layout)
     return model

@@ -225,6 +225,8 @@ class _Loop:
         if evaluated or result.skipped or every(done, session.run.log_every) or done == session.run.steps:
             row |= self.accounting.row()
             session.tracker.log(done, {**row, "data/keys_hash": info.keys_hash})
+        if every(done, session.run.tracking.histograms_every):
+            session.log_histograms(done)
         self.save_blocked_s = 0.0
         self.progress.update(1, f"loss {result.means['loss']:.4f}")
 

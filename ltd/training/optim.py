@@ -31,6 +31,9 @@ class OptimConfig:
     warmup_steps: int = 0
     #: Share of the run, at its end, over which ``wsd`` decays linearly, in [0, 1].
     cooldown: float = 0.2
+    #: Steps done when ``wsd`` begins to decay, linearly over the rest of the run, in the place of ``cooldown``: the
+    #: step of a fork makes a cool-down of a trunk whose rate is constant.
+    cooldown_from: int | None = None
     #: Last learning rate of ``cosine`` and ``wsd`` over the peak, in [0, 1].
     final_ratio: float = 0.0
 
@@ -42,6 +45,13 @@ class OptimConfig:
         for name in ("cooldown", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+        if self.cooldown_from is not None:
+            if self.schedule != "wsd":
+                raise ConfigError(f"cooldown_from: is of the schedule wsd, got schedule {self.schedule}")
+            if self.cooldown_from < self.warmup_steps:
+                raise ConfigError(
+                    f"cooldown_from: got {self.cooldown_from}, needed warmup_steps = {self.warmup_steps} or more"
+                )
         self.settings()
 
     def settings(self) -> OptimizerSettings:
@@ -65,7 +75,8 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
     Returns:
         The learning rate: linear over the warm-up, then constant, a half cosine to ``final_ratio`` of the peak, or
-        constant and linear over the last ``cooldown`` of the run (WSD).
+        constant and linear over the last ``cooldown`` of the run, or from ``cooldown_from`` on (WSD): (num_steps -
+        step) over the number of decaying steps, so that the first of them has the whole peak.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -76,6 +87,9 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
         done = min(1.0, (step - config.warmup_steps) / span)
         ratio = 0.5 * (1 + math.cos(math.pi * done))
     else:
-        span = max(1, round(config.cooldown * num_steps))
+        decaying = (
+            round(config.cooldown * num_steps) if config.cooldown_from is None else num_steps - config.cooldown_from
+        )
+        span = max(1, decaying)
         ratio = min(1.0, max(0.0, (num_steps - step) / span))
     return config.lr * (config.final_ratio + (1 - config.final_ratio) * ratio)

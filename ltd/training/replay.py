@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from ltd.parallel import checkpoint
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.parallel.preflight import code_digests, package_versions
+from ltd.tracking.code_version import find_commit
 from ltd.tracking.journal import plain, read_journal
 from ltd.tracking.tracker import METRICS
 from ltd.training import autoencoder, denoiser
+from ltd.training.fork import resolve_fork
 from ltd.training.guards import GuardError
 from ltd.training.session import Session, open_layout
 from ltd.training.stages import at_step
@@ -129,9 +130,12 @@ def replay(run: Run, run_dir: str | Path, step: int, *, trace: bool = False) -> 
 
 def _origin(run: Run, step: int) -> Path | None:
     """Find the other run's checkpoint that a run started from, if it did."""
-    if run.resume in ("auto", "never"):
+    if run.fork is not None:
+        found: Path | None = resolve_fork(run.fork, run.run_dir)
+    elif run.resume in ("auto", "never"):
         return None
-    found = checkpoint.resolve(run.resume, Path(run.run_dir) / "none of its own")
+    else:
+        found = checkpoint.resolve(run.resume, Path(run.run_dir) / "none of its own")
     assert found is not None
     if storage.checkpoint_step(found) >= step:
         raise ConfigError(f"--step: got {step}, the run starts behind step {storage.checkpoint_step(found)} of {found}")
@@ -144,8 +148,9 @@ def _quiet(run: Run, scratch: str, checkpoint: Path | None) -> Run:
         run,
         run_dir=scratch,
         resume="never" if checkpoint is None else str(checkpoint),
+        fork=None,
         evaluation=dataclasses.replace(run.evaluation, every=0, shards=None),
-        tracking=dataclasses.replace(run.tracking, wandb="disabled"),
+        tracking=dataclasses.replace(run.tracking, wandb="disabled", tensorboard=False, histograms_every=0),
         parallel=dataclasses.replace(run.parallel, preflight=False),
     )
 
@@ -200,7 +205,7 @@ def _take(session: Session, stage: Stage, step: int, run_dir: Path, *, trace: bo
 def _facts(session: Session, step: int, row: dict[str, Any]) -> dict[str, Any]:
     """Say what a trace is of, and what it was made with."""
     config = config_io.to_dict(session.run)
-    for name in ("run_dir", "resume"):  # of the replay, not of the run
+    for name in ("run_dir", "resume", "fork"):  # of the replay, not of the run
         del config[name]
     layout = {"processes": session.layout.world_size, "device": session.layout.device.type, **config["parallel"]}
     return {
@@ -211,23 +216,8 @@ def _facts(session: Session, step: int, row: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "packages": package_versions(),
         "code": {name: text for name, text in code_digests().items() if name.startswith("ltd/")},
-        "commit": _commit(),
+        "commit": find_commit(),
     }
-
-
-def _commit() -> str | None:
-    """Ask git for the commit of this code; None where it lies in no repository."""
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() or None
 
 
 def _recorded(run_dir: Path, step: int) -> dict[str, Any] | None:

@@ -80,6 +80,9 @@ class RunConfig:
     resume: str = "auto"
     #: Steps between rows of ``metrics.jsonl``.
     log_every: int = 1
+    #: ``RUN@STEP``: start from that checkpoint of another run, with all of its state (RUN: from its latest). Once the
+    #: run has checkpoints of its own, it goes on from those.
+    fork: str | None = None
     #: CPU threads of each process; null leaves PyTorch's choice.
     num_threads: int | None = None
     #: Fields that change at a step; the checkpoint at each boundary is always written.
@@ -104,6 +107,10 @@ class RunConfig:
             raise ConfigError(f"num_threads: must be at least 1 or null, got {self.num_threads}")
         if not self.run_dir:
             raise ConfigError("run_dir: is empty, needed a directory")
+        if self.optim.cooldown_from is not None and self.optim.cooldown_from >= self.steps:
+            raise ConfigError(
+                f"optim.cooldown_from: got {self.optim.cooldown_from}, needed less than steps = {self.steps}"
+            )
         check_stages(self, self.stages, self.steps)
 
 
@@ -145,7 +152,7 @@ def heldout_batches(run: RunConfig, layout: Layout) -> Iterator[Batch]:
         Batches on the CPU.
     """
     return evaluation_batches(
-        dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=()),
+        dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=(), read_features=False),
         batch_size=run.evaluation.batch_size,
         global_rank=layout.global_rank,
         world_size=layout.world_size,

@@ -28,10 +28,13 @@ from ltd.parallel.compilation import Compiled, compile_blocks
 from ltd.parallel.ema import Ema
 from ltd.parallel.engine import build_engine
 from ltd.parallel.heartbeat import Heartbeat, open_watched
+from ltd.parallel.histograms import bin_edges, shard_histograms
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import derive_seed
+from ltd.tracking.histogram import Histogram
 from ltd.tracking.tracker import Tracker
+from ltd.training.fork import inherited_counts
 from ltd.training.guards import GuardError, Guards, Incident
 from ltd.training.optim import OptimConfig, learning_rate
 from ltd.training.run import RunConfig
@@ -84,6 +87,10 @@ class Session:
     start_step: int
     #: What the model depends on besides its weights (hashes, statistics), as the checkpoint has it; saved with each.
     lineage: dict[str, Any]
+    #: Checkpoints of other runs that it started from, oldest first; saved with each.
+    ancestors: list[dict[str, Any]] = field(default_factory=list)
+    #: The checkpoint that a fork began from; None for other runs.
+    origin: Path | None = None
     critic: Critic | None = None
     #: What is evaluated on schedules of its own, besides the stage's held-out loss.
     evaluators: list[Evaluator] = field(default_factory=list)
@@ -112,8 +119,16 @@ class Session:
             "guards": self.guards.state(),
             "config": config_io.to_dict(self.base),
             "lineage": self.lineage,
+            "ancestors": self.ancestors,
         }
         self.saver.save(step, extra)
+
+    def log_histograms(self, step: int) -> None:
+        """Log histograms of the weights, and of Adam's first moment, after a step; called by all processes."""
+        kinds = ("master", "exp_avg") if self.run.optim.kind == "adamw" else ("master",)
+        counts = shard_histograms(self.engine, self.layout, kinds)
+        edges = bin_edges()
+        self.tracker.log_histograms(step, {f"histogram/{name}": Histogram(edges, row) for name, row in counts.items()})
 
     def record_incident(self, step: int, incident: Incident, ids: list[str], **details: Any) -> None:
         """List the samples of a step that was not taken in the quarantine file, under the row of ``step``."""
@@ -135,7 +150,7 @@ class Session:
         """
         self.beat.enter("save", step)
         self.saver.wait()
-        found = self.layout.broadcast_object(storage.latest_checkpoint(self.run.run_dir))
+        found = self.layout.broadcast_object(storage.latest_checkpoint(self.run.run_dir) or self.origin)
         if found is None:
             raise GuardError(
                 f"step {step}: {incident.message}; guards say rewind, but there is no checkpoint to go back to yet; "
@@ -148,7 +163,10 @@ class Session:
         self.guards.restore(manifest.get("guards", {}))
         self.start_step = int(manifest["step"])
         self.loader = _build_loader(self.run, self.layout, manifest)
-        self.tracker = _build_tracker(self.run, self.layout, self.start_step, manifest)
+        state = manifest.get("tracker")
+        if found == self.origin:
+            state = inherited_counts(state) | {"wandb_id": self.tracker.state()["wandb_id"]}
+        self.tracker = _build_tracker(self.run, self.layout, self.start_step, state, self.ancestors)
         # Under the last step that stays: rows behind it are written anew, here and at a later rewind.
         message = f"step {step}: {incident.message}; went back to step {self.start_step}"
         self.record_incident(self.start_step, replace(incident, message=message), ids, to=self.start_step)
@@ -215,10 +233,7 @@ def start_session(
     ema = Ema(engine, run.ema)
     beside = None if critic is None else _build_critic(run, layout, *critic)
     if start.checkpoint is not None:
-        checkpoints.load(start.checkpoint, engine, ema, layout, critic=None if beside is None else beside.engine)
-        if start.own and layout.is_main:
-            storage.set_aside_newer(run.run_dir, start.checkpoint)
-        _save_config(start.base, layout)
+        _restore(start, start.checkpoint, layout, engine, ema, beside)
     if layout.is_main and run.parallel.engine == "deepspeed":
         storage.write_json(Path(run.run_dir) / "deepspeed.json", engine.resolved_config())
     return Session(
@@ -231,13 +246,31 @@ def start_session(
         engine=engine,
         ema=ema,
         saver=_build_saver(run, layout, engine, ema, beside),
-        guards=Guards(run.guards, start.manifest.get("guards") if start.own else None),
+        guards=Guards(run.guards, start.manifest.get("guards") if start.own or start.forked else None),
         loader=loader,
-        tracker=_build_tracker(run, layout, start.step, start.manifest if start.own else {}),
+        tracker=_build_tracker(run, layout, start.step, _tracker_state(start), start.ancestors),
         start_step=start.step,
         lineage=dict(start.manifest.get("lineage", {})),
+        ancestors=start.ancestors,
+        origin=start.checkpoint if start.forked else None,
         critic=beside,
     )
+
+
+def _restore(
+    start: Start[Any], checkpoint: Path, layout: Layout, engine: Engine, ema: Ema, critic: Critic | None
+) -> None:
+    """Load the checkpoint, and then let the run directory say what now holds."""
+    field = "fork" if start.forked else "resume"
+    beside = None if critic is None else critic.engine
+    checkpoints.load(checkpoint, engine, ema, layout, critic=beside, field=field)
+    run_dir = Path(start.base.run_dir)
+    if start.own and layout.is_main:
+        storage.set_aside_newer(run_dir, checkpoint)
+    if start.ancestors and layout.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        storage.write_json(run_dir / storage.LINEAGE, {"ancestors": start.ancestors})
+    _save_config(start.base, layout)
 
 
 def _build_critic(run: RunConfig, layout: Layout, build: Callable[[], nn.Module], optim: OptimConfig) -> Critic:
@@ -289,14 +322,21 @@ def _build_saver(run: RunConfig, layout: Layout, engine: Engine, ema: Ema, criti
     )
 
 
-def _build_tracker(run: RunConfig, layout: Layout, start_step: int, manifest: dict[str, Any]) -> Tracker:
+def _tracker_state(start: Start[Any]) -> dict[str, Any] | None:
+    state = start.manifest.get("tracker")
+    return inherited_counts(state) if start.forked else state if start.own else None
+
+
+def _build_tracker(
+    run: RunConfig, layout: Layout, start_step: int, state: dict[str, Any] | None, ancestors: list[dict[str, Any]]
+) -> Tracker:
     return Tracker(
         run.run_dir,
         run.tracking,
         is_main=layout.is_main,
-        run_config=config_io.to_dict(run),
+        run_config={**config_io.to_dict(run), "ancestors": ancestors},
         start_step=start_step + 1,
-        state=manifest.get("tracker"),
+        state=state,
     )
 
 

@@ -19,6 +19,7 @@ _FIXED = (
     "steps",
     "seed",
     "resume",
+    "fork",
     "num_threads",
     "model",
     "stages",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +12,7 @@ from ltd import storage
 from ltd.config import ConfigError
 from ltd.parallel import checkpoint as checkpoints
 from ltd.parallel.layout import Layout
+from ltd.training.fork import add_ancestor, check_same_model, check_same_origin, differences, resolve_fork
 from ltd.training.run import RunConfig
 from ltd.training.stages import at_step
 
@@ -29,6 +30,10 @@ class Start(Generic[R]):
     checkpoint: Path | None
     manifest: dict[str, Any]
     own: bool
+    #: Whether it is a fork that begins: all state goes on, in a run of its own.
+    forked: bool = False
+    #: Where its checkpoint is from, oldest first, as ``add_ancestor`` makes them.
+    ancestors: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def run(self) -> R:
@@ -57,7 +62,8 @@ def find_start(run: R, layout: Layout) -> Start[R] | None:
         Where it starts; None when it has all its steps already.
 
     Raises:
-        ConfigError: If ``resume`` names no checkpoint, or one of another kind or with too many steps.
+        ConfigError: If ``resume`` or ``fork`` names no checkpoint, or one of another kind or with too many steps, or
+            ``fork`` one of another model.
     """
     found: Start[R] | Exception | None = None
     if layout.is_main:
@@ -76,33 +82,43 @@ def _locate_start(run: R) -> Start[R] | None:
     run_dir = Path(run.run_dir)
     found = checkpoints.resolve(run.resume, run_dir)
     own = found is not None and found.parent.parent.resolve() == run_dir.resolve()
-    start = Start(run, found, storage.read_manifest(found) if found else {}, own)
-    before, now = start.manifest.get("config", {}).get("kind"), getattr(run, "kind", None)
-    if found and before != now:
+    forked = run.fork is not None and not own
+    if run.fork is not None and forked:
+        if found is not None:
+            raise ConfigError(f"resume: got {run.resume}, but fork = {run.fork} says where to start; set one of them")
+        found = resolve_fork(run.fork, run_dir)
+    manifest = storage.read_manifest(found) if found else {}
+    ancestors = list(manifest.get("ancestors", ()))
+    if run.fork is not None and own:
+        check_same_origin(run.fork, ancestors, run.run_dir)
+    elif found and not own:
+        ancestors = add_ancestor(found, manifest, run)
+    start = Start(run, found, manifest, own, forked, ancestors)
+    before, now = manifest.get("config", {}).get("kind"), getattr(run, "kind", None)
+    if found and forked:
+        check_same_model(manifest.get("config", {}), run, str(found))
+    elif found and before != now:
         raise ConfigError(f"run_dir: {found} is a checkpoint of kind {before!r}, this run is of kind {now!r}")
     if found and start.step >= run.steps:
         if not own:
-            raise ConfigError(
-                f"steps: got {run.steps}, but resume = {run.resume} has {start.step} already; raise steps"
-            )
+            asked = f"fork = {run.fork}" if forked else f"resume = {run.resume}"
+            raise ConfigError(f"steps: got {run.steps}, but {asked} has {start.step} already; raise steps")
         logger.info("%s already has its %d steps; nothing to train (raise steps to go on)", run_dir, run.steps)
         return None
-    _announce_resume(found, start.manifest, run)
+    _announce(start)
     return start
 
 
-def _announce_resume(found: Path | None, manifest: dict[str, Any], run: RunConfig) -> None:
-    if found is None:
-        logger.info("starting anew in %s", run.run_dir)
+def _announce(start: Start[R]) -> None:
+    if start.checkpoint is None:
+        logger.info("starting anew in %s", start.base.run_dir)
         return
-    logger.info("resuming from %s at step %d", found, manifest["step"])
-    before, now = _flat(manifest["config"]), _flat(config_io.to_dict(run))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key != "resume":
-            logger.warning("%s was %r in the checkpoint and is %r now", key, before.get(key), now.get(key))
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {key: value for name, item in tree.items() for key, value in _flat(item, f"{path}.{name}").items()}
-    return {path.removeprefix("."): tree}
+    if start.forked:
+        overrides = start.ancestors[-1]["overrides"]
+        logger.info("forked from %s at step %d, %d fields changed", start.checkpoint, start.step, len(overrides))
+        for key, (old, new) in overrides.items():
+            logger.info("%s was %r in the run it is forked from and is %r now", key, old, new)
+        return
+    logger.info("resuming from %s at step %d", start.checkpoint, start.step)
+    for key, (old, new) in differences(start.manifest["config"], config_io.to_dict(start.base)).items():
+        logger.warning("%s was %r in the checkpoint and is %r now", key, old, new)

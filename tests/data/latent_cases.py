@@ -39,6 +39,12 @@ def latents(window: Window) -> tuple[Tensor, Tensor]:
     return both[0], both[1]
 
 
+def features(window: Window) -> Tensor:
+    """Maps of a vision network: 5 channels on a 2x2 grid."""
+    generator = torch.Generator().manual_seed(1000 + window.position)
+    return torch.randn(5, 1 + (window.view.num_frames - 1) // 4, 2, 2, generator=generator)
+
+
 def embed(caption: str) -> tuple[Tensor, Tensor]:
     words = caption.split() or ["<none>"]
     table = torch.tensor([[float(len(word)), float(ord(word[0]))] for word in words])
@@ -58,7 +64,8 @@ def write(
             for text in writer.missing_texts(["", *(text for text, _ in captions)]):
                 writer.add_text(text, *embed(text))
         mean, logvar = latents(window)
-        writer.add(window, captions=captions, mean=mean, logvar=logvar)
+        maps = None if writer.identity.features is None else features(window)
+        writer.add(window, captions=captions, mean=mean, logvar=logvar, features=maps)
     writer.close()
     return writer
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ltd.config import ConfigError, from_dict, to_dict
 from ltd.denoisers import Conditioning, Dit, DitConfig, ExpertsConfig, Frames, HeadConfig, stack
+from ltd.denoisers.alignment import DenoiserAlignmentConfig, TokenProjector
 from ltd.denoisers.blocks import DualBlock
 from ltd.nn.moe import ExpertChoice
 from ltd.nn.patch import grid_positions, patchify, unpatchify
@@ -207,7 +208,8 @@ def test_a_wide_head_is_modulated_token_by_token_by_time_and_what_the_blocks_mad
     model = member("wide head")
     x_t, t, cond = inputs("wide head", False, F64)
     seen: list[torch.Tensor] = []
-    out = model(x_t, t, cond, tap=lambda index, tokens: seen.append(tokens))
+    model.blocks[-1].register_forward_hook(lambda block, given, tokens: seen.append(tokens))
+    out = model(x_t, t, cond)
     head, heads = model.head, 2
     assert head is not None and model.time_embedding is not None
     patches = patchify(x_t, model.config.patch)
@@ -273,13 +275,16 @@ def test_registers_are_dropped_and_none_of_them_is_the_plain_model() -> None:
         assert (model(*inputs("registers", False, F64)) - before).abs().max() > 1e-3
 
 
-def test_a_tap_sees_the_tokens_of_the_patches_after_every_block() -> None:
+def test_a_tap_is_given_the_projected_tokens_of_the_patches_alone() -> None:
     model = member("registers and joint text")
-    seen: list[tuple[int, tuple[int, ...]]] = []
     args = inputs("registers and joint text", False, F64)
-    out = model(*args, tap=lambda index, tokens: seen.append((index, tuple(tokens.shape))))
-    assert seen == [(1, (2, 9, 24)), (2, (2, 9, 24)), (3, (2, 9, 24))]
-    assert torch.equal(out, model(*args))
+    out = model(*args)
+    model.alignment = TokenProjector(24, 5, DenoiserAlignmentConfig(block=2, hidden=6)).double()
+    seen: list[torch.Tensor] = []
+    inner: list[torch.Tensor] = []
+    model.blocks[1].register_forward_hook(lambda block, given, tokens: inner.append(tokens))
+    assert torch.equal(out, model(*args, tap=seen.append))
+    assert len(seen) == 1 and torch.equal(seen[0], model.alignment(inner[0][:, 4 + 2 :]))  # text, registers, patches
 
 
 @pytest.mark.parametrize(

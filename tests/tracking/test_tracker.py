@@ -16,9 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ltd import __version__
 from ltd.config import ConfigError
 from ltd.tracking import Journal, Tracker, TrackingConfig, read_journal
+from ltd.tracking import code_version as code
+from ltd.tracking.code_version import code_version
+from ltd.tracking.histogram import Histogram
 from ltd.tracking.wandb_run import has_key, resolve_mode
 
 
@@ -151,6 +156,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     fake.Settings = dict
     fake.Video = lambda path, caption, format: ("video", path, caption, format)
     fake.Image = lambda path, caption: ("image", path, caption)
+    fake.Histogram = lambda np_histogram: ("histogram", *np_histogram)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
@@ -177,7 +183,7 @@ def test_wandb_gets_numbers_media_and_only_steps_it_has_not_seen(
     track = tracker(tmp_path, wandb="online", start_step=3, state={"wandb_id": "old"})
     assert fake_wandb.inits[0]["id"] == "old"
     assert fake_wandb.inits[0]["resume"] == "allow"
-    assert fake_wandb.inits[0]["config"] == {"optim": {"lr": 0.1}}
+    assert fake_wandb.inits[0]["config"] == {"optim": {"lr": 0.1}, "code_version": code_version()}
     track.log(3, {"loss": 1.0})
     track.log(4, {"loss": math.nan})
     track.log_media(4, "samples", [(tmp_path / "a.mp4", "cat"), (tmp_path / "b.png", "dog")])
@@ -258,3 +264,86 @@ def test_offline_run_keeps_its_id_and_steps_over_a_resume(tmp_path: Path) -> Non
             configs |= {item.value_json for item in message.run.config.update if item.key == "optim"}
     assert seen == {0: 1.0, 1: 0.5, 2: 0.25}
     assert {json.loads(value)["lr"] for value in configs} == {0.1}
+
+
+def test_histograms_are_rows_of_their_own_and_reach_wandb_without_empty_ends(
+    fake_wandb: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    config = TrackingConfig(wandb="online", histograms_every=2)
+    track = Tracker(tmp_path, config, is_main=True, run_config={})
+    track.log(2, {"loss": 1.0})
+    track.log_histograms(2, {"histogram/a": Histogram([-2.0, -1.0, 0.0, 1.0, 2.0, 3.0], [0, 4, 0, 1, 0])})
+    track.finish()
+    row = {"step": 2, "name": "histogram/a", "edges": [-1.0, 0.0, 1.0, 2.0], "counts": [4, 0, 1]}
+    assert rows(tmp_path / "histograms.jsonl") == [row]
+    assert fake_wandb.run.rows[-1] == (2, {"step": 2, "histogram/a": ("histogram", row["counts"], row["edges"])})
+    assert Histogram([0.0, 1.0, 2.0], [0, 0]).trimmed() == Histogram([0.0, 1.0], [0])
+    with pytest.raises(ValueError, match="got 2 for 2 counts"):
+        Histogram([0.0, 1.0], [1, 1])
+    # A run that goes on before them drops them, also where it makes none any more.
+    Tracker(tmp_path, TrackingConfig(), is_main=True, run_config={}, start_step=2).finish()
+    assert rows(tmp_path / "histograms.jsonl") == []
+
+
+def test_code_is_named_by_its_commit_or_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = code.find_commit()
+    assert code_version() == (f"ltd {__version__}" if commit is None else f"commit {commit}")
+    monkeypatch.setenv("PATH", "")
+    assert code.find_commit() is None
+    assert code_version() == f"ltd {__version__}"
+
+
+def test_missing_tensorboard_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tracking\.tensorboard: true needs the package.*ltd\[tensorboard\]"):
+        Tracker(tmp_path, TrackingConfig(tensorboard=True), is_main=True, run_config={})
+    Tracker(tmp_path, TrackingConfig(tensorboard=True), is_main=False, run_config={})  # writes nothing, needs nothing
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_tensorboard_has_the_rows_of_the_journal_once_after_a_resume(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = TrackingConfig(tensorboard=True, histograms_every=1)
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "a.png")
+    for first, last in ((1, 6), (4, 8)):
+        track = Tracker(tmp_path, config, is_main=True, run_config={}, start_step=first)
+        for step in range(first, last + 1):
+            track.log(step, {"loss/denoise": 10.0 * first + step, "data/keys_hash": "ab", "bad": math.inf})
+            track.log_histograms(step, {"histogram/w": Histogram([-1.0, 0.0, 2.0], [3, step])})
+            track.log_media(step, "samples/grid", [(tmp_path / "a.png", "red"), (tmp_path / "b.mp4", "left out")])
+        track.finish()
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    journal = {row["step"]: row["loss/denoise"] for row in rows(tmp_path / "metrics.jsonl")}
+    assert {event.step: event.value for event in found.Scalars("loss/denoise")} == journal
+    assert [event.step for event in found.Scalars("loss/denoise")] == list(range(1, 9))
+    assert set(found.Tags()["scalars"]) == {"loss/denoise", "bad", "data/bad"}
+    assert {event.value for event in found.Scalars("bad")} == {math.inf}
+    assert [(event.step, event.width, event.height) for event in found.Images("samples/grid")][-1] == (8, 6, 4)
+    last = found.Histograms("histogram/w")[-1]
+    assert (last.step, last.histogram_value.num, list(last.histogram_value.bucket_limit)) == (8, 11, [0.0, 2.0])
+
+
+def test_tensorboard_failing_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ltd.tracking.tracker.check_tensorboard", lambda: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace())
+    track = Tracker(tmp_path, TrackingConfig(tensorboard=True), is_main=True, run_config={})
+    for step in (1, 2):
+        track.log(step, {"loss": 1.0})
+    track.finish()
+    assert len(rows(tmp_path / "metrics.jsonl")) == 2
+    assert len(caplog.records) == 1 and "tensorboard failed to start" in caplog.text
+
+
+def test_a_fork_counts_on_from_the_bad_samples_before_it(tmp_path: Path) -> None:
+    trunk = tracker(tmp_path / "trunk")
+    trunk.quarantine(1, [{"cause": "truncated"}])
+    child = tracker(tmp_path / "child", start_step=2, state={"inherited_bad": trunk.state()["bad"]})
+    child.quarantine(2, [{"cause": "truncated"}, {"cause": "decode"}])
+    again = tracker(tmp_path / "child", start_step=3, state=child.state())
+    again.log(3, {})
+    row = rows(tmp_path / "child" / "metrics.jsonl")[-1]
+    assert (row["data/bad"], row["data/bad/truncated"], row["data/bad/decode"]) == (3, 2, 1)
+    assert again.state()["bad"] == {"truncated": 2, "decode": 1}
