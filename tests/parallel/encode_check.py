@@ -74,7 +74,7 @@ def check_encoded_once() -> dict[str, Any]:
     session = SimpleNamespace(
         layout=layout, engine=engine, critic=None, beat=SimpleNamespace(enter=lambda phase, step: None)
     )
-    sums = step._backward(session, stage, batches, 1.0, 1)
+    sums = step._backward(session, stage, batches, 1.0, 1, None)
     return {
         "frames": layout.gather_objects(frames),
         "captions": layout.gather_objects(captions),

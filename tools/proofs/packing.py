@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import sys
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltd.denoisers import Conditioning, Dit, DitConfig
+from ltd.denoisers.blocks import TokenContext
+from ltd.denoisers.tokens import Text, Tokens
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ShiftConfig
 from ltd.nn.attention import attend
 from ltd.nn.packing import Segments, pack_latents
@@ -134,7 +137,7 @@ def padded(model: Dit, samples: Samples) -> Tensor:
 
     def denoise(x_t: list[Tensor], t: Tensor, cond: Conditioning) -> list[Tensor]:
         patches = torch.cat([fill(pack_latents([x], PATCH)[0]) for x in x_t])
-        return list(model._tokens(patches, positions, t, cond))
+        return list(model._run(Tokens(patches, positions), t[:, None], cond, None))
 
     # The objective's own times and noise; its velocity and mean are taken on patches, where the filling is.
     seen: list[tuple[list[Tensor], Tensor]] = []
@@ -183,18 +186,22 @@ def neighbours_time(model: Dit, samples: Samples) -> Tensor:
 
 def moved_boundary(model: Dit, samples: Samples) -> Tensor:
     """Go wrong: the first sample's attention takes one token of the second."""
-    genuine = model._packing
+    genuine = model._embed
 
-    def moved(lengths: tuple[int, ...], text_lengths: tuple[int, ...] | None) -> Any:
-        packing = genuine(lengths, text_lengths)
+    def moved(tokens: Tokens, text: Text) -> tuple[Tokens, TokenContext]:
+        tokens, context = genuine(tokens, text)
+        packing = context.packing
+        assert packing is not None
+        lengths = packing.attention.q_lengths
         wrong = (lengths[0] + 1, lengths[1] - 1, *lengths[2:])
-        return type(packing)(Segments(wrong, wrong), packing.lengths, packing.text)
+        packing = dataclasses.replace(packing, attention=Segments(wrong, wrong))
+        return tokens, dataclasses.replace(context, packing=packing)
 
-    model._packing = moved  # type: ignore[method-assign]
+    model._embed = moved  # type: ignore[method-assign]
     try:
         return packed(model, samples)
     finally:
-        del model._packing
+        del model._embed
 
 
 def summed(model: Dit, samples: Samples) -> Tensor:
