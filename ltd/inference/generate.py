@@ -30,7 +30,7 @@ from ltd.diffusion import (
     with_known,
 )
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
-from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames, told
+from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames
 from ltd.inference.media import video_to_pixels
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
@@ -248,7 +248,7 @@ class Generator:
         else:
             frames = tail_frames(tail, requests[0].shape, self.autoencoder, config.patch)
         if frames is not None:
-            form = told(frames, config.frames, config.frame_mask_channels)
+            form = denoisers.told(frames, config.frames, config.frame_mask_channels)
             cond, null_cond = (dataclasses.replace(one, frames=form) for one in (cond, null_cond))
         own: Denoiser = self.denoiser
         guide: Denoiser | None = self.guide

@@ -15,6 +15,7 @@ from ltd.config import ConfigError
 from ltd.data.batch import BadSampleError
 from ltd.data.decode import decode_clip, decode_image, probe
 from ltd.denoisers import TASKS, Dit, Frames, Parametrized, Task, task_mask
+from ltd.denoisers import told as told
 from ltd.inference.media import pixels_to_video
 from ltd.shapes import Compression, VideoShape
 
@@ -299,10 +300,3 @@ def tail_frames(tail: Tail, shape: VideoShape, autoencoder: Autoencoder, patch: 
 def tail_length(known: int, autoencoder: Autoencoder, patch: tuple[int, int, int]) -> int:
     """Count the frames in pixels that so many latent frames (in patches) stand for at the start of a clip."""
     return 1 + (known * patch[0] - 1) * autoencoder.compression.t
-
-
-def told(frames: Frames, mode: str, mask_channels: int) -> Frames:
-    """Give known latents the form that a denoiser takes: beside the input, unknown ones are zeros."""
-    if mode != "channels":
-        return frames
-    return Frames(torch.where(frames.mask, frames.latents, 0), frames.mask.expand(-1, mask_channels, -1, -1, -1))

@@ -307,3 +307,17 @@ def test_the_overlap_of_a_segment_comes_back(run: Path) -> None:
     frames = tail_frames(tail, SHAPE, made.autoencoder, (1, 1, 1))
     assert torch.equal(kept[1][:, :, :2], made.autoencoder.denormalize(frames.latents)[:, :, :2])
     assert (kept[1] - kept[0]).abs().max() > 1e-2
+
+
+def test_samples_do_not_depend_on_what_the_denoiser_says_of_known_cells(run: Path) -> None:
+    made = generator(run)
+    made.sampler = SamplerConfig(steps=3, guidance=GuidanceConfig(scale=3.0, rescale=0.7))
+    given = Given(task="extension", media=(str(run / "clip.mp4"),), known=2)
+    expected = draw(made, given)
+    made.denoiser.register_forward_hook(  # the second row of each pair of text and no text is off too
+        lambda module, inputs, v: torch.cat(
+            (v[:, :, :2] + 9 * torch.arange(len(v)).view(-1, 1, 1, 1, 1), v[:, :, 2:]), 2
+        )
+    )
+    assert torch.equal(draw(made, given), expected)
+    assert not torch.equal(draw(made, None), expected)
