@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from ltd.inference.segments import make_segments, segment_length
 from ltd.shapes import VideoShape
 from tests.inference.jobs_worker import make_run
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = VideoShape(9, 32, 32)
 GENERATOR = np.random.default_rng(0)
 CLIP = GENERATOR.integers(0, 255, (9, 32, 32, 3), np.uint8)
@@ -321,3 +325,22 @@ def test_samples_do_not_depend_on_what_the_denoiser_says_of_known_cells(run: Pat
     )
     assert torch.equal(draw(made, given), expected)
     assert not torch.equal(draw(made, None), expected)
+
+
+@pytest.mark.dist
+def test_known_frames_and_segments_are_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.inference.known_worker", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    said = {name: [path.read_text()[-2000:] for path in (tmp_path / "logs" / name).glob("log?")] for name in codes}
+    assert all(set(found) == {0} for found in codes.values()), (codes, said)
+    names = ["0000.mp4", "0001.mp4", "grid.png", "samples.jsonl"]
+    for one, other in (("one", "two"), ("long", "long-two")):
+        assert [n for n in names if (tmp_path / one / n).read_bytes() != (tmp_path / other / n).read_bytes()] == []
+    clips = [
+        decode_clip((tmp_path / name / "0001.mp4").read_bytes(), start=0, num_frames=9) for name in ("one", "pair")
+    ]
+    assert np.abs(clips[0].astype(int) - clips[1].astype(int)).mean() < 1 and clips[0].std() > 10
+    assert len(decode_clip((tmp_path / "long" / "0001.mp4").read_bytes(), start=0, num_frames=17)) == 17
