@@ -50,6 +50,7 @@ class Sample:
     """One sample before collation; either ``pixels`` or ``mean`` and ``logvar`` are set."""
 
     caption: str = ""  #: Caption, "" where there is none.
+    caption_column: int = 0  #: Which of the sample's captions it is, from 0.
     fps: float = 0.0  #: Frames per second after the frame step; 0 for images and where unknown.
     pixels: np.ndarray | None = None  #: uint8 (t, h, w, c), RGB.
     mean: Tensor | None = None  #: float (c, t, h, w), raw latents.
@@ -76,6 +77,7 @@ class Batch:
     features: Tensor | None = None  #: float, as a cache stores it, (b, d, t, h', w'), a vision network's.
     kinds: tuple[str, ...] = field(default=())  #: "image" or "video" per sample.
     entries: tuple[int, ...] = field(default=())  #: Place of each sample in the index of all data sets.
+    caption_columns: tuple[int, ...] = field(default=())  #: Which of its captions each sample has, from 0.
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -257,4 +259,5 @@ def collate(
         features=stack("features"),
         kinds=(kind,) * len(filled),
         entries=tuple(entries),
+        caption_columns=tuple(sample.caption_column for sample in filled),
     )

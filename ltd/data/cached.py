@@ -96,6 +96,7 @@ class CacheSource:
             features=loaded.features,
             kinds=(view.kind,) * len(items),
             entries=tuple(items.entries.tolist()),
+            caption_columns=loaded.caption_columns,
         )
 
     def num_bytes(self, items: Items, view: ViewConfig) -> int:

@@ -70,6 +70,7 @@ class CachedRows:
     logvar: Tensor  #: (b, c, t, h, w).
     captions: tuple[str, ...]  #: Caption of each window, "" where it has none.
     fps: Tensor  #: float32 (b,); frames per second, 0 for images and where unknown.
+    caption_columns: tuple[int, ...]  #: Which of its captions each window has, from 0.
     text: Tensor | None = None  #: (b, n, d), zero where masked out; None in a cache without text.
     text_mask: Tensor | None = None  #: bool (b, n), True = token.
     features: Tensor | None = None  #: (b, d, t, h', w'), one map per latent frame; None where not asked for.
@@ -293,13 +294,14 @@ class LatentCache:
         if len(rows) and rows.min() < 0:
             raise IndexError(f"rows: got {rows.min()}, needed 0 <= row < {self.num_windows}")
         latents = self._gather(self._file[rows], self._row[rows])
-        ids = self._choose(rows, caption_uniform)
+        ids, columns = self._choose(rows, caption_uniform)
         text, mask = self._gather_text(ids)
         return CachedRows(
             mean=latents[0],
             logvar=latents[1],
             captions=self._captions_of(ids),
             fps=torch.from_numpy(self._fps[rows].astype(np.float32)),
+            caption_columns=tuple(columns.tolist()),
             text=text,
             text_mask=mask,
             features=self._gather_features(self._file[rows], self._row[rows]) if features else None,
@@ -333,10 +335,14 @@ class LatentCache:
                 out[:, place] = self._latents[file][2 * row : 2 * row + 2]
         return torch.from_numpy(out).view(self.dtype)
 
-    def _choose(self, rows: np.ndarray, uniform: np.ndarray | None) -> np.ndarray:
-        """Choose a caption of each window; its number among the texts, 0 (the null text) where it has none."""
+    def _choose(self, rows: np.ndarray, uniform: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Choose a caption of each window.
+
+        Returns its number among the texts, 0 (the null text) where it has none; and which of the window's it is.
+        """
         counts = self._captions[rows]
-        firsts = self._caption_ends[rows] - counts
+        begins = self._caption_ends[rows] - counts
+        firsts = begins.copy()
         if uniform is not None and (counts > 1).any():
             for place in np.flatnonzero(counts > 1).tolist():
                 begin = int(firsts[place])
@@ -344,10 +350,10 @@ class LatentCache:
                 chosen = int(np.searchsorted(edges, uniform[place] * edges[-1], side="right"))
                 firsts[place] += min(chosen, len(edges) - 1)
         if counts.all():
-            return self._caption_text[firsts].astype(np.int64)
+            return self._caption_text[firsts].astype(np.int64), firsts - begins
         ids = np.zeros(len(rows), dtype=np.int64)
         ids[counts > 0] = self._caption_text[firsts[counts > 0]]
-        return ids
+        return ids, firsts - begins
 
     def _captions_of(self, ids: np.ndarray) -> tuple[str, ...]:
         buffer, ends = self._strings.buffer, self._strings.ends

@@ -12,7 +12,7 @@ from ltd.data.decode import Backend, choose_backend, decode_clip, decode_image
 from ltd.data.entries import KINDS, Entry
 from ltd.data.index import Index
 from ltd.data.plan import Placement, ViewConfig
-from ltd.data.sources import Items, choose_caption, require_captions
+from ltd.data.sources import Items, choose_caption, choose_column, require_captions
 
 
 class MediaSource:
@@ -73,7 +73,12 @@ class MediaSource:
         row = self.entries[entry]
         data, captions = self.index.load(row)
         frames = decode_cut(data, row, view, placement, backend=self.backend)
-        return Sample(caption=choose_caption(captions, caption), fps=row.fps / placement.step, pixels=frames)
+        return Sample(
+            caption=choose_caption(captions, caption),
+            caption_column=choose_column(captions, caption),
+            fps=row.fps / placement.step,
+            pixels=frames,
+        )
 
     def load_batch(self, items: Items, view: ViewConfig) -> Batch:
         """Refuse: media are loaded one by one."""

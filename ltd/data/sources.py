@@ -81,10 +81,15 @@ def choose_caption(captions: Sequence[tuple[str, float]], uniform: float) -> str
     Returns:
         The text.
     """
-    if not captions:
-        return ""
+    return captions[choose_column(captions, uniform)][0] if captions else ""
+
+
+def choose_column(captions: Sequence[tuple[str, float]], uniform: float) -> int:
+    """Pick the number of one of several captions by weight, as ``choose_caption`` does; 0 where there is none."""
+    if len(captions) < 2:
+        return 0
     edges = np.cumsum([weight for _, weight in captions])
-    return captions[min(int(np.searchsorted(edges, uniform * edges[-1], side="right")), len(captions) - 1)][0]
+    return min(int(np.searchsorted(edges, uniform * edges[-1], side="right")), len(captions) - 1)
 
 
 def require_captions(entries: Entries, bad: list[BadSample], shard_of: Sequence[str]) -> Entries:

@@ -5,6 +5,7 @@ from ltd.denoisers.config import DitConfig, ExpertsConfig, HeadConfig
 from ltd.denoisers.dit import Dit
 from ltd.denoisers.dropping import draw_kept
 from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, count_parameters, describe, load, save
+from ltd.denoisers.flops import DitFlops, DitInputs, count_flops
 from ltd.denoisers.frame_tasks import TASKS, FrameTasksConfig, Task, draw_masks, draw_tasks, task_mask, told
 from ltd.denoisers.parametrized import Parametrized
 from ltd.denoisers.surgery import SurgeryConfig, SurgeryReport, transplant
@@ -17,6 +18,8 @@ __all__ = [
     "Conditioning",
     "Dit",
     "DitConfig",
+    "DitFlops",
+    "DitInputs",
     "ExpertsConfig",
     "FrameTasksConfig",
     "Frames",
@@ -27,6 +30,7 @@ __all__ = [
     "Task",
     "Weights",
     "build_denoiser",
+    "count_flops",
     "count_parameters",
     "describe",
     "draw_kept",

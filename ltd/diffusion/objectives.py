@@ -26,7 +26,7 @@ from ltd.diffusion.prediction import (
     as_denoiser,
     build_prediction,
 )
-from ltd.diffusion.times import LogitNormalConfig, ShiftConfig, TimesConfig, draw_times, quantile_times
+from ltd.diffusion.times import LogitNormalConfig, ShiftConfig, TimesConfig, draw_quantiles, draw_times, quantile_times
 from ltd.rng import DrawRandom
 
 
@@ -235,6 +235,17 @@ class FlowMatching:
     def _squeeze(self, t: Tensor) -> Tensor:
         low, high = self.config.time_range
         return t if (low, high) == (0, 1) else low + (high - low) * t
+
+    def quantiles(self, random: DrawRandom) -> Tensor:
+        """Tell where in the training distribution the times of ``loss`` lie.
+
+        Args:
+            random: Random numbers of the draws.
+
+        Returns:
+            ``(b,)``, float64, in [0, 1), CPU; the shift and the range do not count.
+        """
+        return draw_quantiles(random, stratified=self.config.stratified)
 
     def evaluation_times(self, num: int, cells: int, channels: int | None = None) -> Tensor:
         """List fixed times for a held-out loss: middles of ``num`` equally likely parts of the training distribution.

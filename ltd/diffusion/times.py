@@ -182,8 +182,21 @@ def draw_times(
     Returns:
         ``(b,)``, float32, in (0, 1), CPU.
     """
-    u = _spread(random) if stratified else random.uniform((), "time").double()
+    u = draw_quantiles(random, stratified=stratified)
     return shift_times(_quantile(config, u.clamp(2**-25, 1 - 2**-25), path), factor).float()
+
+
+def draw_quantiles(random: DrawRandom, *, stratified: bool = False) -> Tensor:
+    """Tell where in the distribution of times each draw's time lies, whatever the distribution and the shift.
+
+    Args:
+        random: Random numbers of the batch; stream ``"time"``.
+        stratified: As for ``draw_times``.
+
+    Returns:
+        ``(b,)``, float64, in [0, 1), CPU: the share of all times that is smaller.
+    """
+    return _spread(random) if stratified else random.uniform((), "time").double()
 
 
 def quantile_times(config: TimesConfig, num: int, *, factor: float = 1.0, path: Path | None = None) -> Tensor:

@@ -149,6 +149,9 @@ class TransformersTextEncoder:
         self.max_length = config.max_length
         self.batch_size = config.batch_size
         self.num_truncated = 0
+        #: Operations of all forward passes so far (``ltd.nn.flops``).
+        self.flops = 0.0
+        self._products, self._attention = _count_products(self.network)
 
     def to(self, device: torch.device | str) -> TransformersTextEncoder:
         """Move the network to a device."""
@@ -180,6 +183,7 @@ class TransformersTextEncoder:
                 ids = torch.tensor([rows[i] for i in part], device=device)  # (m, length), no padding
                 hidden = self.network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
                 embeddings[part, :length] = hidden.float().cpu()
+                self.flops += len(part) * (self._products * length + self._attention * length**2)
                 mask[part, :length] = True
         order = [numbers[caption] for caption in captions]
         return embeddings[order], mask[order]
@@ -296,6 +300,21 @@ def _load_transformers(folder: Path, *, dtype: torch.dtype) -> tuple[Any, nn.Mod
     if missing:
         raise ConfigError(f"path: {folder} lacks {len(missing)} weights of its own config, the first is {missing[0]}")
     return tokenizer, network.eval().requires_grad_(False)
+
+
+def flops_so_far(encoder: TextEncoder | None) -> float:
+    """Tell the operations of all forward passes of an encoder; a table look-up has none."""
+    return encoder.flops if isinstance(encoder, TransformersTextEncoder) else 0.0
+
+
+def _count_products(network: nn.Module) -> tuple[float, float]:
+    """Count the operations per token, and per pair of tokens of one caption, of the last hidden state."""
+    linears = [m for name, m in network.named_modules() if isinstance(m, nn.Linear) and "pooler" not in name]
+    config: Any = network.config
+    heads = _first_attribute(config, "num_attention_heads", "num_heads")
+    head_dim = getattr(config, "d_kv", None) or _first_attribute(config, "hidden_size", "d_model") // heads
+    layers = _first_attribute(config, "num_hidden_layers", "num_layers")
+    return 2.0 * sum(linear.weight.numel() for linear in linears), 4.0 * layers * heads * head_dim
 
 
 def _first_attribute(source: Any, *names: str) -> Any:

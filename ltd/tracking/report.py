@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ltd.tracking.charts import Chart, Point, Series, draw, number
+from ltd.tracking.ledger import ledger_section
 from ltd.tracking.lineage_section import lineage_section
 from ltd.tracking.markup import details, section, table, value_cell
 from ltd.tracking.media_section import samples_section
@@ -26,6 +27,8 @@ from ltd.tracking.run_record import RunRecord
 
 #: Metrics whose curves come first and are open; the others are folded away.
 MAIN = ("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s", "perf/")
+#: Of these, what is folded away all the same: a curve for each size of samples.
+FOLDED = ("perf/bucket/",)
 #: Groups that hold the same quantities as ``loss/``, measured on held-out data: drawn into its charts, dashed.
 HELD_OUT = ("heldout", "eval", "validation")
 
@@ -88,8 +91,9 @@ def build_page(runs: Sequence[RunRecord], *, media_limit_mb: float = 64.0) -> tu
     """
     runs = _with_distinct_names(runs)
     samples, left_out = samples_section([(run.name, run.samples) for run in runs], media_limit_mb)
+    ledger = ledger_section([(run.name, run.ledger) for run in runs])
     lineage = lineage_section([(run.name, run.lineage) for run in runs])
-    sections = [evaluation_section(runs), samples, curves_section(runs), bad_section(runs), lineage]
+    sections = [evaluation_section(runs), samples, curves_section(runs), ledger, bad_section(runs), lineage]
     sections.append(config_section(runs))
     assets = resources.files("ltd.tracking")
     page = PAGE.substitute(
@@ -120,6 +124,9 @@ def facts_row(run: RunRecord, color: int, *, named: bool) -> str:
     rates = [value for _, value in _points(run, "perf/tokens_per_s") if math.isfinite(value)]
     if rates:
         facts.append(("median tokens/s", number(statistics.median(rates))))
+    shares = [value for _, value in _points(run, "perf/mfu") if math.isfinite(value)]
+    if shares:
+        facts.append(("median MFU", f"{100 * statistics.median(shares):.3g} %"))
     facts.append(("bad samples", f"{sum(run.bad.values()):,}"))
     name = f'<span class="run"><i class="swatch c{color % 8}"></i>{escape(run.name)}</span>' if named else ""
     tiles = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
@@ -131,14 +138,18 @@ def curves_section(runs: Sequence[RunRecord]) -> str:
     charts = collect_charts(runs)
     if not charts:
         return ""
-    main = [draw(chart) for chart in charts if chart.title.startswith(MAIN)]
-    others = [draw(chart) for chart in charts if not chart.title.startswith(MAIN)]
+    main = [draw(chart) for chart in charts if _is_main(chart)]
+    others = [draw(chart) for chart in charts if not _is_main(chart)]
     body = f'<div class="charts">{"".join(main)}</div>'
     if others:
         plural = "s" if len(others) > 1 else ""
         body += details(f"{len(others)} more curve{plural}", f'<div class="charts">{"".join(others)}</div>')
     note = "Faint: as logged. Strong: smoothed, where the curve is noisy. Dashed: held-out data."
     return section("Curves", f'<p class="note">{note}</p>{body}', "curves")
+
+
+def _is_main(chart: Chart) -> bool:
+    return chart.title.startswith(MAIN) and not chart.title.startswith(FOLDED)
 
 
 def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:

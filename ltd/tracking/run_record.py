@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from ltd.storage import StorageError, read_lineage
 from ltd.tracking.journal import read_journal
+from ltd.tracking.ledger import LedgerRecord, read_ledger
 from ltd.tracking.tracker import MEDIA, METRICS, QUARANTINE
 
 CONFIG = "config.yaml"
@@ -43,6 +44,7 @@ class RunRecord:
     samples: Sequence[Sample] = ()
     evaluation: Sequence[Mapping[str, Any]] = ()
     bad: Mapping[str, int] = field(default_factory=dict)
+    ledger: LedgerRecord = field(default_factory=LedgerRecord)
     bad_examples: Sequence[Mapping[str, Any]] = ()
     #: Checkpoints of other runs that it started from, oldest first.
     lineage: Sequence[Mapping[str, Any]] = ()
@@ -76,6 +78,7 @@ def read_run(run_dir: Path, *, samples: Path | None = None) -> RunRecord:
         evaluation=_read_evaluation(run_dir / EVALUATION),
         bad=dict(Counter(str(row.get("cause", "unknown")) for row in quarantine).most_common()),
         bad_examples=quarantine[:20],
+        ledger=read_ledger(run_dir),
         lineage=_read_lineage(run_dir),
     )
 

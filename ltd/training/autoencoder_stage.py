@@ -27,6 +27,7 @@ from ltd.autoencoders.equivariance import (
     transform_latents,
     transform_video,
 )
+from ltd.autoencoders.flops import decode_flops, encode_flops
 from ltd.config import ConfigError
 from ltd.data import MicroBatch, PackedBatch
 from ltd.encoders.perceptual import PerceptualConfig, PerceptualDistance, StLpipsConfig, build_perceptual
@@ -35,9 +36,11 @@ from ltd.inference.media import pixels_to_video
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
+from ltd.shapes import VideoShape
 from ltd.training.autoencoder_heldout import Heldout
 from ltd.training.optim import OptimConfig
 from ltd.training.run import RunConfig, heldout_batches
+from ltd.training.work import Work, count_real
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +153,14 @@ class AutoencoderStage:
         self._teacher: VisionTeacher | None = None
         if self.alignment is not None:
             self._teacher = VisionTeacher(self.alignment.teacher).to(layout.device)
+        self._work: Work | None = None
         self._step = 0
         self._draw = EquivarianceDraw()
         self._made: _Made | None = None
         quantizer: Any = self.model.quantizer
         learns = any(p.requires_grad for name, p in self.model.named_parameters() if name.startswith("encoder."))
         # Codes that an untrained encoder's latents are mapped to stay what they are.
+        self._trains_encoder = learns
         self._codebook = quantizer if hasattr(quantizer, "update") and learns else None
         if self._codebook is not None:
             self._codebook.reduce_sum, self._codebook.gather_rows = layout.sum_, layout.gather_rows
@@ -209,6 +214,7 @@ class AutoencoderStage:
         # differentiate up to this view, and on from what the decoder gave.
         reconstruction = reconstruction.view_as(reconstruction)
         seen = video
+        self._work = self._count(video, reconstruction, tensors["weight"])
         if change is not None:
             video = transform_video(video, change, self.model.compression)
         values = self.loss(reconstruction, video, posterior)
@@ -247,11 +253,31 @@ class AutoencoderStage:
         means |= {"logits_fake": fake.detach().float().flatten(1).mean(1)}
         return {"loss": loss, "discriminator": loss.detach(), **means}
 
-    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
-        """Count the latent cells of the micro-batch."""
-        b, t, h, w, _ = tensors["pixels"].shape
-        c = self.model.compression
-        return int(b * c.latent_frames(t) * (h // c.h) * (w // c.w))
+    def work(self) -> Work:
+        """Count what the last call of ``terms`` amounted to: of the autoencoder, not of the networks of its losses."""
+        assert self._work is not None, "terms comes first"
+        return self._work
+
+    def encoder_flops(self) -> float:
+        """Have no frozen encoder."""
+        return 0.0
+
+    def _count(self, video: Tensor, reconstruction: Tensor, weight: Tensor) -> Work:
+        """Count a pass from clips ``(b, c, t, h, w)`` to reconstructions, which may be smaller."""
+        config, rows = self.model.config, len(video)
+        latents = [self.model.compression.latent(VideoShape(*x.shape[2:])) for x in (video, reconstruction)]
+        encoder = encode_flops(config, VideoShape(*video.shape[2:]), rows)
+        decoder = decode_flops(config, latents[1], rows, leaf=not self._trains_encoder)
+        again = encoder.forward + decoder.forward if self.frames_per_chunk is not None else 0.0
+        scores = decoder.scores_again + (encoder.scores_again if self._trains_encoder else 0.0)
+        cells = latents[0].num_cells
+        return Work(
+            tokens=rows * cells,
+            computed=rows * cells,
+            real=count_real(weight, [cells] * rows),
+            model_flops=(encoder.training if self._trains_encoder else encoder.forward) + decoder.training,
+            repeated_flops=again + scores,
+        )
 
     @torch.no_grad()
     def heldout(self) -> dict[str, float]:

@@ -28,7 +28,7 @@ from ltd.denoisers import (
     draw_tasks,
     told,
 )
-from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig, read_parametrization
+from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
 from ltd.encoders.text import (
     TextEncoderConfig,
     TransformersTextConfig,
@@ -42,6 +42,8 @@ from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
 from ltd.training.denoiser_alignment import DenoiserAlignmentRun
+from ltd.training.denoiser_checks import check_lineage, check_objective
+from ltd.training.denoiser_work import DenoiserWork
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.latent_inputs import LatentInputs, open_autoencoder, pack, unpack
 from ltd.training.loop import train
@@ -50,6 +52,7 @@ from ltd.training.samples import RememberedText, SamplesConfig, Sampling, read_r
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
+from ltd.training.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +147,8 @@ class DenoiserStage:
         self.objective = FlowMatching(run.objective)
         self.denoiser = self.objective.denoiser(engine)
         self.inputs = LatentInputs(run, layout) if inputs is None else inputs
+        self._counter = DenoiserWork(run.model, run.parallel, self.objective, run.caption_dropout)
+        self._work: Work | None = None
 
     def begin(self, step: int) -> None:
         """Need nothing of the step."""
@@ -180,6 +185,7 @@ class DenoiserStage:
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
         latents = unpack(tensors)
         cond, cells = self._partial(latents, cond, random) if isinstance(latents, Tensor) else (cond, None)
+        self._work = self._counter.count(latents, cond, tensors["weight"], random)
         aligner = self.inputs.aligner
         if aligner is None:
             losses, weight = self.objective.loss(self.denoiser, latents, cond, random, cell_weight=cells)
@@ -212,13 +218,14 @@ class DenoiserStage:
         model = self.run.model
         return dataclasses.replace(cond, frames=told(Frames(latents, mask), model.frames, model.frame_mask_channels))
 
-    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
-        """Count the denoiser's tokens in the micro-batch."""
-        patch = torch.tensor(self.run.model.patch)
-        if "shapes" in tensors:
-            return int((tensors["shapes"][:, 1:] // patch).prod(dim=1).sum())
-        latents = tensors["latents"]
-        return len(latents) * int((torch.tensor(latents.shape[2:]) // patch).prod())
+    def work(self) -> Work:
+        """Count what the last call of ``terms`` amounted to."""
+        assert self._work is not None, "terms comes first"
+        return self._work
+
+    def encoder_flops(self) -> float:
+        """Count the operations of autoencoder and text encoder so far, on this process."""
+        return self.inputs.encoder_flops
 
     @torch.no_grad()
     def heldout(self) -> dict[str, float]:
@@ -281,13 +288,13 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     if found is None:
         return None
     config = found.run
-    _check_objective(found.manifest, config)
+    check_objective(found.manifest, _parametrization(config))
     origin = find_origin(config.init_from, config.model, _parametrization(config), found, layout)
     inputs: list[LatentInputs] = []
 
     def accept(lineage: dict[str, Any]) -> None:
         inputs.append(LatentInputs(config, layout))
-        _check_lineage(lineage, inputs[0].lineage())
+        check_lineage(lineage, inputs[0].lineage())
         if origin is not None:
             origin.check_lineage(inputs[0].lineage())
 
@@ -338,27 +345,6 @@ def run(config: DenoiserRun) -> None:
     """
     with open_layout(config) as (layout, beat):
         train(config, layout, beat, start)
-
-
-def _check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if name in before and before[name] != value:
-            raise ConfigError(
-                f"autoencoder: {name} is {value} now, but the checkpoint was trained with {before[name]}; "
-                "point autoencoder at the one it was trained with, or start in another run_dir"
-            )
-
-
-def _check_objective(manifest: dict[str, Any], run: DenoiserRun) -> None:
-    """Refuse a checkpoint whose network predicts something else, or on another path."""
-    before = read_parametrization(manifest.get("config", {}).get("objective", {}))
-    now = _parametrization(run)
-    for name in ("path", "prediction") if manifest else ():
-        if getattr(before, name) != getattr(now, name):
-            raise ConfigError(
-                f"objective.{name}: is {getattr(now, name)} now, but the checkpoint was trained with "
-                f"{getattr(before, name)}; set it to that, or start anew in another run_dir"
-            )
 
 
 def _parametrization(run: DenoiserRun) -> ParametrizationConfig:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ltd import autoencoders
 from ltd.autoencoders import LatentNorm
+from ltd.autoencoders.flops import encode_flops
 from ltd.config import ConfigError
 from ltd.data import Batch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
 from ltd.denoisers import TIME_CONVENTION, Conditioning
-from ltd.encoders.text import TextEncoder, build_text_encoder, text_encoder_hash
+from ltd.encoders.text import TextEncoder, build_text_encoder, flops_so_far, text_encoder_hash
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
@@ -48,6 +49,7 @@ class LatentInputs:
         self.compression = autoencoder.compression
         self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
+        self._encoded_flops = 0.0
         heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
         shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
         caches = [self._checked_cache(run, path, layout) for path in shards]
@@ -90,6 +92,11 @@ class LatentInputs:
             raise ConfigError(problem)
         return cache
 
+    @property
+    def encoder_flops(self) -> float:
+        """Operations of autoencoder and text encoder so far, on this process."""
+        return self._encoded_flops + flops_so_far(self.encoder)
+
     def lineage(self) -> dict[str, Any]:
         """Say what the denoiser's latents depend on: a checkpoint keeps it, and sampling checks it."""
         return {
@@ -113,6 +120,8 @@ class LatentInputs:
             assert self.autoencoder is not None
             with torch.no_grad():
                 posterior = self.autoencoder.encode(pixels_to_video(batch.pixels))
+            config, rows = self.autoencoder.config, len(batch.pixels)
+            self._encoded_flops += float(encode_flops(config, batch.shape, rows).forward)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
         else:
             assert batch.mean is not None and batch.logvar is not None

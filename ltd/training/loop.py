@@ -21,8 +21,10 @@ from ltd.data import StepInfo
 from ltd.parallel.heartbeat import Heartbeat, explain_loss
 from ltd.parallel.layout import Layout
 from ltd.progress import Progress
+from ltd.training.accounting import Accounting, bucket_of
 from ltd.training.data_wait import DataWait
 from ltd.training.guards import GuardError
+from ltd.training.ledger import Ledger
 from ltd.training.run import RunConfig
 from ltd.training.session import Session
 from ltd.training.step import RewindError, Stage, StepResult, take_step
@@ -77,7 +79,8 @@ def fit(session: Session, stage: Stage, stop: StopSignal) -> bool:
     ) as progress:
         while True:
             try:
-                return _Loop(session, stage, stop, progress).run()
+                with _Loop(session, stage, stop, progress) as loop:
+                    return loop.run()
             except RewindError as error:
                 session.rewind(error.incident, error.step, error.ids)
                 progress.update(session.start_step - error.step + 1, "rewound")
@@ -128,6 +131,24 @@ class _Loop:
         self.data_state: dict[str, Any] | None = None
         #: Seconds that the save after the step before kept training waiting.
         self.save_blocked_s = 0.0
+        run = session.run
+        several = run.data.batching.kind != "packed" and len({view.shape for view in session.loader.views}) > 1
+        self.accounting = Accounting(run.accounting, session.layout, run.parallel, run.run_dir, several=several)
+        self.ledger: Ledger | None = None
+        if run.accounting.ledger_every:
+            first = session.start_step + 1
+            self.ledger = Ledger(
+                run.accounting, session.layout, session.loader, run.data, run_dir=run.run_dir, start_step=first
+            )
+
+    def __enter__(self) -> _Loop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
 
     def run(self) -> bool:
         session, run = self.session, self.session.run
@@ -138,15 +159,21 @@ class _Loop:
             micro_batches, info = next(batches)
             data_s = time.perf_counter() - began
             try:
-                result = take_step(session, self.stage, micro_batches, info, flags=self._flags)
+                note = None if self.ledger is None else self.ledger.note
+                with self.accounting.watching(done):
+                    result = take_step(session, self.stage, micro_batches, info, flags=self._flags, note=note)
             except GuardError:
                 self._save_before(done)
                 raise
-            stopping, *saving = result.flags
-            session.saver.settle(*saving)
+            stopping, pending, failed, *measured = result.flags
+            session.saver.settle(pending, failed)
             self.data_state = info.state
-            self._log(done, result, info, time.perf_counter() - began, data_s)
-            if every(done, run.checkpoint.every) or done == session.until or stopping:
+            step_s = time.perf_counter() - began
+            self.accounting.add(bucket_of(micro_batches[0]), result.work, step_s, measured)
+            self._log(done, result, info, step_s, data_s)
+            saves = every(done, run.checkpoint.every) or done == session.until or bool(stopping)
+            self._write_ledger(done, due=saves or every(done, run.accounting.ledger_every))
+            if saves:
                 session.save(done, info.state)
                 self.save_blocked_s = session.saver.blocked_s
             if stopping and done < run.steps:
@@ -162,7 +189,14 @@ class _Loop:
         return True
 
     def _flags(self) -> list[float]:
-        return [float(self.stop.received), *self.session.saver.pending()]
+        return [float(self.stop.received), *self.session.saver.pending(), *self.accounting.flags()]
+
+    def _write_ledger(self, done: int, *, due: bool) -> None:
+        """Take the losses of a step that was taken into the ledger, and write its row if it is time."""
+        if self.ledger is not None:
+            self.ledger.commit()
+            if due:
+                self.ledger.write(done)
 
     def _log(self, done: int, result: StepResult, info: StepInfo, step_s: float, data_s: float) -> None:
         session, stage = self.session, self.stage
@@ -173,7 +207,7 @@ class _Loop:
         if not math.isnan(result.critic_norm):
             row |= {"optim/critic_grad_norm": result.critic_norm, "optim/critic_lr": result.critic_lr}
         row |= {"time/step_s": step_s, "time/data_s": data_s, "time/save_blocked_s": self.save_blocked_s}
-        row |= {"perf/tokens_per_s": result.tokens / step_s, **self.data_wait.add(result.waits_s, step_s)}
+        row |= self.data_wait.add(result.waits_s, step_s)
         row |= info.metrics
         if session.compiled.modules:
             row["perf/compiled_graphs"] = session.compiled.num_graphs()
@@ -189,6 +223,7 @@ class _Loop:
                 row |= evaluator.run(done)
                 evaluated = True
         if evaluated or result.skipped or every(done, session.run.log_every) or done == session.run.steps:
+            row |= self.accounting.row()
             session.tracker.log(done, {**row, "data/keys_hash": info.keys_hash})
         if every(done, session.run.tracking.histograms_every):
             session.log_histograms(done)
@@ -201,6 +236,8 @@ class _Loop:
         session.saver.wait()
         path = storage.checkpoint_path(session.run.run_dir, step - 1)
         if self.data_state is not None and not session.layout.broadcast_object(path.is_dir()):
+            if self.ledger is not None:
+                self.ledger.write(step - 1)
             session.save(step - 1, self.data_state)
             session.saver.wait()
 

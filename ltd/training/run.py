@@ -14,6 +14,7 @@ from ltd.parallel.ema import EmaConfig
 from ltd.parallel.layout import Layout
 from ltd.shapes import Compression, num_tokens
 from ltd.tracking.tracker import TrackingConfig
+from ltd.training.accounting import AccountingConfig
 from ltd.training.guards import GuardConfig
 from ltd.training.optim import OptimConfig
 from ltd.training.stages import StageConfig, check_stages
@@ -94,6 +95,7 @@ class RunConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    accounting: AccountingConfig = field(default_factory=AccountingConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every"):

@@ -17,9 +17,11 @@ from ltd.config import ConfigError
 from ltd.data import MicroBatch, StepInfo
 from ltd.parallel import sequence
 from ltd.parallel.interface import DiscardedStepError
+from ltd.planning import Workload
 from ltd.training.guards import GuardError, Incident
 from ltd.training.optim import learning_rate
 from ltd.training.session import Session, key_of
+from ltd.training.work import Counts, Work
 
 
 class Stage(Protocol):
@@ -50,8 +52,12 @@ class Stage(Protocol):
         """
         ...
 
-    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
-        """Count the tokens (or latent cells) of a micro-batch, for the rate."""
+    def work(self) -> Work:
+        """Count what the last call of ``terms`` amounted to; waits for no device."""
+        ...
+
+    def encoder_flops(self) -> float:
+        """Count the operations of frozen encoders in all calls of ``prepare`` so far, on this process."""
         ...
 
     def heldout(self) -> dict[str, float]:
@@ -79,6 +85,10 @@ class Stage(Protocol):
         ...
 
 
+#: Takes a micro-batch, what it amounted to, and the loss of each of its samples ``(b,)``.
+Note = Callable[[MicroBatch, Work, Tensor], None]
+
+
 class RewindError(RuntimeError):
     """A step that must not be taken while ``rewind`` is the policy: the run goes on from its last checkpoint."""
 
@@ -100,6 +110,8 @@ class StepResult:
     #: Sums over processes of the flags that the caller gave.
     flags: list[float]
     lr: float
+    #: What the step amounted to, over all processes.
+    work: Workload
     #: Global norm before clipping; nan where the step was left out before its gradient was known.
     grad_norm: float = math.nan
     #: The same of the discriminator; nan in steps without one.
@@ -114,7 +126,7 @@ class _Sums:
     """What the backward passes of a step leave behind."""
 
     terms: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
+    counts: Counts = field(default_factory=Counts)
     #: (draws, loss) of each backward pass, on the device; read only when something is wrong.
     losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     #: Whether the discriminator had a loss.
@@ -129,6 +141,7 @@ def take_step(
     *,
     flags: Callable[[], Sequence[float]] = tuple,
     before_update: Callable[[], None] | None = None,
+    note: Note | None = None,
 ) -> StepResult:
     """Run forward and backward over the step's micro-batches, and update weights and averages.
 
@@ -143,6 +156,8 @@ def take_step(
         flags: Gives numbers of this process that are summed after the last backward pass, without a collective of
             their own.
         before_update: Called after the last backward pass, when the engine's gradients are complete.
+        note: Is given each micro-batch of this process, what it amounted to and the losses of its samples, on the
+            device; must not wait for them.
 
     Returns:
         What the step gave.
@@ -155,12 +170,13 @@ def take_step(
     stage.begin(info.step + 1)
     micro_batches = [guards.mask(batch) for batch in micro_batches]
     total_weight, waits_s = _weigh(session, micro_batches, info)
-    sums = _backward(session, stage, micro_batches, total_weight, info.step + 1)
+    sums = _backward(session, stage, micro_batches, total_weight, info.step + 1, note)
     if before_update is not None:
         before_update()
-    means, tokens, summed = _reduce(session, sums, 1.0 / max(total_weight, 1.0), flags())
+    means, work, summed = _reduce(session, sums, total_weight, flags())
+    tokens = int(work.tokens)
     rate = learning_rate(session.run.optim, info.step, session.run.steps) if tokens else 0.0
-    result = StepResult(means, tokens, waits_s, summed, rate)
+    result = StepResult(means, tokens, waits_s, summed, rate, work)
     if session.critic is not None and tokens:
         result.critic_lr = learning_rate(session.critic.optim, info.step, session.run.steps)
     session.beat.enter("optimizer", info.step + 1)
@@ -215,15 +231,26 @@ def _weigh(session: Session, micro_batches: Sequence[MicroBatch], info: StepInfo
 
 
 def _backward(
-    session: Session, stage: Stage, micro_batches: Sequence[MicroBatch], total_weight: float, step: int
+    session: Session,
+    stage: Stage,
+    micro_batches: Sequence[MicroBatch],
+    total_weight: float,
+    step: int,
+    note: Note | None,
 ) -> _Sums:
     layout, sums, scale = session.layout, _Sums(), 1.0 / max(total_weight, 1.0)
     for batch in micro_batches:
         session.beat.enter("forward", step)
-        for tensors in sequence.exchange(stage.prepare(batch.to(layout.device)), layout):
+        before = stage.encoder_flops()
+        prepared = stage.prepare(batch.to(layout.device))
+        sums.counts.add_encoders(stage.encoder_flops() - before)
+        for member, tensors in enumerate(sequence.exchange(prepared, layout)):
             session.beat.enter("forward", step)
             terms = stage.terms(tensors)
-            sums.tokens += stage.num_tokens(tensors) if total_weight else 0
+            work = stage.work()
+            sums.counts.add(work)
+            if note is not None and member == layout.sequence_rank:
+                note(batch, work, terms["loss"].detach())
             weight = tensors["weight"].float()
             session.beat.enter("backward", step)
             session.engine.backward((terms["loss"] * weight).sum() * scale)
@@ -249,18 +276,19 @@ def _criticize(
 
 
 def _reduce(
-    session: Session, sums: _Sums, scale: float, flags: Sequence[float]
-) -> tuple[dict[str, float], int, list[float]]:
+    session: Session, sums: _Sums, total_weight: float, flags: Sequence[float]
+) -> tuple[dict[str, float], Workload, list[float]]:
     layout = session.layout
     packed = torch.stack(list(sums.terms.values()))
-    packed = torch.cat([packed, packed.new_tensor([float(sums.tokens), *flags])])
-    reduced = layout.sum_(packed)
-    num_terms = len(sums.terms)
+    counts = sums.counts.packed(packed)
+    reduced = layout.sum_(torch.cat([packed, counts, packed.new_tensor(list(flags))]))
+    num_terms, num_sums = len(packed), len(packed) + len(counts)
     # The members of a sequence group each compute the whole group's samples.
-    reduced[: num_terms + 1] /= layout.sequence
-    reduced[:num_terms] *= scale
+    reduced[:num_sums] /= layout.sequence
+    reduced[:num_terms] *= 1.0 / max(total_weight, 1.0)
     values = reduced.tolist()
-    return dict(zip(sums.terms, values, strict=False)), int(values[num_terms]), values[num_terms + 1 :]
+    work = sums.counts.workload(values[num_terms:num_sums], total_weight, layout.sequence)
+    return dict(zip(sums.terms, values, strict=False)), work, values[num_sums:]
 
 
 def _discard(

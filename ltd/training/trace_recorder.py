@@ -24,6 +24,7 @@ from ltd.parallel.interface import flat, full_shape
 from ltd.training.session import Session
 from ltd.training.step import Stage
 from ltd.training.trace import WIDTH, Entry, Kind, Sample, Trace, What, finish, sketch, sums
+from ltd.training.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,13 @@ class Recorder:
         """Do as the stage does."""
         return self._stage.prepare(batch)
 
-    def num_tokens(self, tensors: dict[str, Tensor]) -> int:
+    def work(self) -> Work:
         """Count as the stage does."""
-        return self._stage.num_tokens(tensors)
+        return self._stage.work()
+
+    def encoder_flops(self) -> float:
+        """Count as the stage does."""
+        return self._stage.encoder_flops()
 
     def heldout(self) -> dict[str, float]:
         """Evaluate as the stage does."""
