@@ -16,6 +16,7 @@ import train
 from ltd import config
 from ltd.denoisers import FrameTasksConfig, build_denoiser
 from ltd.parallel.layout import Layout
+from ltd.rng import DrawRandom
 from ltd.training.denoiser import DenoiserRun, DenoiserStage
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "debug" / "denoiser_frames.yaml"
@@ -56,12 +57,12 @@ class _Inputs:
 def tensors(draws: list[int], frames: int = 5) -> dict[str, Tensor]:
     latents = [torch.randn(8, frames, 4, 4, generator=torch.Generator().manual_seed(d)) for d in draws]
     texts = [torch.randn(3, 32, generator=torch.Generator().manual_seed(1000 + d)) for d in draws]
-    mask = torch.ones(len(draws), 3, dtype=torch.bool)
     return {
         "latents": torch.stack(latents),
         "text": torch.stack(texts),
-        "text_mask": mask,
+        "text_mask": torch.ones(len(draws), 3, dtype=torch.bool),
         "draws": torch.tensor(draws),
+        "weight": torch.ones(len(draws)),
     }
 
 
@@ -93,8 +94,22 @@ def test_a_sample_that_is_given_nothing_has_the_loss_of_a_run_without_tasks(stag
     torch.testing.assert_close(losses(stage, [1, 2, 3], tasks, frames=1), losses(stage, [1, 2, 3], None, frames=1))
 
 
+def test_predictions_of_known_cells_change_no_loss(stage: DenoiserStage) -> None:
+    run = dataclasses.replace(stage.run, frame_tasks=FrameTasksConfig(retrodiction=1.0))
+
+    def loss(known_error: float, other_error: float) -> Tensor:
+        def engine(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            return torch.where(cond.frames.mask[:, :1], known_error, other_error).expand_as(x_t)
+
+        made = DenoiserStage(run, engine, stage.layout, stage.inputs)  # type: ignore[arg-type]
+        return made.terms(tensors([1, 2, 3]))["loss"]
+
+    assert torch.equal(loss(0.0, 0.0), loss(9.0, 0.0))
+    assert (loss(0.0, 9.0) - loss(0.0, 0.0)).min() > 1
+
+
 def test_nothing_behind_the_mask_reaches_the_model(stage: DenoiserStage) -> None:
-    """The gradient of what the model is told with respect to unknown latents is zero."""
+    """What is told of unknown latents is zero, beside the input as in its place."""
     told: list[Tensor] = []
 
     def engine(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -112,6 +127,28 @@ def test_nothing_behind_the_mask_reaches_the_model(stage: DenoiserStage) -> None
     unknown = ~masks[0].expand_as(told[0])
     assert unknown.any() and not told[0][unknown].any()
     assert torch.equal(told[0][~unknown], given["latents"][~unknown])
+
+
+def test_the_held_out_figure_of_a_task_is_its_loss(stage: DenoiserStage) -> None:
+    seen: list[Any] = []
+
+    def engine(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        seen.append((cond.frames, t))
+        return torch.where(cond.frames.mask[:, :1], 9.0, error).expand_as(x_t)
+
+    given, random = tensors([1, 2, 3]), DrawRandom(0, [1, 2, 3])
+    made = DenoiserStage(stage.run, engine, stage.layout, stage.inputs)  # type: ignore[arg-type]
+    latents, weight = given["latents"], torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    error = 0.0
+    total, count = made._heldout_task("first_last", latents, weight, stage.inputs.conditioning(given), random)
+    frames, time = seen[0]
+    assert frames.mask[0, 0, :, 0, 0].tolist() == [True, False, False, False, True]
+    assert torch.equal(frames.latents[:, :, 0], latents[:, :, 0]) and time.tolist() == [0.5] * 3
+    truth = random.normal(latents.shape[1:], "noise") - latents
+    expected = truth[:, :, 1:4].square().flatten(1).mean(1)
+    assert float(count) == 2 and float(total) == pytest.approx(float(expected[0] + expected[2]), rel=1e-5)
+    image = made._heldout_task("first_last", latents[:, :, :1], weight, stage.inputs.conditioning(given), random)
+    assert image.tolist() == [0.0, 0.0]
 
 
 def test_a_run_reports_each_task_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
