@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ltd import autoencoders, denoisers, storage
 from ltd.config import ConfigError, from_dict
-from ltd.denoisers import Conditioning
+from ltd.denoisers import Conditioning, Frames
 from ltd.diffusion import (
     Denoiser,
     GuidanceConfig,
@@ -250,27 +250,28 @@ class Generator:
         if frames is not None:
             form = denoisers.told(frames, config.frames, config.frame_mask_channels)
             cond, null_cond = (dataclasses.replace(one, frames=form) for one in (cond, null_cond))
-        own: Denoiser = self.denoiser
-        guide: Denoiser | None = self.guide
-        if frames is not None:  # inside too: guidance looks at all cells
-            path = _path(self.denoiser)
-            own = with_known(own, frames.latents, frames.mask, path)
-            guide = guide and with_known(guide, frames.latents, frames.mask, path)
-        denoiser = guided(
-            own,
-            null_cond,
-            self.sampler.guidance,
-            guide=guide,
-            stack=denoisers.stack,
-            prepare=self.denoiser.prepare,
-        )
         sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig())
-        if frames is not None:
-            denoiser = with_known(denoiser, frames.latents, frames.mask, path)
+        denoiser = self._guided(null_cond, frames)
         latents = sample(denoiser, noise, cond, sampler, random=random, progress=progress)
         if frames is not None:
             latents = torch.where(frames.mask, frames.latents.to(latents), latents)  # the very bits
         return self.autoencoder.denormalize(latents)
+
+    def _guided(self, null_cond: Conditioning, frames: Frames | None) -> Denoiser:
+        """Wrap the denoiser with guidance, and known frames around it and within: guidance looks at all cells."""
+
+        def around(one: Denoiser) -> Denoiser:
+            return one if frames is None else with_known(one, frames.latents, frames.mask, _path(self.denoiser))
+
+        denoiser = guided(
+            around(self.denoiser),
+            null_cond,
+            self.sampler.guidance,
+            guide=None if self.guide is None else around(self.guide),
+            stack=denoisers.stack,
+            prepare=self.denoiser.prepare,
+        )
+        return around(denoiser)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
