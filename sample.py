@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help='text file, one prompt per line; or {"prompt": ..., "task": ..., "condition": FILE or [FILES]}',
     )
     parser.add_argument(
-        "--condition", nargs="+", help="image or video that is known of every sample, or first and last"
+        "--condition", nargs="+", help="image or video that is known of every sample; of first_last two"
     )
     parser.add_argument("--task", choices=TASKS[1:], help="what is known of it; image_to_video if left out")
     parser.add_argument(
@@ -146,6 +146,8 @@ def _prompt(line: str, args: argparse.Namespace) -> tuple[str, Given | None]:
         if unknown or not isinstance(row.get("prompt"), str):
             raise ConfigError(f"--prompts: got {unknown or 'no prompt'} in {line[:80]}, needed prompt, task, condition")
     files = row.get("condition", args.condition)
+    if not isinstance(files, str | list | None):
+        raise ConfigError(f"--prompts: got condition {files!r} in {line[:80]}, needed a file or a list of files")
     if files is None:
         if row.get("task", args.task):
             raise ConfigError(f"--task: {row.get('task', args.task)} needs --condition FILE")
@@ -155,14 +157,15 @@ def _prompt(line: str, args: argparse.Namespace) -> tuple[str, Given | None]:
         task=row.get("task", args.task) or "image_to_video",
         media=(files,) if isinstance(files, str) else tuple(files),
         known=row.get("known", args.known),
-        box=_box(box) if isinstance(box, str) else (None if box is None else tuple(box)),
+        box=None if box is None else _box(box),
     )
 
 
-def _box(text: str) -> tuple[int, int, int, int]:
+def _box(given: str | list[int]) -> tuple[int, int, int, int]:
+    text = given if isinstance(given, str) else str(given).strip("[]")
     parts = text.split(",")
     if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
-        raise ConfigError(f"--box: got {text!r}, needed TOP,LEFT,HEIGHT,WIDTH in pixels")
+        raise ConfigError(f"--box: got {given!r}, needed TOP,LEFT,HEIGHT,WIDTH in pixels")
     top, left, height, width = map(int, parts)
     return top, left, height, width
 
@@ -176,7 +179,8 @@ def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, Tiling
     media = sorted({path for request in requests if request.given for path in request.given.media})
     identity["media"] = ",".join(storage.sha256_file(Path(path)) for path in media)
     identity["checkpoint"] = identify(args.run) + (identify(args.guide) if args.guide else "")
-    columns = ("seed", "steps", "solver", "guidance", "negative", "weights", "precision")
+    columns = ["seed", "steps", "solver", "guidance", "negative", "weights", "precision"]
+    columns += ["segments", "overlap"] if args.segments > 1 else []
     job = SampleJob(
         requests=requests,
         out=args.out,

@@ -6,7 +6,7 @@ from ltd.denoisers.dit import Dit
 from ltd.denoisers.dropping import draw_kept
 from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, count_parameters, describe, load, save
 from ltd.denoisers.flops import DitFlops, DitInputs, count_flops
-from ltd.denoisers.frame_tasks import TASKS, FrameTasksConfig, Task, draw_tasks, task_mask
+from ltd.denoisers.frame_tasks import TASKS, FrameTasksConfig, Task, draw_masks, draw_tasks, task_mask, told
 from ltd.denoisers.parametrized import Parametrized
 from ltd.denoisers.surgery import SurgeryConfig, SurgeryReport, transplant
 from ltd.denoisers.weights import Weights, open_weights
@@ -34,11 +34,13 @@ __all__ = [
     "count_parameters",
     "describe",
     "draw_kept",
+    "draw_masks",
     "draw_tasks",
     "load",
     "open_weights",
     "save",
     "stack",
     "task_mask",
+    "told",
     "transplant",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ltd.config import ConfigError
+from ltd.denoisers.conditioning import Frames
 from ltd.nn.patch import token_grid
 from ltd.rng import DrawRandom
 from ltd.shapes import VideoShape
@@ -77,10 +78,11 @@ def task_mask(
     given = torch.zeros(frames, height, width, dtype=torch.bool)
     least = {"image_to_video": 2, "first_last": 3, "interpolation": 2}.get(task, 1)
     least = known + 1 if task in ("extension", "retrodiction") else least
-    if frames < least or known < 1:
+    fewest = 2 if task == "interpolation" else 1
+    if frames < least or known < fewest:
         raise ValueError(
             f"task {task}: got {frames} frames of latents (in patches) and known = {known}, needed at least {least} "
-            "frames and known of 1 or more"
+            f"frames and known of {fewest} or more"
         )
     match task:
         case "image_to_video":
@@ -123,26 +125,70 @@ def draw_tasks(
     Returns:
         Bool ``(b, 1, t, h, w)``, True = given; the tasks. A clip that is too short for its task has nothing given.
     """
-    frames, height, width = token_grid(VideoShape(*cells), patch)
-    masks, tasks = [], []
+    masks: list[Tensor] = []
+    tasks: list[Task] = []
     for numbers in random.uniform((6,), "frames").tolist():
         task = _chosen(config, numbers[0])
-        known, box = 1, None
-        if task in ("extension", "retrodiction"):
-            known = 1 + int(numbers[1] * (frames - 1)) if frames > 1 else frames
-        elif task == "interpolation":
-            known = 2 + int(numbers[1] * 3)
-        elif task == "inpainting":
-            rows = max(1, round((0.25 + 0.5 * numbers[2]) * height))
-            columns = max(1, round((0.25 + 0.5 * numbers[3]) * width))
-            box = (int(numbers[4] * (height - rows + 1)), int(numbers[5] * (width - columns + 1)), rows, columns)
-        try:
-            mask = task_mask(task, cells, patch, known=known, box=box)
-        except ValueError:
-            task, mask = "unconditional", torch.zeros(cells, dtype=torch.bool)
-        masks.append(mask)
-        tasks.append(task)
+        mask = _drawn_mask(task, cells, patch, numbers)
+        masks.append(torch.zeros(cells, dtype=torch.bool) if mask is None else mask)
+        tasks.append("unconditional" if mask is None else task)
     return torch.stack(masks).unsqueeze(1), tasks
+
+
+def draw_masks(
+    task: Task, cells: tuple[int, int, int], patch: tuple[int, int, int], random: DrawRandom
+) -> Tensor | None:
+    """Draw what one task leaves open of each sample, as ``draw_tasks`` does when the task falls to it.
+
+    Args:
+        task: Of all samples.
+        cells: Latent cells (t, h, w) of every sample.
+        patch: Latent cells per token.
+        random: Random numbers of the ``b`` samples; stream ``"frames"``.
+
+    Returns:
+        Bool ``(b, 1, t, h, w)``, True = given; None where samples of this size are too short for the task.
+    """
+    masks = [_drawn_mask(task, cells, patch, numbers) for numbers in random.uniform((6,), "frames").tolist()]
+    found = [mask for mask in masks if mask is not None]
+    return torch.stack(found).unsqueeze(1) if len(found) == len(masks) else None
+
+
+def told(frames: Frames, mode: str, mask_channels: int) -> Frames:
+    """Give known latents the form that a denoiser takes.
+
+    Args:
+        frames: Latents ``(b, c, t, h, w)``, known or not; bool mask ``(b, 1, t, h, w)``.
+        mode: ``DitConfig.frames``.
+        mask_channels: ``DitConfig.frame_mask_channels``; all say the same of a latent frame.
+
+    Returns:
+        The same for ``times``; for ``channels`` zeros where nothing is known, so that what is behind the mask is not
+        seen, and the mask in its channels.
+    """
+    if mode != "channels":
+        return frames
+    return Frames(torch.where(frames.mask, frames.latents, 0), frames.mask.expand(-1, mask_channels, -1, -1, -1))
+
+
+def _drawn_mask(
+    task: Task, cells: tuple[int, int, int], patch: tuple[int, int, int], numbers: list[float]
+) -> Tensor | None:
+    """Make a task's mask ``(t, h, w)`` from numbers in [0, 1), the second to the sixth; None if cells are too few."""
+    frames, height, width = token_grid(VideoShape(*cells), patch)
+    known, box = 1, None
+    if task in ("extension", "retrodiction"):
+        known = 1 + int(numbers[1] * (frames - 1)) if frames > 1 else frames
+    elif task == "interpolation":
+        known = 2 + int(numbers[1] * 3)
+    elif task == "inpainting":
+        rows = max(1, round((0.25 + 0.5 * numbers[2]) * height))
+        columns = max(1, round((0.25 + 0.5 * numbers[3]) * width))
+        box = (int(numbers[4] * (height - rows + 1)), int(numbers[5] * (width - columns + 1)), rows, columns)
+    try:
+        return task_mask(task, cells, patch, known=known, box=box)
+    except ValueError:
+        return None
 
 
 def _chosen(config: FrameTasksConfig, number: float) -> Task:

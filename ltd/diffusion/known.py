@@ -14,7 +14,8 @@ from ltd.diffusion.paths import LinearPathConfig, PathConfig, build_path
 def with_known(denoiser: Denoiser, data: Tensor, known: Tensor, path: PathConfig | None = None) -> Denoiser:
     """Make a denoiser whose velocity is the true one where the data are known.
 
-    A solver then ends there at the data, to rounding: put them in its result for the very bits.
+    A solver then ends there at the data, to rounding: put them in its result for the very bits. What the denoiser says
+    of these cells is never used; guidance that looks at all cells (its rescaling) wants it wrapped inside too.
 
     Args:
         denoiser: Any ``(x_t, t, cond) -> v``, guided or not.
@@ -23,7 +24,8 @@ def with_known(denoiser: Denoiser, data: Tensor, known: Tensor, path: PathConfig
         path: Path of the velocities; the linear one by default.
 
     Returns:
-        A denoiser; nothing divides by 0 at t = 0.
+        A denoiser of ``b`` rows, or of several copies of them one behind another, as guidance makes; nothing divides by
+        0 at t = 0.
     """
     course = build_path(path or LinearPathConfig())
 
@@ -31,9 +33,10 @@ def with_known(denoiser: Denoiser, data: Tensor, known: Tensor, path: PathConfig
         v = denoiser(x_t, t, cond)
         wide = torch.promote_types(v.dtype, torch.float32)
         time = t.to(wide).clamp_min(1e-6).reshape(-1, *[1] * (v.ndim - 1))
-        x0 = data.to(v.device, wide)
+        copies = len(v) // len(data)
+        x0, given = (part.to(v.device).repeat(copies, 1, 1, 1, 1) for part in (data.to(wide), known))
         noise = (x_t.to(wide) - course.alpha(time) * x0) / course.sigma(time)
         exact = course.alpha_dot(time) * x0 + course.sigma_dot(time) * noise
-        return torch.where(known.to(v.device), exact.to(v.dtype), v)
+        return torch.where(given, exact.to(v.dtype), v)
 
     return wrapped

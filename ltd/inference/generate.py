@@ -17,10 +17,20 @@ from torch import Tensor
 
 from ltd import autoencoders, denoisers, storage
 from ltd.config import ConfigError, from_dict
-from ltd.denoisers import Conditioning
-from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig, guided, sample, with_known
+from ltd.denoisers import Conditioning, Frames
+from ltd.diffusion import (
+    Denoiser,
+    GuidanceConfig,
+    LinearPathConfig,
+    PathConfig,
+    SamplerConfig,
+    ShiftConfig,
+    guided,
+    sample,
+    with_known,
+)
 from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
-from ltd.inference.known import Given, arrange, batch_frames, read_clips, tail_frames, told
+from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames
 from ltd.inference.media import video_to_pixels
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
@@ -40,18 +50,6 @@ class Request:
     fps: float
     #: What is known of it; None = nothing.
     given: Given | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tail:
-    """What a segment of a longer video begins with: the end of the one before."""
-
-    #: The video so far, uint8 ``(b, t, h, w, 3)``.
-    pixels: Tensor
-    #: Latent frames (in patches) that are known.
-    known: int
-    #: Number of the segment to make, from 1.
-    segment: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +145,7 @@ class Generator:
                 f"autoencoder: makes {autoencoder.latent_channels} latent channels, "
                 f"the denoiser was trained with {denoiser.config.latent_channels}"
             )
-        path = _path_kind(denoiser)
+        path = _path(denoiser).kind
         if path != "linear" and sampler.kind not in ("euler", "heun"):
             raise ConfigError(
                 f"solver: got {sampler.kind}, which knows the linear path only; the denoiser was trained on path "
@@ -172,10 +170,8 @@ class Generator:
         """
         num_tokens(self.autoencoder.compression.latent(shape), self.denoiser.config.patch)
         if given is not None:
-            if self.denoiser.config.frames == "none":
-                raise ConfigError("condition: the denoiser was trained without known frames (model.frames is none)")
-            stride, patch = self.autoencoder.compression.t, self.denoiser.config.patch
-            arrange(given, read_clips(given, shape), shape, stride, patch[0])
+            check_known([self.denoiser, self.guide])
+            check_given(given, shape, self.autoencoder.compression, self.denoiser.config.patch)
         if self.tiling is not None:
             check_tiles(self.autoencoder, self.tiling, "decode")
 
@@ -250,26 +246,32 @@ class Generator:
         if tail is None:
             frames = batch_frames([r.given for r in requests], requests[0].shape, self.autoencoder, config.patch)
         else:
-            frames = tail_frames(tail.pixels, tail.known, requests[0].shape, self.autoencoder, config.patch)
+            frames = tail_frames(tail, requests[0].shape, self.autoencoder, config.patch)
         if frames is not None:
-            form = told(frames, config.frames, config.frame_mask_channels)
+            form = denoisers.told(frames, config.frames, config.frame_mask_channels)
             cond, null_cond = (dataclasses.replace(one, frames=form) for one in (cond, null_cond))
-        denoiser = guided(
-            self.denoiser,
-            null_cond,
-            self.sampler.guidance,
-            guide=self.guide,
-            stack=denoisers.stack,
-            prepare=self.denoiser.prepare,
-        )
         sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig())
-        if frames is not None:
-            path = self.denoiser.parametrization.path if isinstance(self.denoiser, denoisers.Parametrized) else None
-            denoiser = with_known(denoiser, frames.latents, frames.mask, path)
+        denoiser = self._guided(null_cond, frames)
         latents = sample(denoiser, noise, cond, sampler, random=random, progress=progress)
         if frames is not None:
             latents = torch.where(frames.mask, frames.latents.to(latents), latents)  # the very bits
         return self.autoencoder.denormalize(latents)
+
+    def _guided(self, null_cond: Conditioning, frames: Frames | None) -> Denoiser:
+        """Wrap the denoiser with guidance, and known frames around it and within: guidance looks at all cells."""
+
+        def around(one: Denoiser) -> Denoiser:
+            return one if frames is None else with_known(one, frames.latents, frames.mask, _path(self.denoiser))
+
+        denoiser = guided(
+            around(self.denoiser),
+            null_cond,
+            self.sampler.guidance,
+            guide=None if self.guide is None else around(self.guide),
+            stack=denoisers.stack,
+            prepare=self.denoiser.prepare,
+        )
+        return around(denoiser)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -397,9 +399,9 @@ def load_guide(
     return denoisers.load(guide, weights=weights, device=device, dtype=dtype)
 
 
-def _path_kind(denoiser: torch.nn.Module) -> str:
-    """Name the path that a denoiser's velocities are of."""
-    return denoiser.parametrization.path.kind if isinstance(denoiser, denoisers.Parametrized) else "linear"
+def _path(denoiser: torch.nn.Module) -> PathConfig:
+    """Say which path a denoiser's velocities are of."""
+    return denoiser.parametrization.path if isinstance(denoiser, denoisers.Parametrized) else LinearPathConfig()
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:

@@ -20,17 +20,17 @@ from torch import Tensor
 
 from ltd.config import ConfigError
 from ltd.denoisers import Conditioning, Dit, Parametrized
-from ltd.inference.generate import Generator, Request, Tail, batches
+from ltd.inference.generate import Generator, Request, batches
 from ltd.inference.halo import decode_strips
-from ltd.inference.known import Given, tail_length
-from ltd.inference.media import pixels_to_video, video_to_pixels
+from ltd.inference.known import Tail
+from ltd.inference.media import video_to_pixels
 from ltd.inference.sample_folder import SampleFolder
+from ltd.inference.segments import check_segments, make_segments, segment_length
 from ltd.parallel.halo import strips
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.parallel.sequence import shard
 from ltd.progress import Progress
-from ltd.shapes import VideoShape
 from ltd.storage import StorageError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ _LOOK_S = 5.0
 _FRAMES_PER_CHUNK = 16
 #: What errors say, that are not of a type of their own, where memory was too small for a batch.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+_NOT_FINITE = "not finite: lower --guidance, take more --steps, or --precision fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,8 @@ def run_job(job: SampleJob, load: Callable[[], Generator], layout: Layout, beat:
     pending = [batch for batch in job.batches() if any(number in missing for number, _ in batch)]
     share = pending[layout.global_rank // layout.sequence :: layout.world_size // layout.sequence]
     beat.enter("load", 0)
-    kinds = {(request.shape, request.given) for batch in pending for _, request in batch}
-    generator = agree(layout, lambda: _prepare(load, kinds, layout) if share else None)
+    kinds = {(request.shape, request.given): request for batch in pending for _, request in batch}
+    generator = agree(layout, lambda: _prepare(load, job, kinds.values(), layout) if share else None)
     # Only now is anything cleared away: a mistake in the arguments costs no samples.
     agree(layout, lambda: folder.begin(job.identity) if layout.is_main else None)
     failures: dict[int, str] = {}
@@ -149,14 +150,14 @@ def agree(layout: Layout, work: Callable[[], T]) -> T:
     raise ConfigError(f"{text} (on process {rank})")
 
 
-def _prepare(
-    load: Callable[[], Generator], kinds: Iterable[tuple[VideoShape, Given | None]], layout: Layout
-) -> Generator:
+def _prepare(load: Callable[[], Generator], job: SampleJob, kinds: Iterable[Request], layout: Layout) -> Generator:
     """Load the generator, check what it is to make, and share its tokens out over the sequence group."""
     generator = load()
-    for shape, given in sorted(kinds, key=str):
+    for request in sorted(kinds, key=str):
+        shape = request.shape
         try:
-            generator.check(shape, given)
+            generator.check(shape, request.given)
+            check_segments(generator, request, job.segments, job.overlap)
         except ConfigError:
             raise
         except ValueError as error:
@@ -245,13 +246,14 @@ class _Maker:
             return problem or "the text failed on another process of the sequence group"
         assert conditions is not None
         try:
+            if self.job.segments > 1:
+                self._make_long(batch, conditions)
+                return None
             latents = self.generator.draw_latents(
                 requests, conditions, seed=self.job.seed, progress=lambda step, _: self._progress(step)
             )
             self.beat.enter("decode", self.count)
             video = self._decode(latents)
-            if self.job.segments > 1 and video is not None:
-                video = self._continue(requests, conditions, video)
         except Exception as error:
             # Members of a group are in the middle of what they do together: one cannot leave it and go on.
             if self.layout.sequence > 1 or not _concerns_samples(error):
@@ -261,30 +263,38 @@ class _Maker:
         self._write(batch, video)
         return None
 
-    def _continue(
-        self, requests: list[Request], conditions: tuple[Conditioning, Conditioning], video: Tensor
-    ) -> Tensor:
-        """Append segments, each of which begins with the end of the one before, encoded anew.
+    def _make_long(self, batch: list[Numbered], conditions: tuple[Conditioning, Conditioning]) -> None:
+        """Make the missing samples of a batch segment by segment; their frames go to the files as they come."""
+        generator, job = self.generator, self.job
+        requests = [request for _, request in batch]
 
-        What the models need does not grow with the number of segments; frames are kept as bytes.
-        """
-        generator, known = self.generator, self.job.overlap
-        skip = tail_length(known, generator.autoencoder, generator.denoiser.config.patch)
-        finite = video.flatten(1).isfinite().all(1)
-        pixels = video_to_pixels(video).cpu()
-        for segment in range(1, self.job.segments):
+        def draw(tail: Tail | None) -> Tensor:
+            steps = 0 if tail is None else tail.segment * generator.sampler.steps
             latents = generator.draw_latents(
-                requests,
-                conditions,
-                seed=self.job.seed,
-                progress=lambda step, _: self._progress(step),
-                tail=Tail(pixels=pixels, known=known, segment=segment),
+                *(requests, conditions),
+                seed=job.seed,
+                progress=lambda step, _: self._progress(steps + step),
+                tail=tail,
             )
-            following = generator.decode(latents)
-            finite &= following.flatten(1).isfinite().all(1)
-            pixels = torch.cat((pixels, video_to_pixels(following).cpu()[:, skip:]), 1)
-        whole = pixels_to_video(pixels)  # bytes survive the way there and back
-        return torch.where(finite.cpu().view(-1, 1, 1, 1, 1), whole, torch.nan)
+            self.beat.enter("decode", self.count)
+            return generator.decode(latents)
+
+        rows = {row: number for row, (number, _) in enumerate(batch) if number in self.missing}
+        files = {row: self.folder.open(number) for row, number in rows.items()}
+        right = torch.ones(len(batch), dtype=torch.bool)
+        for pixels, finite in make_segments(draw, job.segments, job.overlap, segment_length(generator, job.overlap)):
+            right &= finite
+            for row, file in files.items():
+                for frame in pixels[row].numpy():
+                    file.add(frame)
+        self.beat.enter("write", self.count)
+        for row, number in rows.items():
+            if not bool(right[row]):
+                self._fail(number, _NOT_FINITE)
+                continue
+            self.folder.close(number, files[row])
+            self.missing.discard(number)
+            self.shown.finish()
 
     def _decode(self, latents: Tensor) -> Tensor | None:
         """Decode on one process; by strips of rows in a sequence group, whose first member gets the video."""
@@ -302,7 +312,7 @@ class _Maker:
             if number not in self.missing:
                 continue
             if video is not None and not bool(video[row].isfinite().all()):
-                self._fail(number, "not finite: lower --guidance, take more --steps, or --precision fp32")
+                self._fail(number, _NOT_FINITE)
                 continue
             if video is not None:
                 self.folder.write(number, video_to_pixels(video[row : row + 1])[0].cpu().numpy())
@@ -329,12 +339,13 @@ class _Shown:
     Args:
         job: Its requests are counted.
         folder: Where the samples of all processes appear.
-        steps: Solver steps of a sample.
+        steps: Solver steps of a segment of a sample.
         shown: Whether this process shows anything, and keeps samples.jsonl at what there is.
     """
 
     def __init__(self, job: SampleJob, folder: SampleFolder, steps: int, *, shown: bool) -> None:
-        self.folder, self.cost, self.shown, self.total = folder, steps + 1, shown, len(job.requests)
+        self.folder, self.shown, self.total = folder, shown, len(job.requests)
+        self.cost = steps * job.segments + 1
         self.finished, self.at_hand, self.step = len(folder.look()), 0, 0
         self.bar = Progress(
             self.total * self.cost, "sample", unit="steps", done=self.finished * self.cost, enabled=shown

@@ -17,8 +17,8 @@ import numpy as np
 
 from ltd import storage
 from ltd.config import ConfigError
-from ltd.data.decode import decode_clip, decode_image
-from ltd.data.write import write_bytes, write_image, write_video
+from ltd.data.decode import decode_clip, decode_image, probe
+from ltd.data.write import VideoEncoder, write_bytes, write_image, write_video
 from ltd.inference.generate import Request
 from ltd.inference.media import tile
 
@@ -37,6 +37,7 @@ class SampleFolder:
     def __init__(self, out: Path, requests: Sequence[Request], columns: Mapping[str, Any]) -> None:
         self.out, self.requests, self.columns = out, requests, dict(columns)
         self._seen: set[int] = set()
+        self._counts: dict[int, int] = {}
         self._seen_at = -float("inf")
 
     def missing(self, identity: Mapping[str, str]) -> list[int]:
@@ -92,6 +93,15 @@ class SampleFolder:
             write_image(self.out / self.name(number), frames[0])
         else:
             write_video(self.out / self.name(number), frames, fps=request.fps)
+
+    def open(self, number: int) -> VideoEncoder:
+        """Begin the file of a video whose frames come one by one; ``close`` writes it."""
+        request = self.requests[number]
+        return VideoEncoder(height=request.shape.height, width=request.shape.width, fps=request.fps)
+
+    def close(self, number: int, encoder: VideoEncoder) -> None:
+        """Write the file of a video whose frames were added."""
+        write_bytes(self.out / self.name(number), encoder.finish())
 
     def look(self, every_s: float = 0.0) -> set[int]:
         """Find out which samples there are, of all processes.
@@ -169,12 +179,21 @@ class SampleFolder:
             "prompt": request.prompt,
             "repetition": request.repetition,
             **self.columns,
-            "num_frames": request.shape.num_frames,
+            "num_frames": self._num_frames(number),
             "height": request.shape.height,
             "width": request.shape.width,
             "fps": request.fps,
             **({} if given is None else {"task": given.task, "condition": list(given.media)}),
         }
+
+    def _num_frames(self, number: int) -> int:
+        """Count the frames of a sample; those of a video of several segments are in its file."""
+        path = self.out / self.name(number)
+        if "segments" not in self.columns or not path.is_file():
+            return self.requests[number].shape.num_frames
+        if number not in self._counts:
+            self._counts[number] = probe(path.read_bytes()).frames
+        return self._counts[number]
 
     def _failed_row(self, number: int, why: str) -> dict[str, Any]:
         return {"number": number, **self._row(number), "error": why}

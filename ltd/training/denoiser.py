@@ -15,14 +15,18 @@ from ltd.autoencoders import AutoencoderConfig
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.denoisers import (
+    TASKS,
     Conditioning,
     Dit,
     DitConfig,
     Frames,
     FrameTasksConfig,
+    Task,
     build_denoiser,
     draw_kept,
+    draw_masks,
     draw_tasks,
+    told,
 )
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
 from ltd.encoders.text import (
@@ -202,15 +206,17 @@ class DenoiserStage:
             mask, _ = draw_tasks(run.frame_tasks, shape, run.model.patch, random)
             mask = mask.to(latents.device)
             cells = (~mask[:, 0]).float()
-            # Beside the input, unknown cells are told as zeros: what is behind the mask must not be seen.
-            known = torch.where(mask, latents, 0) if run.model.frames == "channels" else latents
-            channels = run.model.frame_mask_channels if run.model.frames == "channels" else 1
-            cond = dataclasses.replace(cond, frames=Frames(known, mask.expand(-1, channels, -1, -1, -1)))
+            cond = self._given(cond, latents, mask)
         if run.token_dropping:
             kept, weight = draw_kept(shape, run.model.patch, run.token_dropping, random)
             cond, weight = dataclasses.replace(cond, kept=kept.to(latents.device)), weight.to(latents.device)
             cells = weight if cells is None else cells * weight
         return cond, cells
+
+    def _given(self, cond: Conditioning, latents: Tensor, mask: Tensor) -> Conditioning:
+        """Tell the denoiser the latents where the mask ``(b, 1, t, h, w)`` is True."""
+        model = self.run.model
+        return dataclasses.replace(cond, frames=told(Frames(latents, mask), model.frames, model.frame_mask_channels))
 
     def work(self) -> Work:
         """Count what the last call of ``terms`` amounted to."""
@@ -223,13 +229,15 @@ class DenoiserStage:
 
     @torch.no_grad()
     def heldout(self) -> dict[str, float]:
-        """Evaluate the loss at fixed time quantiles on every held-out sample, with its caption.
+        """Evaluate the loss at fixed time quantiles on every held-out sample, with its caption and nothing else given.
 
         Returns:
-            Mean over samples and quantiles, of all samples and by kind.
+            Mean over samples and quantiles, of all samples and by kind; and the mean of each frame task that is
+            trained, at the middle quantile, over the samples that are long enough for it.
         """
         seed = derive_seed(self.run.seed, "heldout")
-        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.layout.device)
+        names = [name for name in TASKS if getattr(self.run.frame_tasks, name, 0)]
+        sums = torch.zeros(2 + len(names), 2, dtype=torch.float64, device=self.layout.device)
         for batch in heldout_batches(self.run, self.layout):
             prepared = self.inputs.prepare(batch.to(self.layout.device), DrawRandom(seed, batch.draws))
             for tensors in sequence.exchange(prepared, self.layout):
@@ -240,11 +248,29 @@ class DenoiserStage:
                 for time in self.objective.evaluation_times(_HELDOUT_TIMES, cells, channels).tolist():
                     losses = self.objective.loss_at(self.denoiser, latents, cond, random, time).double()
                     sums[int(latents.shape[2] == 1)] += torch.stack([(losses * weight).sum(), weight.sum()])
+                for row, name in enumerate(names, start=2):
+                    sums[row] += self._heldout_task(name, latents, weight, cond, random)
         self.layout.sum_(sums)
-        (video, videos), (image, images) = sums.tolist()
+        (video, videos), (image, images), *tasks = sums.tolist()
         result = {"heldout/denoise": (video + image) / max(videos + images, 1.0)}
         result |= {"heldout/denoise_video": video / videos} if videos else {}
-        return result | ({"heldout/denoise_image": image / images} if images else {})
+        result |= {"heldout/denoise_image": image / images} if images else {}
+        found = zip(names, tasks, strict=True)
+        return result | {f"heldout/denoise_{name}": total / count for name, (total, count) in found if count}
+
+    def _heldout_task(
+        self, task: Task, latents: Tensor, weight: Tensor, cond: Conditioning, random: DrawRandom
+    ) -> Tensor:
+        """Sum a task's loss over a batch, and the weights of its samples, ``(2,)``; zeros if they are too short."""
+        shape = (latents.shape[2], latents.shape[3], latents.shape[4])
+        mask = draw_masks(task, shape, self.run.model.patch, random)
+        if mask is None:
+            return weight.new_zeros(2)
+        mask = mask.to(latents.device)
+        (time,) = self.objective.evaluation_times(1, latents[0, 0].numel(), latents.shape[1]).tolist()
+        cond = self._given(cond, latents, mask)
+        losses = self.objective.loss_at(self.denoiser, latents, cond, random, time, cell_weight=~mask[:, 0])
+        return torch.stack([(losses.double() * weight).sum(), weight.sum()])
 
 
 def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session, DenoiserStage] | None:

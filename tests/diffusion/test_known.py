@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltd.diffusion import GvpPathConfig, LinearPathConfig, SamplerConfig, VpPathConfig, sample, with_known
+from ltd.diffusion import (
+    GuidanceConfig,
+    GvpPathConfig,
+    LinearPathConfig,
+    SamplerConfig,
+    VpPathConfig,
+    guided,
+    sample,
+    with_known,
+)
 
 DATA = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 NOISE = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -48,3 +57,23 @@ def test_the_velocity_is_the_true_one_and_finite_at_the_end() -> None:
     known = KNOWN.expand_as(v)
     assert torch.allclose(v[known], (NOISE - DATA)[known], atol=1e-12)
     assert torch.equal(v[~known], denoiser(x_t, t, None)[~known])
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_what_the_model_says_of_known_cells_changes_nothing_not_even_through_guidance(batched: bool) -> None:
+    """Rescaled guidance looks at all cells: with the denoiser wrapped inside, only at true ones."""
+
+    def found(error: float) -> Tensor:
+        def model(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            known = KNOWN.repeat(len(x_t) // 2, 1, 1, 1, 1)
+            v = denoiser(x_t, t, None) + cond.view(-1, 1, 1, 1, 1)
+            return torch.where(known, v + error * cond.view(-1, 1, 1, 1, 1), v)
+
+        inner = with_known(model, DATA, KNOWN)
+        config = GuidanceConfig(scale=3.0, rescale=0.7)
+        stack = torch.cat if batched else None
+        both = guided(inner, torch.zeros(2, dtype=torch.float64), config, stack=stack)
+        cond = torch.ones(2, dtype=torch.float64)
+        return sample(with_known(both, DATA, KNOWN), NOISE, cond, SamplerConfig(steps=4))
+
+    assert torch.equal(found(0.0), found(50.0))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +16,20 @@ import torch
 
 import sample
 from ltd import autoencoders
+from ltd.config import ConfigError
 from ltd.data.decode import decode_clip, decode_image
+from ltd.data.transforms import cover
 from ltd.data.write import write_image, write_video
 from ltd.denoisers import Task
 from ltd.diffusion import GuidanceConfig, SamplerConfig
 from ltd.inference.generate import Generator, Request, load_generator
-from ltd.inference.known import Given, arrange, known_latents
+from ltd.inference.known import Given, Tail, arrange, known_latents, read_clips, tail_frames
 from ltd.inference.media import pixels_to_video
+from ltd.inference.segments import make_segments, segment_length
 from ltd.shapes import VideoShape
 from tests.inference.jobs_worker import make_run
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = VideoShape(9, 32, 32)
 GENERATOR = np.random.default_rng(0)
 CLIP = GENERATOR.integers(0, 255, (9, 32, 32, 3), np.uint8)
@@ -126,6 +135,8 @@ def test_a_video_goes_on_segment_by_segment(run: Path, tmp_path: Path) -> None:
             ("three", 9 + 2 * 4),
         )
     )
+    listed = [json.loads((tmp_path / name / "samples.jsonl").read_text()) for name in ("one", "three")]
+    assert [(row["num_frames"], row.get("segments")) for row in listed] == [(9, None), (17, 3)]
     difference = np.abs(three[:9].astype(int) - one.astype(int))
     assert difference.mean() < 3  # the same frames, compressed with others behind them
     assert np.abs(three[9:13].astype(int) - three[13:].astype(int)).mean() > 1
@@ -149,7 +160,30 @@ def test_prompts_may_say_what_is_given(run: Path, tmp_path: Path) -> None:
         (("--condition", "/nowhere.png"), "a\n", "condition: /nowhere.png does not exist"),
         ((), '{"prompt": "a", "conditon": "x"}', "got ['conditon']"),
         ((), "{not json", "a line is not JSON"),
-        (("--condition", "{run}/first.png", "--task", "interpolation"), "a\n", "has 1 frames, task interpolation"),
+        (
+            ("--condition", "{run}/first.png", "--task", "interpolation", "--known", "2"),
+            "a\n",
+            "has 1 frames, task inter",
+        ),
+        (("--condition", "{run}/clip.mp4", "--task", "interpolation"), "a\n", "known: got 1 for task interpolation"),
+        (
+            ("--condition", "{run}/clip.mp4", "--task", "extension", "--known", "3"),
+            "a\n",
+            "known = 3, needed at least 4",
+        ),
+        (("--condition", "{run}/clip.mp4", "--task", "inpainting", "--box", "0,0,8,40"), "a\n", "lies outside 4x4"),
+        (("--condition", "{run}/first.png", "--task", "first_last"), "a\n", "got one image"),
+        (("--condition", "{run}/first.png", "{run}/last.png"), "a\n", "needed the names of 1 files"),
+        (("--condition", "{run}/prompts.txt"), "a\n", "prompts.txt cannot be read"),
+        ((), '{"prompt": "a", "condition": 5}', "got condition 5"),
+        ((), '{"prompt": "a", "condition": "{run}/first.png", "known": "2"}', "known: got '2'"),
+        (("--segments", "2", "--overlap", "3"), "a\n", "--overlap: got 3, needed fewer than"),
+        (("--segments", "2", "--shapes", "1x32x32"), "a\n", "--overlap: got 1, needed fewer than"),
+        (
+            ("--segments", "2", "--condition", "{run}/clip.mp4", "--task", "retrodiction"),
+            "a\n",
+            "--segments: got 2 with task retrodiction",
+        ),
         (("--condition", "{run}/clip.mp4", "--box", "1,2,3"), "a\n", "--box: got '1,2,3'"),
         (("--segments", "0"), "a\n", "--segments: must be at least 1"),
     ],
@@ -158,7 +192,12 @@ def test_mistakes_end_before_any_work(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], prompts: str, message: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        command(run, tmp_path / "out", *(word.format(run=run) for word in more), prompts=prompts)
+        command(
+            run,
+            tmp_path / "out",
+            *(word.format(run=run) for word in more),
+            prompts=prompts.replace("{run}", str(run)),
+        )
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out" / "0000.mp4").exists()
 
@@ -166,7 +205,142 @@ def test_mistakes_end_before_any_work(
 def test_a_denoiser_without_known_frames_refuses_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path)
     write_image(tmp_path / "first.png", CLIP[0])
-    with pytest.raises(SystemExit):
-        command(tmp_path, tmp_path / "out", "--condition", str(tmp_path / "first.png"))
-    assert "trained without known frames" in capsys.readouterr().err
+    for more in (("--condition", str(tmp_path / "first.png")), ("--segments", "2")):
+        with pytest.raises(SystemExit):
+            command(tmp_path, tmp_path / "out", *more)
+        assert "trained without known frames" in capsys.readouterr().err
     assert autoencoders.load(tmp_path / "autoencoder").compression.t == 4
+
+
+def test_a_guide_that_takes_frames_otherwise_is_refused(run: Path, tmp_path: Path) -> None:
+    made = generator(run)
+    make_run(tmp_path)
+    made.guide = generator(tmp_path).denoiser
+    given = Given(task="image_to_video", media=(str(run / "first.png"),))
+    made.check(SHAPE)
+    with pytest.raises(ConfigError, match="trained without known frames"):
+        made.check(SHAPE, given)
+    other = {"times": "channels", "channels": "times"}[made.denoiser.config.frames]
+    (tmp_path / "other").mkdir()
+    make_run(tmp_path / "other", f"model.frames={other}")
+    made.guide = generator(tmp_path / "other").denoiser
+    with pytest.raises(ConfigError, match="guide: takes known frames as"):
+        made.check(SHAPE, given)
+
+
+def test_only_the_frames_that_are_needed_are_read(run: Path) -> None:
+    """The last five of nine, scaled to the sample's size."""
+    shape = VideoShape(9, 16, 16)
+    given = Given(task="extension", media=(str(run / "clip.mp4"),), known=2)
+    (clip,) = read_clips(given, shape, 4)
+    expected = cover(_read(run / "clip.mp4")[-5:], 16, 16)
+    assert clip.shape == expected.shape == (5, 16, 16, 3)
+    assert np.abs(clip.astype(int) - expected.astype(int)).mean() < 4
+    ends = read_clips(Given(task="first_last", media=(str(run / "clip.mp4"),)), SHAPE, 4)
+    assert np.array_equal(np.concatenate(ends), _read(run / "clip.mp4")[[0, -1]])
+
+
+def test_segments_begin_with_the_end_of_the_one_before_and_leave_nothing_behind() -> None:
+    seen: list[Tail | None] = []
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def draw(tail: Tail | None) -> torch.Tensor:
+        nonlocal most
+        seen.append(tail)
+        most = max(most, len(alive))
+        frames = torch.full((2, 3, 9, 2, 2), len(seen) / 255) * torch.arange(1, 10).view(-1, 1, 1) - 1
+        if len(seen) == 3:
+            frames[1, 0, 0, 0, 0] = torch.nan
+        alive.add(frames)
+        return frames
+
+    pixels, finite = [], []
+    for new, right in make_segments(draw, 6, 2, 5):
+        pixels.append(new[0, :, 0, 0, 0].clone())
+        finite.append(right.tolist())
+        alive.add(new)
+        del new
+    assert most <= 1, "what is alive when a segment begins: the frames that the loop still holds"
+    assert [tail if tail is None else tail.segment for tail in seen] == [None, 1, 2, 3, 4, 5]
+    whole = torch.cat(pixels)
+    assert len(whole) == 9 + 5 * 4
+    for number, tail in enumerate(seen[1:], start=1):
+        assert tail is not None and tail.known == 2
+        assert torch.equal(tail.pixels[0, :, 0, 0, 0], whole[: 9 + 4 * (number - 1)][-5:])
+        assert tail.pixels.untyped_storage().nbytes() == 2 * 5 * 2 * 2 * 3, "no view of more"
+    assert finite == [[True, True]] * 2 + [[True, False]] + [[True, True]] * 3
+
+
+def test_a_sample_that_is_not_finite_in_a_later_segment_fails_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Generator.draw_latents
+
+    def draw_latents(self: Generator, requests: list[Request], *rest: Any, **options: Any) -> torch.Tensor:
+        latents = right(self, requests, *rest, **options)
+        tail = options["tail"]
+        if tail is not None and tail.segment == 2:
+            latents[0] = torch.nan
+        return latents
+
+    monkeypatch.setattr(Generator, "draw_latents", draw_latents)
+    assert command(run, tmp_path, "--segments", "3", prompts="a\nb\n") == 1
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["0001.mp4"]
+    (failed,) = [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
+    assert failed["number"] == 0 and "not finite" in failed["error"]
+
+
+def test_the_overlap_of_a_segment_comes_back(run: Path) -> None:
+    """What a segment knows are the last frames of the one before, encoded as the start of a clip: bit for bit."""
+    made = generator(run)
+    requests = [Request(prompt="a", repetition=0, shape=SHAPE, fps=8.0)]
+    conditions = made.condition(["a"])
+    kept: list[torch.Tensor] = []
+
+    def draw_one(tail: Tail | None) -> torch.Tensor:
+        kept.append(made.draw_latents(requests, conditions, seed=1, tail=tail))
+        return made.decode(kept[-1])
+
+    parts = [pixels for pixels, _ in make_segments(draw_one, 2, 2, segment_length(made, 2))]
+    assert [len(part[0]) for part in parts] == [9, 4]
+    start = made.autoencoder.encode(pixels_to_video(parts[0][:, -5:])).mean
+    again = made.autoencoder.denormalize(made.autoencoder.normalize(start))
+    assert torch.allclose(kept[1][:, :, :2], again, atol=1e-5)
+    tail = Tail(pixels=parts[0][:, -5:], known=2, segment=1)
+    frames = tail_frames(tail, SHAPE, made.autoencoder, (1, 1, 1))
+    assert torch.equal(kept[1][:, :, :2], made.autoencoder.denormalize(frames.latents)[:, :, :2])
+    assert (kept[1] - kept[0]).abs().max() > 1e-2
+
+
+def test_samples_do_not_depend_on_what_the_denoiser_says_of_known_cells(run: Path) -> None:
+    made = generator(run)
+    made.sampler = SamplerConfig(steps=3, guidance=GuidanceConfig(scale=3.0, rescale=0.7))
+    given = Given(task="extension", media=(str(run / "clip.mp4"),), known=2)
+    expected = draw(made, given)
+    made.denoiser.register_forward_hook(  # the second row of each pair of text and no text is off too
+        lambda module, inputs, v: torch.cat(
+            (v[:, :, :2] + 9 * torch.arange(len(v)).view(-1, 1, 1, 1, 1), v[:, :, 2:]), 2
+        )
+    )
+    assert torch.equal(draw(made, given), expected)
+    assert not torch.equal(draw(made, None), expected)
+
+
+@pytest.mark.dist
+def test_known_frames_and_segments_are_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.inference.known_worker", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    said = {name: [path.read_text()[-2000:] for path in (tmp_path / "logs" / name).glob("log?")] for name in codes}
+    assert all(set(found) == {0} for found in codes.values()), (codes, said)
+    names = ["0000.mp4", "0001.mp4", "grid.png", "samples.jsonl"]
+    for one, other in (("one", "two"), ("long", "long-two")):
+        assert [n for n in names if (tmp_path / one / n).read_bytes() != (tmp_path / other / n).read_bytes()] == []
+    clips = [
+        decode_clip((tmp_path / name / "0001.mp4").read_bytes(), start=0, num_frames=9) for name in ("one", "pair")
+    ]
+    assert np.abs(clips[0].astype(int) - clips[1].astype(int)).mean() < 1 and clips[0].std() > 10
+    assert len(decode_clip((tmp_path / "long" / "0001.mp4").read_bytes(), start=0, num_frames=17)) == 17
