@@ -253,6 +253,9 @@ def _build_union(annotation: Any, members: list[Any], value: Any, path: str) -> 
             got = "is missing" if kind is None else f"got {kind!r}"
             raise ConfigError(f"{_join(path, 'kind')}: {got}, needed one of {', '.join(kinds)}{hint}")
         return _build(kinds[kind], value, path)
+    sequences = [member for member in members if typing.get_origin(member) is tuple]
+    if len(sequences) == 1 and isinstance(value, list | tuple):  # so that what is wrong inside is said
+        return _build(sequences[0], value, path)
     for member in members:
         if member is type(None) or dataclasses.is_dataclass(member):
             continue

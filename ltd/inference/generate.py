@@ -29,7 +29,9 @@ from ltd.diffusion import (
     sample,
     with_known,
 )
-from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
+from ltd.encoders.joined import TextConfig, build_text
+from ltd.encoders.text import TextEncoder
+from ltd.inference.conditions import conditions_of
 from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames
 from ltd.inference.media import video_to_pixels
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
@@ -50,6 +52,24 @@ class Request:
     fps: float
     #: What is known of it; None = nothing.
     given: Given | None = None
+    #: Class number; None = no class.
+    label: int | None = None
+    #: Name of the class, for rows and pictures.
+    class_name: str = ""
+    #: Height and width that the denoiser is told as the source's, in pixels; None = its own.
+    original: tuple[int, int] | None = None
+    #: Rows above and columns left of it that the denoiser is told were cut off, in pixels.
+    crop: tuple[int, int] = (0, 0)
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """What its noise is a function of besides prompt, repetition and shape."""
+        return () if self.label is None else (f"class {self.label}",)
+
+    @property
+    def title(self) -> str:
+        """What it shows, in words: its prompt, else its class."""
+        return self.prompt or self.class_name or ("" if self.label is None else f"class {self.label}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +77,11 @@ class RunParts:
     """What a run's configuration says is needed to sample from it."""
 
     autoencoder: str
-    text: TextEncoderConfig
+    text: TextConfig
+    #: Along what the embeddings of several text encoders are joined.
+    text_join: Literal["tokens", "channels"]
+    #: Classes of the denoiser; None = it takes none.
+    num_classes: int | None
     #: (size in pixels, frames per second or None) of each training view.
     views: tuple[tuple[VideoShape, float | None], ...]
     #: Time shift that the denoiser was trained under; sampling wants the same.
@@ -88,7 +112,9 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
     views = tuple((VideoShape(v["num_frames"], v["height"], v["width"]), v["fps"]) for v in config["data"]["views"])
     return RunParts(
         autoencoder=config["autoencoder"],
-        text=from_dict(TextEncoderConfig, config["text"]),
+        text=None if config["text"] is None else from_dict(TextConfig, config["text"]),
+        text_join="tokens" if config["model"].get("text_parts") else "channels",
+        num_classes=config["model"].get("num_classes"),
         views=views,
         shift=from_dict(ShiftConfig, config["objective"]["shift"]),
         path=config["objective"].get("path", {}).get("kind", "linear"),
@@ -119,7 +145,7 @@ class Generator:
     Args:
         denoiser: In evaluation mode.
         autoencoder: Decodes latents; its ``latent_norm`` is what the denoiser was trained under.
-        text: Embeds prompts.
+        text: Embeds prompts; None for a denoiser without text.
         sampler: Solver, steps, guidance.
         negative: Prompt that guidance leads away from; "" is what dropped captions were trained with.
         guide: A weaker denoiser that guidance leads away from instead (autoguidance).
@@ -133,7 +159,7 @@ class Generator:
         self,
         denoiser: denoisers.Dit | denoisers.Parametrized,
         autoencoder: autoencoders.Autoencoder,
-        text: TextEncoder,
+        text: TextEncoder | None,
         *,
         sampler: SamplerConfig,
         negative: str = "",
@@ -151,8 +177,17 @@ class Generator:
                 f"solver: got {sampler.kind}, which knows the linear path only; the denoiser was trained on path "
                 f"{path}: needed euler or heun"
             )
-        if denoiser.config.text_dim not in (None, text.dim):
-            raise ConfigError(f"text: makes {text.dim} features, the denoiser takes {denoiser.config.text_dim}")
+        dim = None if text is None else text.dim
+        if denoiser.config.text_dim not in (None, dim):
+            raise ConfigError(f"text: makes {dim} features, the denoiser takes {denoiser.config.text_dim}")
+        if (
+            sampler.guidance.scale != 1
+            and guide is None
+            and (denoiser.config.text_dim or denoiser.config.num_classes) is None
+        ):
+            raise ConfigError(
+                f"guidance: got {sampler.guidance.scale:g}, but the denoiser takes neither text nor classes; needed 1"
+            )
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
@@ -191,21 +226,21 @@ class Generator:
         Raises:
             ValueError: If the shapes differ or do not fit the compression or the patch.
         """
-        conditions = self.condition([request.prompt for request in requests])
+        conditions = self.condition(requests)
         latents = self.draw_latents(requests, conditions, seed=seed, progress=progress)
         return video_to_pixels(self.decode(latents)).cpu()
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+    def condition(self, requests: Sequence[Request]) -> tuple[Conditioning, Conditioning]:
         """Make what the denoiser is told of a batch.
 
         Args:
-            prompts: One per sample.
+            requests: One or more.
 
         Returns:
-            The conditions of the prompts, and as many of what guidance leads away from.
+            The conditions of the requests, and as many of what guidance leads away from.
         """
-        return self._embed(prompts), self._embed([self.negative] * len(prompts))
+        return conditions_of(requests, self.denoiser.config, self.text, self.negative, self.device)
 
     @torch.no_grad()
     def draw_latents(
@@ -237,7 +272,7 @@ class Generator:
             raise ValueError(f"a batch has one shape, got {sorted(map(str, shapes))}")
         latent = self.autoencoder.compression.latent(shapes.pop())
         labels = [] if tail is None else [tail.segment]
-        draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape), *labels) for r in requests]
+        draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape), *r.seeds, *labels) for r in requests]
         size = (self.autoencoder.latent_channels, latent.num_frames, latent.height, latent.width)
         random = DrawRandom(seed, draws)
         noise = random.normal(size, "sample").to(self.device)
@@ -291,10 +326,6 @@ class Generator:
             logger.info("decoded in %d tiles, %s; seams: %s", tiled.num_tiles, kind, tiled.seams)
         return tiled.output
 
-    def _embed(self, prompts: Sequence[str]) -> Conditioning:
-        text, mask = self.text.encode(prompts)
-        return Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
-
 
 def load_generator(
     run_dir: str | Path,
@@ -333,7 +364,7 @@ def load_generator(
     return Generator(
         denoiser,
         decoder,
-        build_text_encoder(parts.text, device=device),
+        build_text(parts.text, parts.text_join, device=device),
         sampler=sampler,
         negative=negative,
         tiling=tiling,
@@ -388,8 +419,8 @@ def load_guide(
         ConfigError: If the two were not trained on the same latents and texts.
     """
     ours, theirs = read_run_parts(run_dir), read_run_parts(guide)
-    if theirs.text != ours.text:
-        raise ConfigError(f"guide: {guide} was trained with another text encoder than {run_dir}")
+    if (theirs.text, theirs.text_join, theirs.num_classes) != (ours.text, ours.text_join, ours.num_classes):
+        raise ConfigError(f"guide: {guide} was trained with another text encoder or other classes than {run_dir}")
     for name in ("time", "autoencoder_hash", "latent_norm"):
         if theirs.lineage.get(name) != ours.lineage.get(name):
             raise ConfigError(f"guide: {name} of {guide} is another than that of {run_dir}; needed one trained alike")
