@@ -1,4 +1,4 @@
-"""Sample images and videos from a trained denoiser: python sample.py RUN --prompts FILE --out DIR.
+"""Sample images and videos from a trained denoiser: python sample.py RUN --prompts FILE (--labels CLASSES) --out DIR.
 
 Start it alone or with torchrun; the same command again makes what is missing. Exit code 1: some samples failed.
 """
@@ -21,6 +21,7 @@ from ltd.command import command_line
 from ltd.config import ConfigError
 from ltd.denoisers import TASKS
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
+from ltd.inference.conditions import label_prompts, parse_pair
 from ltd.inference.generate import Generator, Request, load_generator, load_guide, read_run_parts
 from ltd.inference.jobs import SampleJob, agree, run_job
 from ltd.inference.known import Given
@@ -36,13 +37,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("run", help="run directory of a denoiser, or the folder that a checkpoint was converted to")
     parser.add_argument(
         "--prompts",
-        required=True,
         type=Path,
         help='text file, one prompt per line; or {"prompt": ..., "task": ..., "condition": FILE or [FILES]}',
     )
     parser.add_argument(
         "--condition", nargs="+", help="image or video that is known of every sample; of first_last two"
     )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        help="classes: numbers, names, or a text file with one per line; with --prompts one for all or one for each",
+    )
+    parser.add_argument("--original-size", help="HEIGHTxWIDTH that the denoiser is told as the source's; its own")
+    parser.add_argument("--crop", default="0,0", help="TOP,LEFT in pixels that the denoiser is told were cut off")
     parser.add_argument("--task", choices=TASKS[1:], help="what is known of it; image_to_video if left out")
     parser.add_argument(
         "--known",
@@ -108,32 +115,62 @@ def plan(args: argparse.Namespace) -> list[Request]:
     Raises:
         ConfigError: If the prompt file or a shape is unusable.
     """
-    if not args.prompts.is_file():
-        raise ConfigError(f"--prompts: {args.prompts} does not exist")
-    try:
-        lines = [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts: {args.prompts} is not UTF-8: {error}") from None
+    if args.prompts is None and args.labels is None:
+        raise ConfigError("--prompts: missing, needed a file with one prompt per line, or --labels")
+    lines, labels = _lines(args.prompts, "--prompts"), read_labels(args.labels)
     if args.fps is not None and args.fps <= 0:
         raise ConfigError(f"--fps: must be above 0, got {args.fps}")
-    if not lines:
+    if args.prompts is not None and not lines:
         raise ConfigError(f"--prompts: {args.prompts} holds no prompt; needed one per line")
     if args.segments > 1 and args.sequence > 1:
         raise ConfigError(f"--segments: got {args.segments} with --sequence {args.sequence}; needed one of them at 1")
     for name in ("per_prompt", "batch_size", "segments", "overlap"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
-    views = read_run_parts(args.run).views
+    parts = read_run_parts(args.run)
+    views = parts.views
+    if parts.text is not None and args.prompts is None:
+        raise ConfigError("--prompts: missing, but the denoiser takes text; needed a file with one prompt per line")
     if args.shapes:
         known = dict(views)
         views = tuple((shape, known.get(shape)) for shape in map(_shape, args.shapes.split(",")))
-    prompts = [_prompt(line, args) for line in lines]
+    prompts = [_prompt(line, args) for line in lines] if lines else [_prompt("", args)] * len(labels)
+    told = label_prompts(
+        [p for p, _ in prompts], labels, parts.num_classes, parts.lineage.get("classes", ()), "--labels"
+    )
+    numbers = {
+        "original": None if args.original_size is None else parse_pair(args.original_size, "x", "--original-size"),
+        "crop": parse_pair(args.crop, ",", "--crop"),
+    }
     return [
-        Request(prompt=prompt, repetition=k, shape=shape, fps=args.fps or fps or 24.0, given=given)
+        Request(
+            **{"prompt": prompt, "repetition": k, "shape": shape, "fps": args.fps or fps or 24.0, "given": given},
+            **{"label": label, "class_name": name},
+            **numbers,
+        )
         for shape, fps in views
-        for prompt, given in prompts
+        for (prompt, given), (label, name) in zip(prompts, told, strict=True)
         for k in range(args.per_prompt)
     ]
+
+
+def read_labels(given: list[str] | None) -> list[str]:
+    """Read the classes: as they are, or out of one text file."""
+    if given is not None and len(given) == 1 and Path(given[0]).is_file():
+        return _lines(Path(given[0]), "--labels")
+    return given or []
+
+
+def _lines(path: Path | None, option: str) -> list[str]:
+    """Read the lines of a file that are not empty; none without a file."""
+    if path is None:
+        return []
+    if not path.is_file():
+        raise ConfigError(f"{option}: {path} does not exist")
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option}: {path} is not UTF-8: {error}") from None
 
 
 def _prompt(line: str, args: argparse.Namespace) -> tuple[str, Given | None]:
@@ -175,9 +212,15 @@ def _box(given: str | list[int]) -> tuple[int, int, int, int]:
 def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, TilingConfig | None]:
     """Read what to make and how; a mistake is an error before any work."""
     requests = tuple(plan(args))
-    apart = ("out", "device", "timeout")
+    apart = ["out", "device", "timeout"]
+    # What earlier releases did not know stands in request.json only where it is given.
+    apart += [
+        name for name, off in (("labels", None), ("original_size", None), ("crop", "0,0")) if vars(args)[name] == off
+    ]
     identity = {name: str(value) for name, value in vars(args).items() if name not in apart}
-    identity["prompts"] = args.prompts.read_text("utf-8")
+    identity["prompts"] = "" if args.prompts is None else args.prompts.read_text("utf-8")
+    if args.labels is not None:
+        identity["labels"] = ",".join(read_labels(args.labels))
     media = sorted({path for request in requests if request.given for path in request.given.media})
     identity["media"] = ",".join(storage.sha256_file(Path(path)) for path in media)
     identity["checkpoint"] = identify(args.run) + (identify(args.guide) if args.guide else "")

@@ -67,9 +67,12 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def _drop_other_kinds(tree: Any, changes: Any) -> None:
-    """Empty the sections whose ``kind`` is overridden: the fields of one kind mean nothing to another."""
+    """Empty the sections whose ``kind`` is overridden, or which become a list: their fields mean nothing there."""
     for key in changes:
         old, new = tree.get(key), changes.get(key)
+        if (OmegaConf.is_dict(old) and OmegaConf.is_list(new)) or (OmegaConf.is_list(old) and OmegaConf.is_dict(new)):
+            tree[key] = None  # one encoder becomes several, or the reverse: nothing to merge
+            continue
         if not (OmegaConf.is_dict(old) and OmegaConf.is_dict(new)):
             continue
         if "kind" in new and new.kind != old.get("kind", new.kind):
@@ -253,6 +256,9 @@ def _build_union(annotation: Any, members: list[Any], value: Any, path: str) -> 
             got = "is missing" if kind is None else f"got {kind!r}"
             raise ConfigError(f"{_join(path, 'kind')}: {got}, needed one of {', '.join(kinds)}{hint}")
         return _build(kinds[kind], value, path)
+    sequences = [member for member in members if typing.get_origin(member) is tuple]
+    if len(sequences) == 1 and isinstance(value, list | tuple):  # so that what is wrong inside is said
+        return _build(sequences[0], value, path)
     for member in members:
         if member is type(None) or dataclasses.is_dataclass(member):
             continue

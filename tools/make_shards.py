@@ -11,6 +11,7 @@ from ltd.config import ConfigError
 from ltd.data.curate.filters import FilterOptions
 from ltd.data.curate.shots import ContentShots, ShotDetector, ShotOptions
 from ltd.data.cut import CutOptions
+from ltd.data.labels import read_classes
 from ltd.data.records import Columns
 from ltd.data.shards import ShardOptions, index_existing, make_shards
 
@@ -28,6 +29,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--media-root", help="folder a manifest's paths are relative to (default: the manifest's)")
     parser.add_argument("--path-column", default="path", help="what the manifests call the media file")
     parser.add_argument("--caption-column", default="caption", help="what the manifests call the caption")
+    parser.add_argument("--label-column", default="label", help="what the manifests call the class, number or name")
+    parser.add_argument("--classes", help="class list: a text file with one name per line, in the order of the numbers")
     parser.add_argument("--size", type=int, help="short side in pixels that larger media are scaled down to")
     parser.add_argument("--crf", type=int, default=16, help="x264 quality, 0 (lossless) to 51")
     parser.add_argument("--keyframe-every", type=int, default=12, help="frames between key frames")
@@ -101,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
             args.out,
             options=options,
             media_root=args.media_root,
-            columns=Columns(path=args.path_column, caption=args.caption_column),
+            columns=Columns(path=args.path_column, caption=args.caption_column, label=args.label_column),
+            classes=read_classes(args.classes, "--classes"),
             detector=build_detector(args),
         )
     except ConfigError as error:

@@ -6,6 +6,7 @@ Knows nothing of files or plans.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,10 @@ class BadSample:
         return dataclasses.asdict(self)
 
 
+#: Size and crop that nothing is known of.
+UNKNOWN_GEOMETRY = (math.nan, math.nan, math.nan, math.nan)
+
+
 @dataclass(kw_only=True)
 class Sample:
     """One sample before collation; either ``pixels`` or ``mean`` and ``logvar`` are set."""
@@ -52,6 +57,10 @@ class Sample:
     caption: str = ""  #: Caption, "" where there is none.
     caption_column: int = 0  #: Which of the sample's captions it is, from 0.
     fps: float = 0.0  #: Frames per second after the frame step; 0 for images and where unknown.
+    label: int = -1  #: Class number; -1 where there is none.
+    #: Height and width of the source, and rows and columns that the cut leaves out above and left of it, in pixels of
+    #: the scaled picture; NaN where unknown.
+    geometry: tuple[float, float, float, float] = UNKNOWN_GEOMETRY
     pixels: np.ndarray | None = None  #: uint8 (t, h, w, c), RGB.
     mean: Tensor | None = None  #: float (c, t, h, w), raw latents.
     logvar: Tensor | None = None  #: float (c, t, h, w).
@@ -78,6 +87,8 @@ class Batch:
     kinds: tuple[str, ...] = field(default=())  #: "image" or "video" per sample.
     entries: tuple[int, ...] = field(default=())  #: Place of each sample in the index of all data sets.
     caption_columns: tuple[int, ...] = field(default=())  #: Which of its captions each sample has, from 0.
+    label: Tensor | None = None  #: int64 (b,), class numbers; -1 where a sample has none.
+    geometry: Tensor | None = None  #: float32 (b, 4), as in ``Sample``: height, width, top, left; NaN where unknown.
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -260,4 +271,6 @@ def collate(
         kinds=(kind,) * len(filled),
         entries=tuple(entries),
         caption_columns=tuple(sample.caption_column for sample in filled),
+        label=torch.tensor([sample.label for sample in filled]),
+        geometry=torch.tensor([sample.geometry for sample in filled], dtype=torch.float32),
     )

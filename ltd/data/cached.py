@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ltd.config import ConfigError
 from ltd.data.batch import BadSample, Batch, Sample
+from ltd.data.labels import numbers_of
 from ltd.data.latents import LatentCache
 from ltd.data.plan import Placement, ViewConfig
 from ltd.data.sources import Items, require_captions
@@ -22,6 +24,7 @@ class CacheSource:
         cache: The opened cache.
         caption_required: Whether windows without a caption are left out.
         features: Whether the features of a vision network are read too.
+        classes: Names of the classes by number; None takes what the windows say.
 
     Raises:
         ConfigError: If features are asked for and the cache has none.
@@ -29,7 +32,14 @@ class CacheSource:
 
     random_cuts = False
 
-    def __init__(self, cache: LatentCache, *, caption_required: bool, features: bool = False) -> None:
+    def __init__(
+        self,
+        cache: LatentCache,
+        *,
+        caption_required: bool,
+        features: bool = False,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.cache, self.features = cache, features
         if features and cache.num_features is None:
             raise ConfigError(
@@ -40,6 +50,7 @@ class CacheSource:
         self.entries = cache.entries
         if caption_required:
             self.entries = require_captions(self.entries, self.bad, (str(cache.directory),))
+        self._labels = numbers_of(self.entries, classes)
         self._bytes = 2 * cache.channels * torch.empty((), dtype=cache.dtype).element_size()
 
     @property
@@ -97,6 +108,8 @@ class CacheSource:
             kinds=(view.kind,) * len(items),
             entries=tuple(items.entries.tolist()),
             caption_columns=loaded.caption_columns,
+            label=torch.from_numpy(self._labels[items.entries]),
+            geometry=loaded.geometry,
         )
 
     def num_bytes(self, items: Items, view: ViewConfig) -> int:

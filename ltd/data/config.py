@@ -43,6 +43,8 @@ class DataConfig:
     batching: BatchingConfig = field(default_factory=FixedConfig)  #: One size per step, buckets, or packs.
     licence: str | None = None  #: Licence of the data, for the card of what is exported; null = not recorded.
     caption_required: bool = True  #: Whether samples without a caption are left out.
+    #: Names of the classes by number: a file with one name per line, or the names. Null: what the samples say.
+    classes: str | tuple[str, ...] | None = None
     flip: bool = False  #: Whether half of the samples are mirrored (media only; a cache holds its own copies).
     read_features: bool = False  #: Whether a cache's features of a vision network are read too; ``alignment`` needs it.
     decoder: Literal["decord", "pyav"] | None = None  #: Video decoder; null takes decord, or PyAV without decord.

@@ -16,6 +16,8 @@ from ltd.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 #: Members of a sample that are read; ``media`` stands for the one image or video.
 ROLES = ("media", "txt", "captions.json", "json")
+#: The number that means no label.
+NO_LABEL = -1
 KINDS: tuple[Literal["image"], Literal["video"]] = ("image", "video")
 _MEDIA = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
 
@@ -35,6 +37,8 @@ class Entry:
         default_factory=dict
     )  #: Extension -> (offset, size) in the tar, bytes.
     shard: int = 0  #: Number of the tar in ``Index.shards``, or of the row in a latent cache.
+    label: int = NO_LABEL  #: Class number; -1 where the sample has none.
+    class_name: str = ""  #: Class name; "" where the sample has none.
 
     @property
     def media(self) -> str:
@@ -97,11 +101,16 @@ class Entries(Sequence[Entry]):
         columns: ``kind`` (uint8, place in ``KINDS``), ``width``, ``height``, ``frames`` (int32), ``fps`` (float64),
             ``shard`` (int32), ``captions`` (int32, how many), ``caption_chars`` (int32, of all captions one after the
             other) and, for tars, ``media`` (uint8, place among the media extensions), ``offset`` and ``size`` (int64
-            ``(n, len(ROLES))``, -1 where a member is missing).
+            ``(n, len(ROLES))``, -1 where a member is missing). ``label`` (int32, class number) and ``class_name``
+            (int32, place in ``classes``) may be left out: no sample has any.
+        classes: Class names that samples have.
     """
 
-    def __init__(self, keys: Strings, columns: Mapping[str, np.ndarray]) -> None:
-        self.keys, self.columns = keys, dict(columns)
+    def __init__(self, keys: Strings, columns: Mapping[str, np.ndarray], classes: Sequence[str] = ()) -> None:
+        self.keys, self.columns, self.classes = keys, dict(columns), tuple(classes)
+        for name in ("label", "class_name"):
+            if name not in self.columns:
+                self.columns[name] = np.full(len(self.columns["kind"]), NO_LABEL, dtype=np.int32)
         self._caption_ends = np.cumsum(self.columns["captions"], dtype=np.int64)
 
     @classmethod
@@ -117,13 +126,15 @@ class Entries(Sequence[Entry]):
             "captions": np.array([len(row.caption_chars) for row in rows], dtype=np.int32),
             "caption_chars": np.array([chars for row in rows for chars in row.caption_chars], dtype=np.int32),
         }
-        for name in ("width", "height", "frames", "shard"):
+        classes = {name: place for place, name in enumerate(sorted({row.class_name for row in rows} - {""}))}
+        columns["class_name"] = np.array([classes.get(row.class_name, NO_LABEL) for row in rows], dtype=np.int32)
+        for name in ("width", "height", "frames", "shard", "label"):
             columns[name] = np.array([getattr(row, name) for row in rows], dtype=np.int32)
         if rows and rows[0].members:
             columns["media"] = np.array([_MEDIA.index(row.media) for row in rows], dtype=np.uint8)
             place = np.array(places, dtype=np.int64).reshape(len(rows), len(ROLES), 2)
             columns["offset"], columns["size"] = place[..., 0], place[..., 1]
-        return cls(Strings.of(row.key for row in rows), columns)
+        return cls(Strings.of(row.key for row in rows), columns, tuple(classes))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Entries]) -> Entries:
@@ -132,11 +143,19 @@ class Entries(Sequence[Entry]):
             return parts[0]
         names = set.intersection(*(set(part.columns) for part in parts)) if parts else set()
         columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in sorted(names)}
+        classes = {name: place for place, name in enumerate(dict.fromkeys(n for part in parts for n in part.classes))}
+        if classes:
+            columns["class_name"] = np.concatenate([part._renumbered(classes) for part in parts])
         keys = [part.keys for part in parts]
         ends = [strings.ends for strings in keys]
         starts = np.cumsum([0] + [len(strings.buffer) for strings in keys])
         joined = np.concatenate([end + start for end, start in zip(ends, starts, strict=False)])
-        return cls(Strings(b"".join(strings.buffer for strings in keys), joined), columns)
+        return cls(Strings(b"".join(strings.buffer for strings in keys), joined), columns, tuple(classes))
+
+    def _renumbered(self, classes: Mapping[str, int]) -> np.ndarray:
+        """Say the class name of every row as a place in other names."""
+        places = np.array([*(classes[name] for name in self.classes), NO_LABEL], dtype=np.int32)
+        return places[self.columns["class_name"]]
 
     def __len__(self) -> int:
         return len(self.columns["kind"])
@@ -152,6 +171,7 @@ class Entries(Sequence[Entry]):
         columns = self.columns
         end = int(self._caption_ends[place])
         first = end - int(columns["captions"][place])
+        named = int(columns["class_name"][place])
         return Entry(
             self.keys[place],
             KINDS[columns["kind"][place]],
@@ -162,6 +182,8 @@ class Entries(Sequence[Entry]):
             tuple(columns["caption_chars"][first:end].tolist()),
             self._members(place),
             int(columns["shard"][place]),
+            int(columns["label"][place]),
+            self.classes[named] if named >= 0 else "",
         )
 
     def _members(self, place: int) -> dict[str, tuple[int, int]]:
@@ -187,7 +209,7 @@ class Entries(Sequence[Entry]):
         spread = np.repeat(firsts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
         columns = {n: c[places] for n, c in self.columns.items() if n != "caption_chars"}
         columns["caption_chars"] = self.columns["caption_chars"][spread.astype(np.int64)]
-        return Entries(self.keys.take(places), columns)
+        return Entries(self.keys.take(places), columns, self.classes)
 
     @property
     def digest(self) -> str:
@@ -202,4 +224,4 @@ class Entries(Sequence[Entry]):
     def with_shard(self, number: int | np.ndarray) -> Entries:
         """Give every row a shard number."""
         shard = np.broadcast_to(np.asarray(number, dtype=np.int32), (len(self),)).copy()
-        return Entries(self.keys, {**self.columns, "shard": shard})
+        return Entries(self.keys, {**self.columns, "shard": shard}, self.classes)

@@ -2,7 +2,8 @@
 
 ``name.tar.index.npz`` holds ``header`` (JSON: format number, the tar's size in bytes, what indexing left out and why)
 and a column per property: key, kind, sizes, frames, rate, caption lengths, and offset and size of each member. Millions
-of samples are read in a second, and ``numpy.load`` shows them.
+of samples are read in a second, and ``numpy.load`` shows them. Format 3 is format 2 with the columns of class labels,
+and is written only where there are some; an index of format 2 says that there are none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,9 @@ from ltd.data.batch import BadSample
 from ltd.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from ltd.data.entries import KINDS, ROLES, Entries, Strings
 
-FORMAT = 2
+FORMAT = 3
+#: Formats that are read.
+_READ = (2, 3)
 SUFFIX = ".index.npz"
 #: Columns of ``Entries`` that are stored, and the type they are read back to.
 _COLUMNS = {
@@ -34,6 +38,8 @@ _COLUMNS = {
     "offset": np.int64,
     "size": np.int64,
 }
+#: Those of format 3.
+_LABELS = {"label": np.int32, "class_name": np.int32}
 
 
 def index_path(tar: str | Path) -> Path:
@@ -58,8 +64,9 @@ def encode_index(entries: Entries, bad: Sequence[BadSample], *, tar: str, num_by
     Returns:
         The file's bytes; equal inputs give equal bytes.
     """
-    header = {
-        "format": FORMAT,
+    labelled = any((entries.columns[name] >= 0).any() for name in _LABELS)
+    header: dict[str, Any] = {
+        "format": FORMAT if labelled else 2,
         "tar": tar,
         "bytes": num_bytes,
         "samples": len(entries),
@@ -69,6 +76,9 @@ def encode_index(entries: Entries, bad: Sequence[BadSample], *, tar: str, num_by
         "bad": [{"key": record.key, "cause": record.cause, "message": record.message} for record in bad],
     }
     columns = {name: entries.columns[name] for name in _COLUMNS if name in entries.columns}
+    if labelled:
+        header["classes"] = entries.classes
+        columns |= {name: entries.columns[name] for name in _LABELS}
     columns["key"] = np.frombuffer(entries.keys.buffer, dtype=np.uint8)
     columns["key_end"] = entries.keys.ends
     columns["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
@@ -91,8 +101,8 @@ def decode_index(data: bytes, *, num_bytes: int, shard: str) -> tuple[str, Entri
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
-            if header["format"] != FORMAT:
-                return f"has format {header['format']}, needed {FORMAT}", None, []
+            if header["format"] not in _READ:
+                return f"has format {header['format']}, needed {FORMAT} or {_READ[0]}", None, []
             if header["bytes"] != num_bytes:
                 was = header["bytes"]
                 return f"is of a tar of {was} bytes, got {num_bytes} (truncated or rewritten tar)", None, []
@@ -102,7 +112,7 @@ def decode_index(data: bytes, *, num_bytes: int, shard: str) -> tuple[str, Entri
         return f"is not an index ({type(error).__name__}: {error})", None, []
 
 
-def _read_columns(file: np.lib.npyio.NpzFile, header: dict[str, object]) -> Entries:
+def _read_columns(file: np.lib.npyio.NpzFile, header: dict[str, Any]) -> Entries:
     if [header[name] for name in ("kinds", "members")] != [list(KINDS), list(ROLES)]:
         raise ValueError(f"kinds and members are {header['kinds']} and {header['members']}")
     if header["extensions"] != [*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS]:
@@ -110,7 +120,8 @@ def _read_columns(file: np.lib.npyio.NpzFile, header: dict[str, object]) -> Entr
     count = header["samples"]
     if count == 0:
         return Entries.of([])
-    columns = {name: np.asarray(file[name], dtype=dtype) for name, dtype in _COLUMNS.items()}
+    wanted = {**_COLUMNS, **(_LABELS if header["format"] != _READ[0] else {})}
+    columns = {name: np.asarray(file[name], dtype=dtype) for name, dtype in wanted.items()}
     columns["shard"] = np.zeros(len(columns["kind"]), dtype=np.int32)
     keys = Strings(file["key"].tobytes(), file["key_end"])
     lengths = {len(column) for name, column in columns.items() if name != "caption_chars"} | {len(keys)}
@@ -118,4 +129,7 @@ def _read_columns(file: np.lib.npyio.NpzFile, header: dict[str, object]) -> Entr
         raise ValueError(f"columns have {sorted(lengths)} rows, needed {count}")
     if int(keys.ends[-1]) != len(keys.buffer) or columns["offset"].shape[1:] != (len(ROLES),):
         raise ValueError("keys or members are cut off")
-    return Entries(keys, columns)
+    classes = [str(name) for name in header.get("classes", ())]
+    if "class_name" in columns and not (columns["class_name"] < len(classes)).all():
+        raise ValueError(f"a sample has a class that is none of the {len(classes)} named")
+    return Entries(keys, columns, classes)

@@ -18,6 +18,7 @@ from ltd.data.batch import BadSample, BadSampleError
 from ltd.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, probe
 from ltd.data.entries import ROLES, Entries, Entry
 from ltd.data.index_file import SUFFIX, encode_index
+from ltd.data.labels import label_of_members
 from ltd.data.store import Store
 
 #: Members larger than this are not read: no caption is that long.
@@ -132,7 +133,10 @@ def _inspect(key: str, members: dict[str, tuple[int, int]], read: Callable[[str]
         captions = ((decode_caption(read("txt")), 1.0),)
     wanted = {ext: place for ext, place in members.items() if ext in (media[0], *ROLES)}
     chars = tuple(len(text) for text, _ in captions)
-    return Entry(key, info.kind, info.width, info.height, info.frames, info.fps, chars, wanted)
+    told = [name for name in ("cls", "json") if name in members and members[name][1] <= _MAX_TEXT_BYTES][:1]
+    number, name = label_of_members(*(read(member) if member in told else None for member in ("cls", "json")))
+    sizes = (info.width, info.height, info.frames, info.fps)
+    return Entry(key, info.kind, *sizes, chars, wanted, label=number, class_name=name)
 
 
 def decode_caption(data: bytes) -> str:

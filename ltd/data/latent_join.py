@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ltd.config import ConfigError
-from ltd.data.entries import KINDS, Strings
-from ltd.data.latents import DTYPES
+from ltd.data.entries import KINDS, NO_LABEL, Strings
+from ltd.data.latents import DTYPES, GEOMETRY
 from ltd.data.write import write_bytes
 
 _COLUMNS = {
@@ -27,6 +27,9 @@ _COLUMNS = {
     "file": np.int32,
     "row": np.int64,
     "captions": np.int32,
+    "label": np.int32,
+    "class_name": np.int32,
+    **dict.fromkeys(GEOMETRY, np.float32),
 }
 
 
@@ -75,6 +78,7 @@ def finish_cache(directory: str | Path, *, accept_unreadable: bool = False) -> d
             size = int(np.prod(file["features"]["shape"])) * itemsize
             _check_rows(directory / file["features"]["path"], size, file["rows"])
     _write_columns(directory, joined)
+    manifest["classes"] = list(joined.classes)[1:]
     manifest["text_files"], dropped = _write_texts(directory, joined, itemsize) if with_text else ([], [])
     bad = "".join(json.dumps(joined.bad[position]) + "\n" for position in sorted(joined.bad))
     write_bytes(directory / "bad.jsonl", bad.encode())
@@ -82,7 +86,7 @@ def finish_cache(directory: str | Path, *, accept_unreadable: bool = False) -> d
         "windows": len(joined.keys),
         "bad": len(joined.bad),
         "captions": len(joined.text_ids),
-        "text_tokens": max((joined.embeddings[text][2] for text in joined.text_ids), default=0) if with_text else 0,
+        "text_tokens": _text_tokens(manifest, joined) if with_text else 0,
         "text_dim": joined.text_dim,
     }
     write_bytes(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -107,7 +111,9 @@ class _Joined:
     features: dict[str, dict[str, Any]] = field(default_factory=dict)  # path and shape, by file of latents
     text_ids: dict[str, int] = field(default_factory=lambda: {"": 0})  # of the windows that are kept
     embeddings: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # file, first row, tokens
+    text_parts: dict[str, list[int]] = field(default_factory=dict)  # tokens of each of several encoders
     text_dim: int = 0
+    classes: dict[str, int] = field(default_factory=lambda: {"": NO_LABEL})
 
     def read(self, path: Path) -> None:
         if not path.is_file():
@@ -121,6 +127,8 @@ class _Joined:
         if "text" in record:
             self.text_dim = record["shape"][0]
             self.embeddings.setdefault(record["text"], (record["file"], record["row"], record["tokens"]))
+            if "parts" in record:
+                self.text_parts.setdefault(record["text"], record["parts"])
         elif record["position"] not in self.seen:
             if "file" in record:
                 self.seen.add(record["position"])
@@ -140,11 +148,22 @@ class _Joined:
         self.keys.append(record["key"])
         numbers = {name: record[name] for name in ("position", "frames", "height", "width", "fps", "row")}
         numbers |= {"kind": KINDS.index(record["kind"]), "file": file, "captions": len(record["captions"])}
+        # -1, 0, 1 and so on, in the order they come
+        named = self.classes.setdefault(record["class"], len(self.classes) - 1)
+        numbers |= {"label": record["label"], "class_name": named}
+        numbers |= dict(zip(GEOMETRY, record["geometry"], strict=True))
         for name, number in numbers.items():
             self.numbers.setdefault(name, array("d")).append(number)
         for text, weight in record["captions"]:
             self.caption_text.append(self.text_ids.setdefault(text, len(self.text_ids)))
             self.caption_weight.append(weight)
+
+
+def _text_tokens(manifest: Mapping[str, Any], joined: _Joined) -> int:
+    """Count the tokens that texts are padded to: all stretches of several encoders, or those of the longest text."""
+    if manifest.get("text_parts"):
+        return sum(int(tokens) for tokens, _ in manifest["text_parts"])
+    return max((joined.embeddings[text][2] for text in joined.text_ids), default=0)
 
 
 def _check_rows(path: Path, row_bytes: int, needed: int) -> None:
@@ -217,6 +236,9 @@ def _write_texts(directory: Path, joined: _Joined, itemsize: int) -> tuple[list[
         files.append({"path": name, "rows": needed})
     for column, numbers in columns.items():
         _write_column(directory, f"text_{column}", numbers)
+    if joined.text_parts:
+        counts = np.array([joined.text_parts[text] for text in joined.text_ids], dtype=np.int32)
+        _write_column(directory, "text_parts", counts)
     kept_paths = {directory / file["path"] for file in files}
     return files, [path for path in sorted(directory.glob("parts/*/text*.bin")) if path not in kept_paths]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ltd.config import ConfigError, digest
-from ltd.data.latents import DTYPES, FORMAT, CacheIdentity, read_lines
+from ltd.data.latents import DTYPES, FORMAT, READ_FORMATS, CacheIdentity, read_lines
 from ltd.data.windows import Window, Windows
 from ltd.data.write import write_bytes
 
@@ -126,7 +126,10 @@ class LatentCacheWriter:
             raise ConfigError(f"out: {self.directory} is not empty and holds no latent cache; choose another directory")
         if marker.is_file():
             found = json.loads(marker.read_text("utf-8"))
+            found.setdefault("text_parts", [])
             names = [n for n in plan if found.get(n) != json.loads(json.dumps(plan[n]))]
+            if names == ["format"] and self.complete and found["format"] in READ_FORMATS:
+                return  # finished by an earlier release, and read as it is
             if names:
                 raise ConfigError(
                     f"out: {self.directory} holds a cache that differs in {', '.join(names)}; "
@@ -251,6 +254,9 @@ class LatentCacheWriter:
             "frames": window.view.num_frames,
             "fps": window.fps,
             "captions": [[text, weight] for text, weight in captions],
+            "label": window.entry.label,
+            "class": window.entry.class_name,
+            "geometry": window.geometry,
             "file": str((self.part / name).relative_to(self.directory)),
             "shape": shape,
         }
@@ -313,6 +319,9 @@ class LatentCacheWriter:
             "shape": [int(embedding.shape[1])],
             "tokens": int(tokens.shape[0]),
         }
+        lengths = [length for length, _ in self.identity.text_parts]
+        if lengths:
+            record["parts"] = [int(part.sum()) for part in mask.bool().split(lengths)]
         data = _to_bytes(tokens, self.identity.dtype, f"the embedding of {caption!r}")
         record["row"] = self._rows(record).append(data)
         self._record(record)

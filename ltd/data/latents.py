@@ -28,7 +28,11 @@ from ltd.data.index import Index
 from ltd.data.row_file import RowFile
 from ltd.data.transforms import FILTER
 
-FORMAT = 2
+FORMAT = 3
+#: Formats that are read; 2 has neither labels nor where a window was cut.
+READ_FORMATS = (2, 3)
+#: Columns of where windows were cut, as ``Sample.geometry``.
+GEOMETRY = ("source_height", "source_width", "crop_top", "crop_left")
 Dtype = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: torch copies whole rows as integers; numpy has no bf16.
@@ -49,14 +53,18 @@ class CacheIdentity:
     transforms: dict[str, Any]  #: Views, flip, window step, precision: whatever was chosen for the pixels.
     text_encoder: str | None = None  #: Name of the text encoder; None for a cache without text.
     text_encoder_hash: str | None = None  #: Hash of its configuration and weights.
+    #: (tokens, channels) of each of several text encoders joined along tokens; () else.
+    text_parts: tuple[tuple[int, int], ...] = ()
     dtype: Dtype = "bf16"  #: Stored precision of latents, embeddings and features.
     features: dict[str, Any] | None = None  #: Vision network whose features are stored too, and the frames it saw.
     rules: dict[str, str] = field(default_factory=lambda: dict(RULES))  #: ``RULES`` of the code that wrote it.
 
     @property
     def digest(self) -> str:
-        """sha256 of all fields; without features the same as before there were any."""
+        """sha256 of all fields; without features and parts of the text the same as before there were any."""
         fields = asdict(self)
+        if not self.text_parts:
+            del fields["text_parts"]
         if self.features is None:
             del fields["features"]
         return digest(fields)
@@ -71,6 +79,7 @@ class CachedRows:
     captions: tuple[str, ...]  #: Caption of each window, "" where it has none.
     fps: Tensor  #: float32 (b,); frames per second, 0 for images and where unknown.
     caption_columns: tuple[int, ...]  #: Which of its captions each window has, from 0.
+    geometry: Tensor  #: float32 (b, 4), as ``Sample.geometry``.
     text: Tensor | None = None  #: (b, n, d), zero where masked out; None in a cache without text.
     text_mask: Tensor | None = None  #: bool (b, n), True = token.
     features: Tensor | None = None  #: (b, d, t, h', w'), one map per latent frame; None where not asked for.
@@ -102,10 +111,10 @@ def read_cache_manifest(directory: str | Path) -> dict[str, Any]:
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"data.shards: {path} is not a cache manifest: {error}") from error
-    if found != FORMAT:
+    if found not in READ_FORMATS:
         raise ConfigError(
-            f"data.shards: {directory} is a latent cache of format {found}, needed {FORMAT}; make it again in "
-            f"another directory: {_COMMAND}"
+            f"data.shards: {directory} is a latent cache of format {found}, needed {FORMAT} or {READ_FORMATS[0]}; make "
+            f"it again in another directory: {_COMMAND}"
         )
     return dict(manifest)
 
@@ -225,14 +234,35 @@ class LatentCache:
         names = ("kind", "frames", "height", "width")
         columns = {name: column(name) for name in names} | {"fps": self._fps, "captions": self._captions}
         columns |= {"caption_chars": chars, "shard": np.arange(count, dtype=np.int32)}
+        classes: list[str] = []
+        self._geometry = np.full((count, len(GEOMETRY)), np.nan, dtype=np.float32)
+        if self.manifest["format"] != READ_FORMATS[0]:
+            classes = [str(name) for name in self.manifest["classes"]]
+            columns |= {name: column(name) for name in ("label", "class_name")}
+            self._geometry = np.stack([column(name) for name in GEOMETRY], axis=1)
+            if len(self._geometry) != count or not (columns["class_name"] < len(classes)).all():
+                raise ValueError("the columns of labels and cuts do not fit the others")
         keys, self._strings = self._open_strings("keys"), self._open_strings("texts")
         if self.manifest["text_files"]:
             self._text_place = tuple(column(f"text_{name}") for name in ("file", "row", "tokens"))
+            self._open_text_parts()
         lengths = {len(values) for name, values in columns.items() if name != "caption_chars"} | {len(keys)}
         if lengths | {len(self._file), len(self._row)} != {count}:
             raise ValueError(f"the columns have {sorted(lengths)} rows, needed {count}")
         #: What the windows are, one entry each; ``shard`` is the number ``load`` takes.
-        self.entries = Entries(keys, columns)
+        self.entries = Entries(keys, columns, classes)
+
+    def _open_text_parts(self) -> None:
+        """Find where the tokens of each text go, of several encoders that have a stretch each."""
+        lengths = [int(tokens) for tokens, _ in self.manifest.get("text_parts", ())]
+        self._text_begins = np.cumsum([0, *lengths[:-1]])
+        self._text_counts = self._column("text_parts") if lengths else None
+        if self._text_counts is not None and (
+            self._text_counts.shape != (len(self._text_place[0]), len(lengths))
+            or (self._text_counts > lengths).any()
+            or (self._text_counts.sum(1) != self._text_place[2]).any()
+        ):
+            raise ValueError("the tokens of several text encoders do not fit the texts")
 
     def _column(self, name: str) -> np.ndarray:
         # As a plain array: indexing a memmap object costs several times as much.
@@ -302,6 +332,7 @@ class LatentCache:
             captions=self._captions_of(ids),
             fps=torch.from_numpy(self._fps[rows].astype(np.float32)),
             caption_columns=tuple(columns.tolist()),
+            geometry=torch.from_numpy(self._geometry[rows]),
             text=text,
             text_mask=mask,
             features=self._gather_features(self._file[rows], self._row[rows]) if features else None,
@@ -371,7 +402,19 @@ class LatentCache:
             out[place, :count] = self._text_files[number].rows[begin : begin + count]
             out[place, count:] = 0
         mask = np.arange(self.text_tokens) < tokens[:, None]
+        if self._text_counts is not None:
+            self._spread(out, mask, self._text_counts[ids])
         return torch.from_numpy(out).view(self.dtype), torch.from_numpy(mask)
+
+    def _spread(self, text: np.ndarray, mask: np.ndarray, counts: np.ndarray) -> None:
+        """Move the tokens of each encoder from behind one another to the begin of its stretch."""
+        for row, kept, numbers in zip(text, mask, counts.tolist(), strict=True):
+            stored = row.copy()
+            row[:], kept[:], end = 0, False, 0
+            for begin, count in zip(self._text_begins.tolist(), numbers, strict=True):
+                row[begin : begin + count] = stored[end : end + count]
+                kept[begin : begin + count] = True
+                end += count
 
     def blank_text(self) -> tuple[Tensor | None, Tensor | None]:
         """Make zeros of the size of an embedding and its mask; None in a cache without text."""

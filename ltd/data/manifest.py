@@ -14,6 +14,8 @@ from typing import Any
 
 from ltd.config import ConfigError
 from ltd.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from ltd.data.entries import NO_LABEL
+from ltd.data.labels import parse_label, unknown_class
 from ltd.data.records import (
     FIELDS,
     MANIFEST_EXTENSIONS,
@@ -36,6 +38,8 @@ class Row:
     number: int  #: Place among all rows of the job, from 0.
     path: str  #: Media file, relative to the root, as the manifest names it.
     captions: Captions = ()  #: (text, weight) pairs; () where a folder's file has no text beside it.
+    label: int = NO_LABEL  #: Class number; -1 for none.
+    class_name: str = ""  #: Class name; "" for none.
     start: float | None = None  #: Seconds; None is the beginning.
     end: float | None = None  #: Seconds; None is the end.
     split: str = "train"  #: "train" or "heldout".
@@ -205,8 +209,13 @@ def _row_of(record: Mapping[str, Any]) -> Row:
         if record.get("caption"):
             raise ValueError("caption: got captions too, needed one of them")
         captions = parse_captions(record["captions"])
-    else:
+    elif "caption" in record or "label" not in record:
         captions = ((parse_text(record.get("caption"), "caption"), 1.0),)
+    else:  # a class alone
+        captions = ()
+    label, class_name = parse_label(record.get("label"))
+    if record.get("label") is not None and label < 0 and not class_name:
+        raise ValueError(f"label: got {record['label']!r:.80}, needed a class number, 0 or more, or a name")
     split = record.get("split", "train")
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, needed {' or '.join(SPLITS)}")
@@ -216,7 +225,44 @@ def _row_of(record: Mapping[str, Any]) -> Row:
     for name, value in (("start", start), ("end", end)):
         if value is not None and extension_of(path) in IMAGE_EXTENSIONS:
             raise ValueError(f"{name}: got {value} for the image {path}, needed none: only videos have start and end")
-    return Row(number=0, path=path, captions=captions, start=start, end=end, split=split)
+    told = {"label": label, "class_name": class_name}
+    return Row(number=0, path=path, captions=captions, start=start, end=end, split=split, **told)  # type: ignore[arg-type]
+
+
+def number_classes(rows: Sequence[Row], classes: Sequence[str] | None) -> list[Row]:
+    """Give rows of a class both its number and its name.
+
+    Args:
+        rows: All rows of a job.
+        classes: Names of the classes by number; None numbers the names of the rows in alphabetical order.
+
+    Returns:
+        The rows; those without a class, and with numbers where there are no names, as they were.
+
+    Raises:
+        ConfigError: If a name or number is not in the list, or there is none and the rows have numbers and names.
+    """
+    named = sorted({row.class_name for row in rows if row.class_name})
+    if classes is None and named:
+        numbered = next((row for row in rows if row.label >= 0), None)
+        if numbered is not None:
+            raise ConfigError(
+                f"{_place(numbered)}: label: got the number {numbered.label}, but other rows have names such as "
+                f"{named[0]!r}; give the class list with --classes"
+            )
+        classes = named
+    if classes is None:
+        return list(rows)
+    numbers = {name: number for number, name in enumerate(classes)}
+    made = []
+    for row in rows:
+        if row.class_name and row.class_name not in numbers:
+            raise ConfigError(f"{_place(row)}: label: {unknown_class(row.class_name, classes)}")
+        if row.label >= len(classes):
+            raise ConfigError(f"{_place(row)}: label: got {row.label}, needed less than {len(classes)} (--classes)")
+        number = numbers.get(row.class_name, row.label)
+        made.append(row if number < 0 else replace(row, label=number, class_name=classes[number]))
+    return made
 
 
 def _seconds(record: Mapping[str, Any], name: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from ltd.data.batching import frame_steps
 from ltd.data.decode import Backend, choose_backend, decode_clip, decode_image
 from ltd.data.entries import KINDS, Entry
 from ltd.data.index import Index
+from ltd.data.labels import numbers_of
 from ltd.data.plan import Placement, ViewConfig
 from ltd.data.sources import Items, choose_caption, choose_column, require_captions
+from ltd.data.transforms import cut_geometry
 
 
 class MediaSource:
@@ -22,17 +25,26 @@ class MediaSource:
         index: The tars.
         caption_required: Whether samples without a caption are left out; none with one is a ``ConfigError``.
         backend: Video decoder; None takes the preferred one that is installed.
+        classes: Names of the classes by number; None takes what the samples say.
     """
 
     random_cuts = True
 
-    def __init__(self, index: Index, *, caption_required: bool, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        *,
+        caption_required: bool,
+        backend: Backend | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.index = index
         self.backend = choose_backend(backend) if (index.entries.columns["kind"] == 1).any() else None
         self.bad = list(index.bad)
         self.entries = index.entries
         if caption_required:
             self.entries = require_captions(self.entries, self.bad, index.shards)
+        self._labels = numbers_of(self.entries, classes)
 
     @property
     def digest(self) -> str:
@@ -77,6 +89,8 @@ class MediaSource:
             caption=choose_caption(captions, caption),
             caption_column=choose_column(captions, caption),
             fps=row.fps / placement.step,
+            label=int(self._labels[entry]),
+            geometry=geometry_of(row, view, placement),
             pixels=frames,
         )
 
@@ -111,6 +125,12 @@ class MediaSource:
     def shard_of(self, entry: int) -> str:
         """Name the tar of a sample."""
         return self.index.shards[int(self.entries.columns["shard"][entry])]
+
+
+def geometry_of(entry: Entry, view: ViewConfig, placement: Placement) -> tuple[float, float, float, float]:
+    """Say which part of its source a cut shows, as ``cut_geometry``."""
+    source = (entry.height, entry.width)
+    return cut_geometry(source, view.height, view.width, placement.crop, flip=placement.flip)
 
 
 def decode_cut(

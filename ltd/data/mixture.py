@@ -17,6 +17,7 @@ from ltd.data.config import DataConfig
 from ltd.data.decode import Backend
 from ltd.data.entries import Entries
 from ltd.data.index import Index, find_shards
+from ltd.data.labels import read_classes
 from ltd.data.latents import LatentCache, is_cache
 from ltd.data.media import MediaSource
 from ltd.data.plan import Placement, ViewConfig
@@ -106,6 +107,7 @@ def open_source(
     backend: Backend | None = None,
     store: Store | None = None,
     features: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> Source:
     """Open what ``data.shards`` points at: tars, or one latent cache.
 
@@ -115,6 +117,7 @@ def open_source(
         backend: Video decoder for tars; None takes the preferred one.
         store: Where tars lie; None makes one.
         features: Whether a cache's features of a vision network are read too.
+        classes: Names of the classes by number; None takes what the samples say.
 
     Returns:
         The source.
@@ -131,9 +134,11 @@ def open_source(
                 f"data.shards: got {len(paths)} paths, one of them a latent cache; needed one cache alone, "
                 "or one entry of data.datasets for each"
             )
-        return CacheSource(LatentCache(paths[0]), caption_required=caption_required, features=features)
+        cache = LatentCache(paths[0])
+        return CacheSource(cache, caption_required=caption_required, features=features, classes=classes)
     store = store or Store()
-    return MediaSource(Index(find_shards(shards, store), store), caption_required=caption_required, backend=backend)
+    index = Index(find_shards(shards, store), store)
+    return MediaSource(index, caption_required=caption_required, backend=backend, classes=classes)
 
 
 def open_sources(config: DataConfig) -> MixedSource:
@@ -153,7 +158,7 @@ def open_sources(config: DataConfig) -> MixedSource:
             "data.shards: got nothing; needed tars made by tools/make_shards.py, or a latent cache "
             "(or several of them as data.datasets)"
         )
-    store = Store(config.store)
+    store, classes = Store(config.store), read_classes(config.classes)
     source = MixedSource(
         [
             open_source(
@@ -162,6 +167,7 @@ def open_sources(config: DataConfig) -> MixedSource:
                 backend=config.decoder,
                 store=store,
                 features=config.read_features,
+                classes=classes,
             )
             for dataset in config.sets
         ]

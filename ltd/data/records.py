@@ -16,7 +16,7 @@ from ltd.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("path", "caption", "captions", "start", "end", "split")
+FIELDS = ("path", "caption", "captions", "label", "start", "end", "split")
 TABLES = ("csv", "tsv", "parquet")
 #: Extensions of manifests; other files are read as JSONL too.
 MANIFEST_EXTENSIONS = ("jsonl", *TABLES)
@@ -30,6 +30,7 @@ class Columns:
 
     path: str = "path"  #: Column of the media file.
     caption: str = "caption"  #: Column of the caption, or of a list of captions.
+    label: str = "label"  #: Column of the class, a number or a name.
 
 
 def read_records(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -82,7 +83,7 @@ def read_text(path: Path) -> str:
 
 def _renamed(record: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     """Put our names in the place of the manifest's; a list of captions may stand in the caption column."""
-    names = {columns.path: "path", columns.caption: "caption"}
+    names = {columns.path: "path", columns.caption: "caption", columns.label: "label"}
     ours = {names.get(key, key): value for key, value in record.items() if key not in names.values() or key in names}
     if isinstance(ours.get("caption"), list) and columns.caption != "caption":
         ours["captions"] = ours.pop("caption")
@@ -111,11 +112,12 @@ def _our_columns(path: Path, names: Sequence[str], columns: Columns) -> list[str
         raise ConfigError(f"{path}: got the column {repeated[0]!r} twice, needed each name once")
     if columns.path not in names:
         raise ConfigError(f"{path}: got no column {columns.path!r} (columns: {listed}); set --path-column")
-    if not {columns.caption, "captions"} & set(names):
+    if not {columns.caption, "captions", columns.label} & set(names):
         raise ConfigError(
-            f"{path}: got no column {columns.caption!r} or 'captions' (columns: {listed}); set --caption-column"
+            f"{path}: got no column {columns.caption!r} or 'captions' (columns: {listed}); set --caption-column, or "
+            "--label-column for classes without captions"
         )
-    wanted = [*dict.fromkeys([columns.path, columns.caption, "captions", "start", "end", "split"])]
+    wanted = [*dict.fromkeys([columns.path, columns.caption, "captions", columns.label, "start", "end", "split"])]
     foreign = [name for name in names if name not in wanted]
     if foreign:
         logger.info("%s: columns that are not read: %s", path, ", ".join(foreign))

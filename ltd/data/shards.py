@@ -22,7 +22,7 @@ from ltd.data.curate.duplicates import NearDuplicates
 from ltd.data.curate.shots import ShotDetector
 from ltd.data.index import find_shards, index_path, index_tar, read_index
 from ltd.data.jobs import run_in_processes, run_in_threads
-from ltd.data.manifest import SPLITS, Row, read_rows
+from ltd.data.manifest import SPLITS, Row, number_classes, read_rows
 from ltd.data.pieces import Expansion, Record, ShardOptions, expand_shots, make_pieces, media_path, read_record
 from ltd.data.records import Columns
 from ltd.data.write import write_bytes
@@ -52,9 +52,9 @@ def job_digest(rows: Sequence[Row], options: ShardOptions, detector: str | None 
     Returns:
         sha256 in hex.
     """
-    names = [
-        item.name for item in fields(Row) if item.name not in ("root", "place")
-    ]  # moving everything changes nothing
+    # Moving everything changes nothing; nor do classes where there are none.
+    left_out = {"root", "place"} | (set() if any(row.label >= 0 for row in rows) else {"label", "class_name"})
+    names = [item.name for item in fields(Row) if item.name not in left_out]
     states = {row.file: row.file.stat() for row in rows}
     return digest(
         {
@@ -81,6 +81,7 @@ def make_shards(
     media_root: str | Path | None = None,
     columns: Columns | None = None,
     detector: ShotDetector | None = None,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Make the shards of manifests, folders and globs in ``out/train`` and ``out/heldout``, each tar with its index.
 
@@ -91,6 +92,7 @@ def make_shards(
         media_root: Folder that the manifests' paths are relative to; None is each manifest's own.
         columns: What the manifests call their fields; None for our own names.
         detector: Finds the shots of whole videos; None keeps each video as one sample.
+        classes: Names of the classes by number; None numbers the names of the manifests in alphabetical order.
 
     Returns:
         The report: counts per split, filter and cause, and what was left out.
@@ -99,7 +101,7 @@ def make_shards(
         ConfigError: If the inputs are wrong, ``out`` cannot be written or holds shards of another origin, or no sample
             can be made.
     """
-    rows = read_rows(sources, media_root, columns)
+    rows = number_classes(read_rows(sources, media_root, columns), classes)
     out = Path(out)
     _refuse_own_output(rows, sources, out)
     identity = job_digest(rows, options, None if detector is None else detector.name)
@@ -246,7 +248,9 @@ def _filter_counts(filtered: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def _text_members(row: Row, record: Record) -> dict[str, bytes]:
     """Make the members of a sample beside its medium."""
-    members = {"json": json.dumps(record.provenance, sort_keys=True).encode()}
+    told: dict[str, Any] = {"label": row.label} if row.label >= 0 else {}
+    told |= {"class": row.class_name} if row.class_name else {}
+    members = {"json": json.dumps({**record.provenance, **told}, sort_keys=True).encode()}
     if row.captions:
         members["txt"] = row.captions[0][0].encode()
     if len(row.captions) > 1 or any(weight != 1 for _, weight in row.captions):

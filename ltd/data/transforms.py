@@ -44,6 +44,29 @@ def cut_offset(scaled: tuple[int, int], height: int, width: int, crop: tuple[flo
     return round(crop[0] * (scaled[0] - height)), round(crop[1] * (scaled[1] - width))
 
 
+def cut_geometry(
+    source: tuple[int, int], height: int, width: int, crop: tuple[float, float], *, flip: bool
+) -> tuple[float, float, float, float]:
+    """Say what was cut out of what, as SDXL tells its denoiser.
+
+    Reference: Podell et al. (2023), arXiv 2307.01952, Section 2.2.
+
+    Args:
+        source: (rows, columns) of the upright source.
+        height: Rows of the cut.
+        width: Columns of the cut.
+        crop: Position of the cut, as in ``cut_offset``.
+        flip: Whether the cut was mirrored left and right; what it leaves out on the left is then the source's right.
+
+    Returns:
+        Height and width of the source; rows above and columns left of the cut, in pixels of the scaled picture.
+    """
+    scaled = cover_size(*source, height, width)
+    top, left = cut_offset(scaled, height, width, crop)
+    left = scaled[1] - width - left if flip else left
+    return float(source[0]), float(source[1]), float(top), float(left)
+
+
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize frames with an antialiased bicubic filter.
 

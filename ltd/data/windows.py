@@ -15,7 +15,7 @@ from ltd.data.batching import frame_steps
 from ltd.data.decode import Backend
 from ltd.data.entries import KINDS, Entries, Entry
 from ltd.data.index import Index
-from ltd.data.media import decode_cut
+from ltd.data.media import decode_cut, geometry_of
 from ltd.data.plan import Placement, ViewConfig
 
 
@@ -33,6 +33,11 @@ class Window:
     def fps(self) -> float:
         """Frames per second of the cut; 0 for images and where unknown."""
         return self.entry.fps / self.placement.step
+
+    @property
+    def geometry(self) -> tuple[float, float, float, float]:
+        """Size of the source, and what the cut leaves out above and left of it."""
+        return geometry_of(self.entry, self.view, self.placement)
 
 
 class Windows(Sequence[Window]):

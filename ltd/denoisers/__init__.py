@@ -8,6 +8,7 @@ from ltd.denoisers.files import TIME_CONVENTION, build_denoiser, count_parameter
 from ltd.denoisers.flops import DitFlops, DitInputs, count_flops
 from ltd.denoisers.frame_tasks import TASKS, FrameTasksConfig, Task, draw_masks, draw_tasks, task_mask, told
 from ltd.denoisers.parametrized import Parametrized
+from ltd.denoisers.scalars import stack_scalars
 from ltd.denoisers.surgery import SurgeryConfig, SurgeryReport, transplant
 from ltd.denoisers.weights import Weights, open_weights
 
@@ -40,6 +41,7 @@ __all__ = [
     "open_weights",
     "save",
     "stack",
+    "stack_scalars",
     "task_mask",
     "told",
     "transplant",

@@ -34,6 +34,12 @@ def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, c
                 f"text: got {cond.text.shape[1]} tokens, the model reads at most model.text_length = "
                 f"{config.text_length}; shorten the prompt or the text encoder's max_length"
             )
+        wanted = sum(tokens for tokens, _ in config.text_parts)
+        if config.text_parts and cond.text.shape[1] != wanted:
+            raise ValueError(
+                f"text: got {cond.text.shape[1]} tokens, needed {wanted}: those of all model.text_parts = "
+                f"{config.text_parts}"
+            )
     if cond.label is not None and config.num_classes is None:
         raise ValueError("label: the model was built without classes (model.num_classes)")
     if cond.batch_size not in (None, len(x_t)):

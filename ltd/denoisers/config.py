@@ -100,6 +100,9 @@ class DitConfig:
     """Texts are padded with zeros to this many tokens, all of which are read; null = padding is never read."""
     cross_norm: Literal["rms", "layer", "none"] = "rms"
     """Norm, with parameters, before cross-attention."""
+    text_parts: tuple[tuple[int, int], ...] = ()
+    """(tokens, channels) of each of several text encoders whose tokens stand one behind another: each has an embedding
+    of its own. text_dim is then the largest of these channels. Empty: one encoder, or several joined along channels."""
     pooled_text: bool = False
     """Whether the mean text token also joins the time embedding that modulates every block; needs text_dim."""
     num_classes: int | None = None
@@ -221,6 +224,15 @@ class DitConfig:
                     f"{name}: got {str(getattr(self, name)).lower()} without text_dim, needed text_dim = size of the "
                     "text embeddings"
                 )
+        if self.text_parts:
+            widest = max(channels for _, channels in self.text_parts)
+            if min(min(part) for part in self.text_parts) < 1 or self.text_dim != widest:
+                raise ConfigError(
+                    f"text_parts: got {self.text_parts} for text_dim = {self.text_dim}; needed 1 token and channel or "
+                    f"more each, and text_dim: {widest}, the widest"
+                )
+            if self.text_length is not None:
+                raise ConfigError("text_parts: cannot be combined with text_length; set that to null")
         if self.text_stream == "joint" and self.text_dim is None:
             raise ConfigError("text_stream: got joint without text_dim, needed the size of the text embeddings")
         if self.dual_depth and (self.text_stream != "joint" or self.dual_depth > self.depth):
@@ -251,6 +263,11 @@ class DitConfig:
             raise ConfigError("experts: cannot be combined with share_mlp")
         if self.share_attention and self.image_dim is not None:
             raise ConfigError("share_attention: cannot be combined with image_dim")
+
+    @property
+    def text_join(self) -> Literal["tokens", "channels"]:
+        """Along what the embeddings of several text encoders are joined."""
+        return "tokens" if self.text_parts else "channels"
 
     @property
     def head_dim(self) -> int:

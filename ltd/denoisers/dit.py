@@ -28,7 +28,7 @@ from ltd.denoisers.blocks import (
 from ltd.denoisers.checks import check_inputs
 from ltd.denoisers.conditioning import Conditioning, Prepared
 from ltd.denoisers.config import DitConfig
-from ltd.denoisers.embeddings import BlockEmbedding, WideHead, time_embedding
+from ltd.denoisers.embeddings import BlockEmbedding, WideHead, text_embedding, time_embedding
 from ltd.denoisers.tokens import (
     Text,
     Tokens,
@@ -47,7 +47,7 @@ from ltd.nn.embed import (
     ImageEmbedding,
     LabelEmbedding,
     ScalarEmbedding,
-    TextEmbedding,
+    TextPartsEmbedding,
     TimeEmbedding,
     grid_sinusoid,
     masked_mean,
@@ -92,7 +92,7 @@ class Dit(nn.Module):
             self.time_embedding = time_embedding(config, d)
             self.label_embedding = LabelEmbedding(config.num_classes, d) if config.num_classes else None
         self.scalar_embedding = ScalarEmbedding(len(config.scalars), d) if config.scalars else None
-        self.text_embedding = TextEmbedding(config.text_dim, d, norm=config.text_norm) if config.text_dim else None
+        self.text_embedding = text_embedding(config)
         self.text_pooling = nn.Linear(d, d) if config.pooled_text else None
         self.image_embedding = ImageEmbedding(config.image_dim, d, config.image_positions) if config.image_dim else None
         self.registers = nn.Parameter(torch.empty(config.registers, d)) if config.registers else None
@@ -320,20 +320,24 @@ class Dit(nn.Module):
             return Text()
         if cond.prepared is not None:
             return Text(None, cond.prepared.mask)
-        weight, length = self.text_embedding.input.weight, self.config.text_length
+        weight, length = self.patch_embedding.weight, self.config.text_length
+        embed: Callable[[Tensor], Tensor] = self.text_embedding
         tokens, mask = cond.text, cond.text_mask
+        parts = self.text_embedding if isinstance(self.text_embedding, TextPartsEmbedding) else None
         if tokens is None or mask is None:
-            tokens = weight.new_zeros(rows, 1, self.text_embedding.text_dim)
+            tokens = weight.new_zeros(rows, 1 if parts is None else parts.num_tokens, self.text_embedding.text_dim)
             mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=weight.device)
+        if parts is not None:  # here, while places still tell the encoder
+            tokens, embed = parts(tokens), _as_is
         if length is not None:
             tokens = F.pad(torch.where(mask[..., None], tokens, 0), (0, 0, 0, length - tokens.shape[1]))
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if packed else None
         if not packed or mask is None:
-            return Text(self.text_embedding(tokens), mask)
+            return Text(embed(tokens), mask)
         if self.config.text_stream == "joint":
-            return Text(self.text_embedding(tokens[mask].unsqueeze(0)), counts=tuple(mask.sum(1).tolist()))
+            return Text(embed(tokens[mask].unsqueeze(0)), counts=tuple(mask.sum(1).tolist()))
         tokens, counts, kept = pack_text(tokens, mask)
-        return Text(self.text_embedding(tokens), kept, counts)
+        return Text(embed(tokens), kept, counts)
 
     def _pooled(self, text: Text) -> Tensor | None:
         """Average and project the text, ``(b, d)``."""
@@ -360,3 +364,7 @@ class Dit(nn.Module):
         wide = torch.promote_types(x_t.dtype, torch.float32)
         time = t.to(wide).clamp(min=self.config.min_time).reshape(len(t), 1, -1, 1, 1)
         return ((x_t.to(wide) - prediction.to(wide)) / time).to(x_t.dtype)
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x

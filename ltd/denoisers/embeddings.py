@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ltd.denoisers.blocks import DitBlock, TokenContext
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.tokens import Tokens
-from ltd.nn.embed import LabelEmbedding, TimeEmbedding
+from ltd.nn.embed import LabelEmbedding, TextEmbedding, TextPartsEmbedding, TimeEmbedding
 from ltd.nn.rope import default_rope_split, rope_tables
 
 
@@ -23,6 +23,15 @@ def time_embedding(config: DitConfig, dim: int) -> TimeEmbedding:
         flipped=config.time_direction == "data",
         fourier=config.time_embedding == "fourier",
     )
+
+
+def text_embedding(config: DitConfig) -> TextEmbedding | TextPartsEmbedding | None:
+    """Build the embedding of the text, of one encoder or of several; None for a model without text."""
+    if config.text_dim is None:
+        return None
+    if config.text_parts:
+        return TextPartsEmbedding(config.text_parts, config.width, norm=config.text_norm)
+    return TextEmbedding(config.text_dim, config.width, norm=config.text_norm)
 
 
 class BlockEmbedding(nn.Module):

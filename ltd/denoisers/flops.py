@@ -229,7 +229,10 @@ class _Counts:
         parts.append(scalar * (len(config.scalars) if self.inputs.scalars else 0))
         if config.modulation == "shared":
             parts.append(linear(self.rows, d, 6 * d))
-        if config.text_dim is not None:
+        for tokens, channels in config.text_parts:
+            count = samples * tokens
+            parts += [linear(count, channels, d, leaf=not config.text_norm), linear(count, d, d)]
+        if config.text_dim is not None and not config.text_parts:
             parts += [linear(self.text, config.text_dim, d, leaf=not config.text_norm), linear(self.text, d, d)]
         if config.pooled_text:
             parts.append(linear(samples, d, d))

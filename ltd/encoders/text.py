@@ -34,7 +34,11 @@ class TextEncoder(Protocol):
     hash: str
     dim: int
     max_length: int
-    num_truncated: int
+
+    @property
+    def num_truncated(self) -> int:
+        """Captions that were cut so far."""
+        ...
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embed captions: ``(b, max_length, dim)`` float32 on the CPU, zero beyond each caption, and a bool mask."""
@@ -304,7 +308,7 @@ def _load_transformers(folder: Path, *, dtype: torch.dtype) -> tuple[Any, nn.Mod
 
 def flops_so_far(encoder: TextEncoder | None) -> float:
     """Tell the operations of all forward passes of an encoder; a table look-up has none."""
-    return encoder.flops if isinstance(encoder, TransformersTextEncoder) else 0.0
+    return float(getattr(encoder, "flops", 0.0))
 
 
 def _count_products(network: nn.Module) -> tuple[float, float]:
@@ -325,7 +329,7 @@ def _first_attribute(source: Any, *names: str) -> Any:
     raise ConfigError(f"path: {type(source).__name__} has none of {', '.join(names)}")
 
 
-def _count_truncated(encoder: TextEncoder, length: int, unit: str) -> None:
+def _count_truncated(encoder: TransformersTextEncoder | BytesTextEncoder, length: int, unit: str) -> None:
     if encoder.num_truncated == 0:
         logger.warning(
             "%s: a caption of %d %s is cut to max_length = %d; later ones are only counted",

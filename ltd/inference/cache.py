@@ -29,7 +29,8 @@ from ltd.data.latent_writer import LatentCacheWriter
 from ltd.data.latents import CacheIdentity
 from ltd.data.store import is_remote
 from ltd.data.windows import Window, Windows, enumerate_windows, load_window
-from ltd.encoders.text import TextEncoder, TextEncoderConfig, TransformersTextConfig, build_text_encoder
+from ltd.encoders.joined import TextConfig, build_text
+from ltd.encoders.text import TextEncoder, TransformersTextConfig
 from ltd.encoders.vision import TeacherConfig, build_teacher, teacher_hash
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.config import ParallelConfig
@@ -55,8 +56,10 @@ class CacheConfig:
     out: str
     #: Run directory or exported folder of the autoencoder.
     autoencoder: str
-    #: Text encoder of the captions; null caches no text.
-    text: TextEncoderConfig | None = field(default_factory=TransformersTextConfig)
+    #: Text encoder of the captions, or several; null caches no text.
+    text: TextConfig = field(default_factory=TransformersTextConfig)
+    #: How several text encoders meet, as the denoiser has it: along tokens (``model.text_parts``), or along channels.
+    text_join: Literal["tokens", "channels"] = "tokens"
     #: Vision network whose features are cached too, for ``alignment`` of a denoiser; null caches none.
     teacher: TeacherConfig | None = None
     #: Which frames of a clip it sees: of those that belong to one latent frame the middle one, or all, averaged.
@@ -117,7 +120,8 @@ def build_caches(config: CacheConfig) -> list[Path]:
     try:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         autoencoder = autoencoders.load(config.autoencoder, device=layout.device, dtype=dtype)
-        encoder = None if config.text is None else build_text_encoder(config.text, device=layout.device)
+        join = config.text_join if isinstance(config.text, tuple) else "channels"
+        encoder = build_text(config.text, join, device=layout.device)
         teacher = None if config.teacher is None else build_teacher(config.teacher).to(layout.device)
         job = _Job(config, layout, autoencoder, encoder, teacher)
         return [job.run(shards, out) for shards, out in _splits(config)]
@@ -246,6 +250,7 @@ class _Job:
             transforms=transforms,
             text_encoder=encoder.name if encoder else None,
             text_encoder_hash=encoder.hash if encoder else None,
+            text_parts=getattr(encoder, "parts", ()),
             dtype=config.dtype,
             features=None if config.teacher is None else features_identity(config.teacher, config.teacher_frames),
         )

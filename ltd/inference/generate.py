@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,27 +29,28 @@ from ltd.diffusion import (
     sample,
     with_known,
 )
-from ltd.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
+from ltd.encoders.joined import TextConfig, build_text
+from ltd.encoders.text import TextEncoder
+from ltd.inference.conditions import conditions_of
 from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames
 from ltd.inference.media import video_to_pixels
+from ltd.inference.requests import Request, batches
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
 
+__all__ = [
+    "Generator",
+    "Request",
+    "RunParts",
+    "batches",
+    "check_autoencoder",
+    "load_generator",
+    "load_guide",
+    "read_run_parts",
+]
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One image or video to make."""
-
-    prompt: str
-    #: Number of the sample among those of the same prompt and seed, from 0.
-    repetition: int
-    shape: VideoShape
-    fps: float
-    #: What is known of it; None = nothing.
-    given: Given | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,11 @@ class RunParts:
     """What a run's configuration says is needed to sample from it."""
 
     autoencoder: str
-    text: TextEncoderConfig
+    text: TextConfig
+    #: Along what the embeddings of several text encoders are joined.
+    text_join: Literal["tokens", "channels"]
+    #: Classes of the denoiser; None = it takes none.
+    num_classes: int | None
     #: (size in pixels, frames per second or None) of each training view.
     views: tuple[tuple[VideoShape, float | None], ...]
     #: Time shift that the denoiser was trained under; sampling wants the same.
@@ -88,7 +93,9 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
     views = tuple((VideoShape(v["num_frames"], v["height"], v["width"]), v["fps"]) for v in config["data"]["views"])
     return RunParts(
         autoencoder=config["autoencoder"],
-        text=from_dict(TextEncoderConfig, config["text"]),
+        text=None if config["text"] is None else from_dict(TextConfig, config["text"]),
+        text_join="tokens" if config["model"].get("text_parts") else "channels",
+        num_classes=config["model"].get("num_classes"),
         views=views,
         shift=from_dict(ShiftConfig, config["objective"]["shift"]),
         path=config["objective"].get("path", {}).get("kind", "linear"),
@@ -119,7 +126,7 @@ class Generator:
     Args:
         denoiser: In evaluation mode.
         autoencoder: Decodes latents; its ``latent_norm`` is what the denoiser was trained under.
-        text: Embeds prompts.
+        text: Embeds prompts; None for a denoiser without text.
         sampler: Solver, steps, guidance.
         negative: Prompt that guidance leads away from; "" is what dropped captions were trained with.
         guide: A weaker denoiser that guidance leads away from instead (autoguidance).
@@ -133,7 +140,7 @@ class Generator:
         self,
         denoiser: denoisers.Dit | denoisers.Parametrized,
         autoencoder: autoencoders.Autoencoder,
-        text: TextEncoder,
+        text: TextEncoder | None,
         *,
         sampler: SamplerConfig,
         negative: str = "",
@@ -156,8 +163,17 @@ class Generator:
                 f"solver: got {sampler.kind}, which knows the linear path only; the denoiser was trained on path "
                 f"{path}: needed euler or heun"
             )
-        if denoiser.config.text_dim not in (None, text.dim):
-            raise ConfigError(f"text: makes {text.dim} features, the denoiser takes {denoiser.config.text_dim}")
+        dim = None if text is None else text.dim
+        if denoiser.config.text_dim not in (None, dim):
+            raise ConfigError(f"text: makes {dim} features, the denoiser takes {denoiser.config.text_dim}")
+        if (
+            sampler.guidance.scale != 1
+            and guide is None
+            and (denoiser.config.text_dim or denoiser.config.num_classes) is None
+        ):
+            raise ConfigError(
+                f"guidance: got {sampler.guidance.scale:g}, but the denoiser takes neither text nor classes; needed 1"
+            )
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
@@ -196,21 +212,21 @@ class Generator:
         Raises:
             ValueError: If the shapes differ or do not fit the compression or the patch.
         """
-        conditions = self.condition([request.prompt for request in requests])
+        conditions = self.condition(requests)
         latents = self.draw_latents(requests, conditions, seed=seed, progress=progress)
         return video_to_pixels(self.decode(latents)).cpu()
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+    def condition(self, requests: Sequence[Request]) -> tuple[Conditioning, Conditioning]:
         """Make what the denoiser is told of a batch.
 
         Args:
-            prompts: One per sample.
+            requests: One or more.
 
         Returns:
-            The conditions of the prompts, and as many of what guidance leads away from.
+            The conditions of the requests, and as many of what guidance leads away from.
         """
-        return self._embed(prompts), self._embed([self.negative] * len(prompts))
+        return conditions_of(requests, self.denoiser.config, self.text, self.negative, self.device)
 
     @torch.no_grad()
     def draw_latents(
@@ -242,7 +258,7 @@ class Generator:
             raise ValueError(f"a batch has one shape, got {sorted(map(str, shapes))}")
         latent = self.autoencoder.compression.latent(shapes.pop())
         labels = [] if tail is None else [tail.segment]
-        draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape), *labels) for r in requests]
+        draws = [derive_seed(0, r.prompt, r.repetition, str(r.shape), *r.seeds, *labels) for r in requests]
         size = (self.autoencoder.latent_channels, latent.num_frames, latent.height, latent.width)
         random = DrawRandom(seed, draws)
         noise = random.normal(size, "sample").to(self.device)
@@ -296,10 +312,6 @@ class Generator:
             logger.info("decoded in %d tiles, %s; seams: %s", tiled.num_tiles, kind, tiled.seams)
         return tiled.output
 
-    def _embed(self, prompts: Sequence[str]) -> Conditioning:
-        text, mask = self.text.encode(prompts)
-        return Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
-
 
 def load_generator(
     run_dir: str | Path,
@@ -338,7 +350,7 @@ def load_generator(
     return Generator(
         denoiser,
         decoder,
-        build_text_encoder(parts.text, device=device),
+        build_text(parts.text, parts.text_join, device=device),
         sampler=sampler,
         negative=negative,
         tiling=tiling,
@@ -393,8 +405,8 @@ def load_guide(
         ConfigError: If the two were not trained on the same latents and texts.
     """
     ours, theirs = read_run_parts(run_dir), read_run_parts(guide)
-    if theirs.text != ours.text:
-        raise ConfigError(f"guide: {guide} was trained with another text encoder than {run_dir}")
+    if (theirs.text, theirs.text_join, theirs.num_classes) != (ours.text, ours.text_join, ours.num_classes):
+        raise ConfigError(f"guide: {guide} was trained with another text encoder or other classes than {run_dir}")
     for name in ("time", "autoencoder_hash", "latent_norm"):
         if theirs.lineage.get(name) != ours.lineage.get(name):
             raise ConfigError(f"guide: {name} of {guide} is another than that of {run_dir}; needed one trained alike")
@@ -407,23 +419,3 @@ def load_guide(
 def _path(denoiser: torch.nn.Module) -> PathConfig:
     """Say which path a denoiser's velocities are of."""
     return denoiser.parametrization.path if isinstance(denoiser, denoisers.Parametrized) else LinearPathConfig()
-
-
-def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """Group requests into batches of one shape, in order.
-
-    Args:
-        requests: What to make.
-        size: Largest batch.
-
-    Yields:
-        Up to ``size`` requests of equal shape.
-    """
-    batch: list[Request] = []
-    for request in requests:
-        if batch and (len(batch) == size or request.shape != batch[0].shape):
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch

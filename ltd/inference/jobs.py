@@ -236,7 +236,7 @@ class _Maker:
         self.shown.begin(sum(number in self.missing for number, _ in batch))
         self.beat.enter("text", self.count)
         try:
-            conditions = self.generator.condition([request.prompt for request in requests])
+            conditions = self.generator.condition(requests)
         except Exception as error:
             if not _concerns_samples(error):
                 raise
@@ -323,7 +323,7 @@ class _Maker:
         self.missing.discard(number)
         self.shown.finish()
         if self.layout.sequence_rank == 0:
-            logger.error("sample %d (%s) failed: %s", number, self.job.requests[number].prompt, why)
+            logger.error("sample %d (%s) failed: %s", number, self.job.requests[number].title, why)
             self.failures[number] = why
 
     def _progress(self, step: int) -> None:

@@ -177,6 +177,8 @@ class SampleFolder:
         return {
             "file": self.name(number),
             "prompt": request.prompt,
+            **({} if request.label is None else {"label": request.label}),
+            **({"class": request.class_name} if request.class_name else {}),
             "repetition": request.repetition,
             **self.columns,
             "num_frames": self._num_frames(number),

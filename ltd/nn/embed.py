@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +170,36 @@ class TextEmbedding(nn.Module):
         """Project ``(b, n, text_dim)`` of any dtype to ``(b, n, dim)`` in the parameters' dtype."""
         text = text.to(self.input.weight.dtype)
         return self.output(F.gelu(self.input(self.norm(text)), approximate="tanh"))
+
+
+class TextPartsEmbedding(nn.Module):
+    """Bring the embeddings of several text encoders, one behind another, to the model's width, each by its own weights.
+
+    Args:
+        parts: Tokens and channels of each encoder.
+        dim: Size of the result.
+        norm: Whether there is the norm.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int]], dim: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.text_dim = max(channels for _, channels in parts)
+        self.embeddings = nn.ModuleList(TextEmbedding(channels, dim, norm=norm) for _, channels in parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all encoders."""
+        return sum(tokens for tokens, _ in self.parts)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Project ``(b, num_tokens, text_dim)``, narrower encoders padded with zeros, to ``(b, num_tokens, dim)``."""
+        stretches = text.split([tokens for tokens, _ in self.parts], dim=1)
+        made = [
+            layer(stretch[..., :channels])
+            for layer, stretch, (_, channels) in zip(self.embeddings, stretches, self.parts, strict=True)
+        ]
+        return torch.cat(made, dim=1)
 
 
 class ImageEmbedding(nn.Module):

@@ -29,11 +29,8 @@ from ltd.denoisers import (
     told,
 )
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
-from ltd.encoders.text import (
-    TextEncoderConfig,
-    TransformersTextConfig,
-    build_text_encoder,
-)
+from ltd.encoders.joined import TextConfig, build_text, text_slices
+from ltd.encoders.text import TransformersTextConfig
 from ltd.parallel import sequence
 from ltd.parallel.activation import checkpoint_blocks
 from ltd.parallel.heartbeat import Heartbeat
@@ -41,6 +38,7 @@ from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
+from ltd.training.condition_dropout import ConditionDropout
 from ltd.training.denoiser_alignment import DenoiserAlignmentRun
 from ltd.training.denoiser_checks import check_lineage, check_objective
 from ltd.training.denoiser_work import DenoiserWork
@@ -72,10 +70,17 @@ class DenoiserRun(RunConfig):
     autoencoder: str | None = None
     #: With ``autoencoder`` null: an autoencoder with random weights, for debug runs.
     untrained_autoencoder: AutoencoderConfig | None = None
-    #: Text encoder of the captions; the latent cache must have been made with the same one.
-    text: TextEncoderConfig = field(default_factory=TransformersTextConfig)
-    #: Share of captions replaced by the empty caption, for classifier-free guidance, in [0, 1].
+    #: Text encoder of the captions, or several (``model.text_join`` says how they meet); null for a model without text.
+    #: The latent cache must have been made with the same.
+    text: TextConfig = field(default_factory=TransformersTextConfig)
+    #: Share of captions replaced by the empty caption, for classifier-free guidance, in [0, 1]; labels go with them.
     caption_dropout: float = 0.1
+    #: Share of the captions that each of several text encoders does not get, in [0, 1] each; empty is 0 for all.
+    text_dropout: tuple[float, ...] = ()
+    #: Share of class labels replaced by the null class, for a model with ``model.num_classes``, in [0, 1].
+    label_dropout: float = 0.1
+    #: Share of samples whose numbers (``model.scalars``) are not told, in [0, 1].
+    scalar_dropout: float = 0.1
     #: Share of the tokens dropped in training behind the first ``model.mixer_depth`` blocks, in [0, 1); 0 = none.
     token_dropping: float = 0.0
     #: What is given of training samples beforehand, for a model with ``model.frames``; null gives nothing.
@@ -89,8 +94,7 @@ class DenoiserRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.caption_dropout <= 1:
-            raise ConfigError(f"caption_dropout: must lie in [0, 1], got {self.caption_dropout}")
+        self._check_conditions()
         if not 0 <= self.token_dropping < 1:
             raise ConfigError(f"token_dropping: must lie in [0, 1), got {self.token_dropping}")
         if self.token_dropping and self.model.mixer_depth == 0:
@@ -123,6 +127,27 @@ class DenoiserRun(RunConfig):
                 "makes a velocity of the linear path; set model.prediction to velocity"
             )
 
+    def _check_conditions(self) -> None:
+        for name in ("caption_dropout", "label_dropout", "scalar_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+        if self.text is None and self.model.text_dim is not None:
+            raise ConfigError("text: got null for model.text_dim; give a text encoder, or set model.text_dim to null")
+        encoders = len(self.text) if isinstance(self.text, tuple) else 1
+        if self.text == ():
+            raise ConfigError("text: got no encoder, needed one or more, or null")
+        if self.model.text_parts and len(self.model.text_parts) != encoders:
+            raise ConfigError(
+                f"model.text_parts: got {len(self.model.text_parts)}, needed one for each encoder of text ({encoders})"
+            )
+        if self.text_dropout and (encoders < 2 or len(self.text_dropout) != encoders):
+            raise ConfigError(
+                f"text_dropout: got {len(self.text_dropout)} rates for {encoders} text encoders; needed one for each, "
+                "of several"
+            )
+        if any(not 0 <= rate <= 1 for rate in self.text_dropout):
+            raise ConfigError(f"text_dropout: must lie in [0, 1], got {self.text_dropout}")
+
     def _check_frames(self) -> None:
         if self.frame_tasks is None or self.frame_tasks.total == 0:
             return
@@ -147,7 +172,9 @@ class DenoiserStage:
         self.objective = FlowMatching(run.objective)
         self.denoiser = self.objective.denoiser(engine)
         self.inputs = LatentInputs(run, layout) if inputs is None else inputs
-        self._counter = DenoiserWork(run.model, run.parallel, self.objective, run.caption_dropout)
+        parts = text_slices(run.text, run.model.text_join) if run.text_dropout else ()
+        self._dropout = ConditionDropout(run, self.inputs.null, parts)
+        self._counter = DenoiserWork(run.model, run.parallel, self.objective, self._dropout)
         self._work: Work | None = None
 
     def begin(self, step: int) -> None:
@@ -182,7 +209,7 @@ class DenoiserStage:
             ``loss``, (b,); with alignment also ``flow``, the loss without it, and ``align``, mean negative cosines.
         """
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
-        cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
+        cond = self._dropout(self.inputs.conditioning(tensors), random)
         latents = unpack(tensors)
         cond, cells = self._partial(latents, cond, random) if isinstance(latents, Tensor) else (cond, None)
         self._work = self._counter.count(latents, cond, tensors["weight"], random)
@@ -315,7 +342,7 @@ def _sampling(config: DenoiserRun, samples: SamplesConfig, session: Session, inp
     """Prepare sampling while training; the text encoder is let go when the prompts are embedded."""
     fixed = config.data.batching.kind == "fixed"
     views = [(VideoShape(v.num_frames, v.height, v.width), v.fps) for v in config.data.views] if fixed else []
-    requests = read_requests(samples, views)
+    requests = read_requests(samples, views, config.model, inputs.classes)
     if samples.decay not in (None, 0, *config.ema.decays):
         raise ConfigError(f"samples.decay: got {samples.decay}, needed null, 0 or one of ema.decays")
     for shape in {request.shape for request in requests}:
@@ -323,8 +350,9 @@ def _sampling(config: DenoiserRun, samples: SamplesConfig, session: Session, inp
             num_tokens(inputs.compression.latent(shape), config.model.patch)
         except ValueError as error:
             raise ConfigError(f"samples.shapes: {shape}: {error}") from None
-    encoder = inputs.encoder or build_text_encoder(config.text, device=session.layout.device)
-    text = RememberedText(encoder, [*(request.prompt for request in requests), samples.negative])
+    encoder = inputs.encoder or build_text(config.text, config.model.text_join, device=session.layout.device)
+    prompts = [*(request.prompt for request in requests), samples.negative]
+    text = None if encoder is None else RememberedText(encoder, prompts)
     network: Any = session.engine.module
     return Sampling(
         samples,

@@ -19,6 +19,11 @@ def check_lineage(before: dict[str, Any], now: dict[str, Any]) -> None:
         ConfigError: Names what differs.
     """
     for name, value in now.items():
+        if name == "classes" and before.get(name, value) != value:
+            raise ConfigError(
+                "data.classes: the names of the classes, or their order, are other than those of the checkpoint; "
+                "give that list, or start in another run_dir"
+            )
         if name in before and before[name] != value:
             raise ConfigError(
                 f"autoencoder: {name} is {value} now, but the checkpoint was trained with {before[name]}; "

@@ -12,6 +12,7 @@ from ltd.nn.patch import token_grid
 from ltd.parallel.config import ParallelConfig
 from ltd.rng import DrawRandom
 from ltd.shapes import VideoShape
+from ltd.training.condition_dropout import ConditionDropout
 from ltd.training.work import Work, count_real
 
 
@@ -22,13 +23,13 @@ class DenoiserWork:
         config: The denoiser's.
         parallel: Which blocks are recomputed.
         objective: Draws the times.
-        caption_dropout: Share of captions that are dropped.
+        dropout: Tells which conditions are dropped.
     """
 
     def __init__(
-        self, config: DitConfig, parallel: ParallelConfig, objective: FlowMatching, caption_dropout: float
+        self, config: DitConfig, parallel: ParallelConfig, objective: FlowMatching, dropout: ConditionDropout
     ) -> None:
-        self.config, self.objective, self.caption_dropout = config, objective, caption_dropout
+        self.config, self.objective, self.dropout = config, objective, dropout
         recomputes = parallel.activation_checkpointing != "none"
         self._every = parallel.activation_checkpointing_every if recomputes else 0
         self._keeps_attention = parallel.activation_checkpointing == "selective"
@@ -52,7 +53,6 @@ class DenoiserWork:
         real = count_real(weight, tokens)
         if cond.text_mask is not None:
             real = real + count_real(weight, cond.text_mask.sum(1))
-        dropped = (random.uniform((), "condition") < self.caption_dropout).tolist() if self.caption_dropout else ()
         return Work(
             tokens=flops.patches,
             computed=flops.patches + flops.text,
@@ -60,7 +60,7 @@ class DenoiserWork:
             model_flops=every.training,
             repeated_flops=every.scores_again + flops.recomputed(self._every, keep_attention=self._keeps_attention),
             quantiles=self.objective.quantiles(random).tolist(),
-            dropped=dropped,
+            dropped=self.dropout.dropped(random),
         )
 
     def _tokens(self, latents: Tensor) -> int:

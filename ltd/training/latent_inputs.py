@@ -16,18 +16,23 @@ from ltd.autoencoders.flops import encode_flops
 from ltd.config import ConfigError
 from ltd.data import Batch
 from ltd.data.latents import LatentCache, check_cache, check_source, is_cache
-from ltd.denoisers import TIME_CONVENTION, Conditioning
-from ltd.encoders.text import TextEncoder, build_text_encoder, flops_so_far, text_encoder_hash
+from ltd.denoisers import TIME_CONVENTION, Conditioning, stack_scalars
+from ltd.encoders.joined import build_text, text_hash
+from ltd.encoders.text import TextEncoder, flops_so_far
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.denoiser_alignment import build_aligner
+from ltd.training.label_checks import check_run_labels
 from ltd.training.run import check_views
 
 if TYPE_CHECKING:
     from ltd.training.denoiser import DenoiserRun
 
 logger = logging.getLogger(__name__)
+
+#: What ``prepare`` makes of a batch that the denoiser is told.
+_CONDITIONS = ("text", "text_mask", "label", "scalars")
 
 
 class LatentInputs:
@@ -64,15 +69,20 @@ class LatentInputs:
         )
         all_cached = None not in caches
         self.autoencoder: autoencoders.Autoencoder | None = None if all_cached else autoencoder
-        if not all_cached:
-            self.encoder = build_text_encoder(run.text, device=layout.device)
-        if caches[0] is not None:
-            text, mask = _null_text(caches[0])
-        else:
-            assert self.encoder is not None
-            text, mask = self.encoder.encode([""])
-        self.null = Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
-        _check_model(run, autoencoder, text.shape[-1])
+        self.classes = check_run_labels(run, layout)
+        self.num_classes, self.scalars = run.model.num_classes, run.model.scalars
+        self.null = Conditioning()
+        if run.text is not None:
+            if not all_cached:
+                self.encoder = build_text(run.text, run.model.text_join, device=layout.device)
+            if caches[0] is not None:
+                text, mask = _null_text(caches[0])
+            else:
+                assert self.encoder is not None
+                text, mask = self.encoder.encode([""])
+            self.null = Conditioning(text=text.to(self.device), text_mask=mask.to(self.device))
+        _check_model(run, autoencoder, None if self.null.text is None else self.null.text.shape[-1])
+        self._check_parts(run, caches[0])
 
     def _checked_cache(self, run: DenoiserRun, shards: str | tuple[str, ...], layout: Layout) -> LatentCache | None:
         """Open a latent cache and refuse one of another autoencoder, text encoder or data; None for media."""
@@ -80,7 +90,10 @@ class LatentInputs:
         if len(paths) != 1 or not is_cache(paths[0]):
             return None
         cache = LatentCache(paths[0])
-        check_cache(cache.manifest, autoencoder_hash=self.hash, text_encoder_hash=text_encoder_hash(run.text))
+        expected: dict[str, Any] = {"autoencoder_hash": self.hash}
+        if run.text is not None:
+            expected["text_encoder_hash"] = text_hash(run.text, run.model.text_join)
+        check_cache(cache.manifest, **expected)
         problem = None
         if layout.is_main:  # reads the tars' indexes: once is enough
             try:
@@ -91,6 +104,17 @@ class LatentInputs:
         if problem is not None:
             raise ConfigError(problem)
         return cache
+
+    def _check_parts(self, run: DenoiserRun, cache: LatentCache | None) -> None:
+        """Refuse a model whose stretches of text are not those of its encoders."""
+        if not run.model.text_parts:
+            return
+        found: object = getattr(self.encoder, "parts", ()) if cache is None else cache.manifest.get("text_parts", ())
+        parts = tuple((int(tokens), int(dim)) for tokens, dim in found)  # type: ignore[attr-defined]
+        if parts != run.model.text_parts:
+            raise ConfigError(
+                f"model.text_parts: got {run.model.text_parts}, the text encoders give (tokens, channels) {parts}"
+            )
 
     @property
     def encoder_flops(self) -> float:
@@ -103,6 +127,7 @@ class LatentInputs:
             "time": TIME_CONVENTION,
             "autoencoder_hash": self.hash,
             "latent_norm": self.norm.to_plain(),
+            **({"classes": list(self.classes)} if self.classes else {}),
         }
 
     def prepare(self, batch: Batch, random: DrawRandom) -> dict[str, Tensor]:
@@ -113,8 +138,8 @@ class LatentInputs:
             random: Random numbers of the batch; stream ``"posterior"``.
 
         Returns:
-            ``latents`` (b, c, t, h, w) drawn from the posterior, ``text`` (b, n, d), ``text_mask`` (b, n),
-            ``weight`` (b,) and ``draws`` (b,).
+            ``latents`` (b, c, t, h, w) drawn from the posterior, ``weight`` (b,) and ``draws`` (b,); of a model that
+            takes them also ``text`` (b, n, d) and ``text_mask`` (b, n), ``label`` (b,), ``scalars`` (b, k).
         """
         if batch.pixels is not None:
             assert self.autoencoder is not None
@@ -128,13 +153,23 @@ class LatentInputs:
             mean, logvar = batch.mean.float(), batch.logvar.float()
         noise = random.normal(mean.shape[1:], "posterior").to(mean.device)
         latents = self.norm.normalize(mean + torch.exp(0.5 * logvar) * noise)
-        text, mask = self._text(batch)
         draws = torch.tensor(batch.draws, device=self.device)
-        return {"latents": latents, "text": text, "text_mask": mask, "weight": batch.weight, "draws": draws}
+        prepared = {"latents": latents}
+        if self.null.text is not None:
+            prepared["text"], prepared["text_mask"] = self._text(batch)
+        prepared |= {"weight": batch.weight, "draws": draws}
+        if self.num_classes is not None:
+            assert batch.label is not None
+            prepared["label"] = batch.label
+        if self.scalars:
+            assert batch.geometry is not None
+            prepared["scalars"] = stack_scalars(self.scalars, batch.fps, batch.geometry)
+        return prepared
 
     def conditioning(self, tensors: dict[str, Tensor]) -> Conditioning:
         """Collect what the denoiser is told."""
-        return Conditioning(text=tensors["text"], text_mask=tensors["text_mask"])
+        given: dict[str, Any] = {name: tensors.get(name) for name in _CONDITIONS}
+        return Conditioning(**given)
 
     def _text(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.text is not None and batch.text_mask is not None:
@@ -154,12 +189,13 @@ def pack(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         The same names; ``latents`` is flat and ``shapes`` (b, 4) holds the (c, t, h, w) of each sample; ``features``,
         where there are some, has a row per token, sample after sample.
     """
-    longest = max(group["text"].shape[1] for group in groups)
-    packed = {name: torch.cat([group[name] for group in groups]) for name in ("weight", "draws")}
+    names = [name for name in ("weight", "draws", "label", "scalars") if name in groups[0]]
+    packed: dict[str, Tensor] = {name: torch.cat([group[name] for group in groups]) for name in names}
     if "features" in groups[0]:
         packed["features"] = torch.cat([group["features"].flatten(0, 1) for group in groups])
-    for name in ("text", "text_mask"):
+    for name in ("text", "text_mask") if "text" in groups[0] else ():
         parts = [group[name] for group in groups]
+        longest = max(part.shape[1] for part in parts)
         packed[name] = torch.cat(
             [torch.cat([p, p.new_zeros(len(p), longest - p.shape[1], *p.shape[2:])], dim=1) for p in parts]
         )
@@ -196,9 +232,11 @@ def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:
     return text[None], mask[None]
 
 
-def _check_model(run: DenoiserRun, autoencoder: autoencoders.Autoencoder, text_dim: int) -> None:
+def _check_model(run: DenoiserRun, autoencoder: autoencoders.Autoencoder, text_dim: int | None) -> None:
     model, channels = run.model, autoencoder.latent_channels
     if model.latent_channels != channels:
         raise ConfigError(f"model.latent_channels: got {model.latent_channels}, the autoencoder makes {channels}")
     if model.text_dim != text_dim:
-        raise ConfigError(f"model.text_dim: got {model.text_dim}, the text encoder makes {text_dim}")
+        made = "there is no text encoder (text is null)" if text_dim is None else f"the text encoder makes {text_dim}"
+        hint = "; set text to null for a model without text" if model.text_dim is None else ""
+        raise ConfigError(f"model.text_dim: got {model.text_dim}, {made}{hint}")

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ltd import autoencoders
 from ltd.config import ConfigError
-from ltd.denoisers import Dit, Parametrized
+from ltd.denoisers import Dit, DitConfig, Parametrized
 from ltd.diffusion import GuidanceConfig, ParametrizationConfig, SamplerConfig, ShiftConfig
 from ltd.encoders.text import TextEncoder
+from ltd.inference.conditions import label_prompts
 from ltd.inference.generate import Generator, Request, batches
 from ltd.inference.media import video_to_pixels
 from ltd.inference.sample_folder import SampleFolder
@@ -33,10 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """Samples of fixed prompts while training."""
+    """Samples of fixed prompts or classes while training."""
 
-    #: Text file, one prompt per line.
-    prompts: str
+    #: Text file, one prompt per line; null for a model without text.
+    prompts: str | None = None
+    #: Classes, numbers or names: one for each prompt, or one for all; without prompts a list of its own.
+    labels: tuple[int | str, ...] = ()
     #: Steps between samplings, and at the last step; 0 is never.
     every: int = 1000
     #: Frames, height and width in pixels; empty takes the training views. Needed with buckets and packs.
@@ -117,7 +120,7 @@ class Sampling:
         self,
         config: SamplesConfig,
         model: tuple[Dit, ParametrizationConfig, Ema],
-        text: tuple[Sequence[Request], RememberedText],
+        text: tuple[Sequence[Request], RememberedText | None],
         decoder: Callable[[], autoencoders.Autoencoder],
         shift: ShiftConfig,
         layout: Layout,
@@ -148,7 +151,7 @@ class Sampling:
         """
         folder = SampleFolder(self.tracker().run_dir / "samples" / f"step-{step:08d}", self.requests, {"step": step})
         if self.layout.is_main:
-            folder.begin({"step": str(step), "prompts": "\n".join(r.prompt for r in self.requests)})
+            folder.begin({"step": str(step), "prompts": "\n".join(r.title for r in self.requests)})
         self.layout.barrier()
         denoiser = self.network
         if self.parametrization != ParametrizationConfig():
@@ -171,7 +174,7 @@ class Sampling:
             for number, why in failed.items():
                 logger.warning("step %d: sample %d is missing: %s", step, number, why)
             files = [
-                (folder.out / folder.name(number), request.prompt)
+                (folder.out / folder.name(number), request.title)
                 for number, request in enumerate(self.requests)
                 if number not in failed
             ]
@@ -188,7 +191,7 @@ class Sampling:
             index = first + own
             batch = all_batches[min(index, len(all_batches) - 1)]
             requests = [request for _, request in batch]
-            conditions = generator.condition([request.prompt for request in requests])
+            conditions = generator.condition(requests)
             latents = generator.draw_latents(requests, conditions, seed=self.config.seed)
             if index >= len(all_batches) or self.layout.sequence_rank != 0:
                 continue
@@ -197,12 +200,19 @@ class Sampling:
                 folder.write(number, frames)
 
 
-def read_requests(config: SamplesConfig, views: Sequence[tuple[VideoShape, float | None]]) -> list[Request]:
+def read_requests(
+    config: SamplesConfig,
+    views: Sequence[tuple[VideoShape, float | None]],
+    model: DitConfig,
+    classes: Sequence[str] = (),
+) -> list[Request]:
     """List what a run samples.
 
     Args:
         config: Prompts, shapes and numbers.
         views: Training views (size, frames per second) for where no shapes are given.
+        model: Says whether it takes text and classes.
+        classes: Names of the classes by number.
 
     Returns:
         Requests, shapes outermost.
@@ -210,19 +220,26 @@ def read_requests(config: SamplesConfig, views: Sequence[tuple[VideoShape, float
     Raises:
         ConfigError: If the file of prompts is missing or empty, or there is no shape.
     """
-    path = Path(config.prompts)
-    if not path.is_file():
-        raise ConfigError(f"samples.prompts: {path} does not exist")
-    prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError(f"samples.prompts: {path} holds no prompt; needed one per line")
+    prompts = [""] * max(1, len(config.labels))
+    if config.prompts is not None:
+        path = Path(config.prompts)
+        if not path.is_file():
+            raise ConfigError(f"samples.prompts: {path} does not exist")
+        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise ConfigError(f"samples.prompts: {path} holds no prompt; needed one per line")
+    if model.text_dim is not None and config.prompts is None:
+        raise ConfigError("samples.prompts: got null for a model with text; needed a file with one prompt per line")
+    if model.num_classes is not None and model.text_dim is None and not config.labels:
+        raise ConfigError("samples.labels: got none for a model with classes; needed numbers or names of classes")
+    told = label_prompts(prompts, config.labels, model.num_classes, classes, "samples.labels")
     shapes = [(VideoShape(*shape), config.fps) for shape in config.shapes]
     shapes = shapes or [(shape, fps or config.fps) for shape, fps in views]
     if not shapes:
         raise ConfigError("samples.shapes: got none, and the run has no views; needed [[frames, height, width], ...]")
     return [
-        Request(prompt=prompt, repetition=k, shape=shape, fps=fps)
+        Request(prompt=prompt, repetition=k, shape=shape, fps=fps, label=label, class_name=name)
         for shape, fps in shapes
-        for prompt in prompts
+        for prompt, (label, name) in zip(prompts, told, strict=True)
         for k in range(config.per_prompt)
     ]

@@ -266,7 +266,7 @@ class Recorder:
             mask, shapes = tensors.get(f"{name}_mask"), tensors.get("shapes")
             if mask is not None:
                 self._add("input", name, "text", [row[kept] for row, kept in zip(tensor, mask, strict=True)])
-            elif shapes is not None and tensor.ndim == 1:
+            elif shapes is not None and name == "latents":
                 pieces = tensor.split(shapes.prod(1).tolist())
                 self._add("input", name, "whole", [p.view(s) for p, s in zip(pieces, shapes.tolist(), strict=True)])
             else:
