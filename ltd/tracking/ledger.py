@@ -170,9 +170,10 @@ def ledger_section(runs: Sequence[tuple[str, LedgerRecord]]) -> str:
         body += heading + steps + table(columns, shown, numeric=range(1, 6))
         if len(rows) > len(shown):
             body += f'<p class="note">{len(rows) - len(shown)} sources more, without advice.</p>'
-        for what, title in enumerate(("size", "part of the times", "caption")):
-            parts = [_sum_cells(key, sums) for key, sums in ledger.by(what).items()]
-            body += details(f"By {title}", table([title, "samples", "loss", "deviation"], parts, numeric=range(1, 4)))
+        parts = "".join(
+            _parts(ledger, what, title) for what, title in enumerate(("size", "part of the times", "caption"))
+        )
+        body += details("By size, part of the times and caption", parts)
     if not body:
         return ""
     note = (
@@ -181,6 +182,11 @@ def ledger_section(runs: Sequence[tuple[str, LedgerRecord]]) -> str:
         f"on; or more than {100 * NOT_FINITE:g} % of the losses not finite."
     )
     return section("Loss ledger", f'<p class="note">{note}</p>{body}', "ledger")
+
+
+def _parts(ledger: LedgerRecord, what: int, title: str) -> str:
+    rows = [_sum_cells(key, sums) for key, sums in ledger.by(what).items()]
+    return f"<p></p>{table([title, 'samples', 'loss', 'deviation'], rows, numeric=range(1, 4))}"
 
 
 def _source_cells(row: SourceRow) -> list[str]:
