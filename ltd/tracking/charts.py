@@ -267,7 +267,7 @@ def _curve(series: Series, x_scale: Scale, y_scale: Scale) -> str:
         x, y = _coordinates(points[0], x_scale, y_scale)
         return f'<circle class="dot c{series.color % 8}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
     if not is_noisy(points):
-        return f'<path {style} d="{_path(points, x_scale, y_scale)}"/>'
+        return f'<path {style} d="{_path(thin(points), x_scale, y_scale)}"/>'
     faint = f'<path class="line faint c{series.color % 8}" d="{_path(thin(points), x_scale, y_scale)}"/>'
     return faint + f'<path {style} d="{_path(thin(smooth(points)), x_scale, y_scale)}"/>'
 

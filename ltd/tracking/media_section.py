@@ -64,7 +64,7 @@ def samples_section(runs: Sequence[tuple[str, Sequence[Sample]]], limit_mb: floa
     grids = [one for one in shown if one.sample.is_grid]
     samples = [one for one in shown if not one.sample.is_grid]
     asked = _common(one.sample.asked for one in samples)
-    made = _common(one.sample.details for one in samples if one.sample.details)
+    made = _common(one.sample.details for one in samples)
     notes = ([f"All of these: {', '.join((*asked, *made))}."] if asked or made else []) + notes
     notes += [f"{len(left_out)} files left out, past {limit_mb:g} MB in all."] if left_out else []
     has_video = any(_kind(one.sample).startswith("video/") for one in shown)
