@@ -28,8 +28,10 @@ from ltd.tracking.media_section import samples_section
 from ltd.tracking.run_record import RunRecord, flatten
 
 #: Metrics whose curves come first and are open; the others are folded away.
-MAIN = ("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s")
-MAIN += ("perf/tokens_per_s", "perf/mfu")
+MAIN = (
+    *("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s"),
+    *("perf/tokens_per_s", "perf/mfu"),
+)
 #: Groups that hold the same quantities as ``loss/``, measured on held-out data: drawn into its charts, dashed.
 HELD_OUT = ("heldout", "eval", "validation")
 

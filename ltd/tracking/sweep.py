@@ -32,10 +32,11 @@ def check_sweep(run_config: Mapping[str, Any]) -> None:
     asked = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     if not isinstance(asked, dict):
         return
-    for name, entry in asked.items():
+    for key, entry in asked.items():
+        name = key if isinstance(key, str) else repr(key)
         if not isinstance(entry, dict) or "value" not in entry:
             continue
-        has, found = _at(run_config, str(name))
+        has, found = _at(run_config, name)
         if has and found != entry["value"] and str(found) != str(entry["value"]):
             raise ConfigError(
                 f"{name}: is {found!r}, but the W&B sweep sets it to {entry['value']!r}; put ${{args}} or "

@@ -113,7 +113,7 @@ class TensorboardRun:
 
     def _add_encoded(self, tag: str, picture: bytes, step: int) -> None:
         """Write a picture that is a file's bytes already; the writer's own calls take pixels, and no video."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         with Image.open(io.BytesIO(picture)) as opened:
             width, height = opened.size
