@@ -167,8 +167,8 @@ def _configuration(source: Path) -> dict[str, Any]:
         return exported | {"family": exported.get("family") or ("denoiser" if "time" in exported else "autoencoder")}
     reader = storage.open_run(source)
     config = storage.model_config(reader)
-    ancestors = reader.manifest.get("ancestors") or []
-    return {"family": config["kind"], "run": config, "step": reader.manifest["step"], "ancestors": ancestors}
+    known = {name: reader.manifest.get(name) for name in ("step", "ancestors", "lineage")}
+    return {"family": config["kind"], "run": config, **known}
 
 
 def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, Any]:
@@ -176,10 +176,12 @@ def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, An
     run, data = config.get("run") or {}, (config.get("run") or {}).get("data") or {}
     origin = config.get("source") or {}
     sets = [data["shards"]] if data.get("shards") else [part["shards"] for part in data.get("datasets") or ()]
+    began = (config.get("lineage") or {}).get("init_from")
     said = {
         "Run": run.get("run_dir") or str(source),
         "Step": config.get("step") or origin.get("step"),
         "Forked from": " -> ".join(_ancestor(entry) for entry in config.get("ancestors") or ()) or None,
+        "Began with weights of": began and f"{began['path']}, {began['weights']} (state {began['fingerprint'][:12]})",
         "Weights": origin.get("group") or weights,
         "Averages": (run.get("ema") or {}).get("decays"),
         "Data": sets or None,

@@ -77,6 +77,11 @@ class SampleFolder:
             if ".".join(path.name.split(".")[:2]) in names | {_ROWS, _FAILED, _GRID}:
                 path.unlink()
 
+    @property
+    def grid(self) -> Path:
+        """The picture with a still of every sample."""
+        return self.out / _GRID
+
     def name(self, number: int) -> str:
         """Name the file of a request."""
         return f"{number:04d}.{'png' if self.requests[number].shape.num_frames == 1 else 'mp4'}"
@@ -141,9 +146,9 @@ class SampleFolder:
         else:
             (self.out / _FAILED).unlink(missing_ok=True)
         if there:
-            write_image(self.out / _GRID, tile(list(self._stills(sorted(there)))))
+            write_image(self.grid, tile(list(self._stills(sorted(there)))))
         else:
-            (self.out / _GRID).unlink(missing_ok=True)
+            self.grid.unlink(missing_ok=True)
         return failed
 
     def _what(self, identity: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 Point = tuple[float, float]
 
@@ -45,6 +46,8 @@ class Chart:
 
     title: str
     series: Sequence[Series]
+    #: Steps at which something begins: an upright line each.
+    marks: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,25 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     return kept
 
 
+def average(points: Sequence[Point], limit: int = MAX_POINTS // 2) -> list[Point]:
+    """Leave at most ``limit`` points, each the mean of its bucket: what the page's script smooths.
+
+    Args:
+        points: In order of step.
+        limit: Points to keep.
+
+    Returns:
+        Means, in order; the points themselves where there are no more than ``limit``.
+    """
+    if len(points) <= limit:
+        return list(points)
+    bounds = [index * len(points) // limit for index in range(limit + 1)]
+    return [
+        (sum(x for x, _ in points[a:b]) / (b - a), sum(y for _, y in points[a:b]) / (b - a))
+        for a, b in itertools.pairwise(bounds)
+    ]
+
+
 def smooth(points: Sequence[Point]) -> list[Point]:
     """Average exponentially over a fiftieth of the curve, without the pull of a start at zero.
 
@@ -155,31 +177,50 @@ def draw(chart: Chart) -> str:
     title = escape(chart.title)
     if not drawn:
         return f'<figure class="chart"><figcaption>{title}</figcaption><div class="legend">{legend}</div></figure>'
-    steps = [x for series in drawn for x, _ in series.finite]
+    steps = [x for series in drawn for x in (series.finite[0][0], series.finite[-1][0])]
     x_scale = Scale(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1.0)
     y_scale = value_scale([y for series in drawn for _, y in series.finite])
-    kind = ' <span class="note">(logarithmic)</span>' if y_scale.log else ""
-    lines = "".join(_curve(series, x_scale, y_scale) for series in drawn)
+    kind = f' <span class="note kind">{"(logarithmic)" if y_scale.log else ""}</span>'
+    marks = [mark for mark in chart.marks if x_scale.low <= mark <= x_scale.high]
+    lines = _marks(marks, x_scale) + "".join(_curve(series, x_scale, y_scale) for series in drawn)
     data = {
         "box": BOX,
         "x": [x_scale.low, x_scale.high],
         "y": [y_scale.low, y_scale.high],
         "log": y_scale.log,
-        "series": [
-            {
-                "label": series.label,
-                "color": series.color,
-                "points": [(x, float(f"{y:.5g}")) for x, y in thin(series.finite)],
-            }
-            for series in drawn
-        ],
+        "marks": marks,
+        "series": [_plain(series) for series in drawn],
     }
     return (
         f'<figure class="chart" data-chart="{escape(json.dumps(data, separators=(",", ":")), quote=True)}">'
         f"<figcaption>{title}{kind}</figcaption>"
         f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}" role="img" aria-label="{escape(chart.title, quote=True)}">'
-        f'{_axes(x_scale, y_scale)}{lines}<g class="pointer"></g></svg><div class="legend">{legend}</div></figure>'
+        f'<g class="plot">{_axes(x_scale, y_scale)}{lines}</g>'
+        f'<g class="pointer"></g></svg><div class="legend">{legend}</div></figure>'
     )
+
+
+def _plain(series: Series) -> dict[str, Any]:
+    """Collect what the page's script draws and shows of a curve; means only where they are not the points."""
+    points, means = series.finite, average(series.finite)
+    return {
+        "label": series.label,
+        "color": series.color,
+        "dashed": series.dashed,
+        "noisy": is_noisy(points),
+        "points": _rounded(thin(points)),
+        **({"means": _rounded(means)} if len(means) < len(points) else {}),
+    }
+
+
+def _rounded(points: Sequence[Point]) -> list[Point]:
+    return [(round(x, 1) if x % 1 else int(x), float(f"{y:.5g}")) for x, y in points]
+
+
+def _marks(steps: Sequence[float], x_scale: Scale) -> str:
+    left, top, width, height = BOX
+    places = [f"{left + width * x_scale.place(step):.1f}" for step in steps]
+    return "".join(f'<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{top + height}"/>' for x in places)
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
@@ -226,7 +267,7 @@ def _curve(series: Series, x_scale: Scale, y_scale: Scale) -> str:
         x, y = _coordinates(points[0], x_scale, y_scale)
         return f'<circle class="dot c{series.color % 8}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
     if not is_noisy(points):
-        return f'<path {style} d="{_path(points, x_scale, y_scale)}"/>'
+        return f'<path {style} d="{_path(thin(points), x_scale, y_scale)}"/>'
     faint = f'<path class="line faint c{series.color % 8}" d="{_path(thin(points), x_scale, y_scale)}"/>'
     return faint + f'<path {style} d="{_path(thin(smooth(points)), x_scale, y_scale)}"/>'
 
@@ -250,6 +291,7 @@ def _legend(series: Series) -> str:
     broken = f' <b class="bad">{lost} not finite</b>' if lost else ""
     dash = " dashed" if series.dashed else ""
     return (
-        f'<span class="key"><i class="swatch c{series.color % 8}{dash}"></i>{escape(series.label)}'
+        f'<span class="key" data-color="{series.color}"><i class="swatch c{series.color % 8}{dash}"></i>'
+        f"{escape(series.label)}"
         f' <span class="note">{last}</span>{broken}</span>'
     )

@@ -65,7 +65,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: If a whole line is no JSON object with a step; names the line.
     """
-    for number, line in enumerate(_whole_lines(path), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
@@ -102,8 +102,15 @@ def plain(value: Any) -> Any:
     raise TypeError(f"cannot write {type(value).__name__} as JSON: needs a number, string, list or mapping")
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines that end in a newline; none where there is no file."""
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Read the lines of a file that end in a newline.
+
+    Args:
+        path: File; a missing one has none.
+
+    Yields:
+        Each with its newline; half a last line, as a killed process leaves it, is left out.
+    """
     if path.is_file():
         with path.open("rb") as file:
             yield from (line for line in file if line.endswith(b"\n"))
@@ -115,7 +122,7 @@ def _drop_rows_from(path: Path, start_step: int) -> None:
         return
     partial = path.with_name(path.name + ".incomplete")
     with partial.open("wb") as file:
-        for line, row in zip(_whole_lines(path), read_journal(path), strict=True):
+        for line, row in zip(whole_lines(path), read_journal(path), strict=True):
             if row["step"] < start_step:
                 file.write(line)
         file.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -57,6 +57,7 @@ class SourceRow:
     name: str
     sums: Sums
     #: Its loss over what the other sources have in the same cells (size, time, caption), 1 = alike; nan = none has.
+    #: Sources far from the rest are no part of what others are compared with.
     relative: float
     #: Standard error of that.
     error: float
@@ -107,25 +108,55 @@ def read_ledger(run_dir: Path, *, last: float = 0.5) -> LedgerRecord:
     return LedgerRecord(cells, (rows[0]["from"], rows[-1]["step"]))
 
 
-def _compare(cells: Mapping[tuple[str, int, str], Mapping[str, Sums]]) -> list[SourceRow]:
+Cells = Mapping[tuple[str, int, str], Mapping[str, Sums]]
+
+
+def _compare(cells: Cells) -> list[SourceRow]:
+    """Compare each source with the others, leaving out of the comparison those that are far from the rest.
+
+    One source of noise would make all others look easy. So the furthest is set aside, and the rest compared anew, until
+    none is left that there is advice on; never more than half of the sources.
+
+    Reference: Rosner (1983), generalized extreme studentized deviate, for setting aside one after another.
+    """
+    names = {name for sources in cells.values() for name in sources}
+    aside: set[str] = set()
+    while True:
+        rows = _standardise(cells, aside)
+        far = [row for row in rows if row.name not in aside and _is_far(row.sums, row.relative, row.error)]
+        if not far or len(aside) + 1 > len(names) // 2:
+            return rows
+        aside.add(max(far, key=lambda row: abs(math.log(max(row.relative, 1e-12)))).name)
+
+
+def _standardise(cells: Cells, aside: Set[str]) -> list[SourceRow]:
     """Divide each source's loss by what the others have in its cells, so that sizes and times do not count.
+
+    Args:
+        cells: Losses of all sources.
+        aside: Sources that are compared and that no other is compared with.
 
     Reference: indirect standardisation, as of mortality ratios.
     """
     totals: dict[str, Sums] = defaultdict(Sums)
     found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])  # own, expected, variance
     for sources in cells.values():
-        everything = Sums()
-        for sums in sources.values():
-            everything.add(sums.count, sums.total, sums.squares, sums.not_finite)
+        reference = Sums()
         for name, sums in sources.items():
             totals[name].add(sums.count, sums.total, sums.squares, sums.not_finite)
-            others = everything.count - sums.count
+            if name not in aside:
+                reference.add(sums.count, sums.total, sums.squares, sums.not_finite)
+        for name, sums in sources.items():
+            inside = sums if name not in aside else Sums()
+            others = reference.count - inside.count
             if others and sums.count:
+                spread = Sums()
+                for part in (reference, sums) if name in aside else (reference,):
+                    spread.add(part.count, part.total, part.squares, part.not_finite)
                 own = found[name]
                 own[0] += sums.total
-                own[1] += sums.count * (everything.total - sums.total) / others
-                own[2] += sums.count * everything.deviation**2 * (1 + sums.count / others)
+                own[1] += sums.count * (reference.total - inside.total) / others
+                own[2] += sums.count * spread.deviation**2 * (1 + sums.count / others)
     rows = []
     for name, sums in totals.items():
         ours, expected, variance = found[name]
@@ -134,18 +165,22 @@ def _compare(cells: Mapping[tuple[str, int, str], Mapping[str, Sums]]) -> list[S
     return rows
 
 
+def _is_far(sums: Sums, relative: float, error: float) -> bool:
+    """Tell whether a source's loss is clearly not that of the others."""
+    if sums.count < LEAST_SAMPLES or not math.isfinite(relative):
+        return False
+    return abs(relative - 1) > ERRORS * error and not LOW <= relative <= HIGH
+
+
 def _advise(sums: Sums, relative: float, error: float) -> str:
     seen = sums.count + sums.not_finite
     if seen and sums.not_finite / seen > NOT_FINITE:
         return f"quarantine: {sums.not_finite} of {seen} losses are not finite"
-    if sums.count < LEAST_SAMPLES or not math.isfinite(relative):
+    if not _is_far(sums, relative, error):
         return ""
-    clear = abs(relative - 1) > ERRORS * error
-    if clear and relative > HIGH:
+    if relative > HIGH:
         return "quarantine or look: damaged media, wrong captions or content unlike the rest; a lower weight till then"
-    if clear and relative < LOW:
-        return "lower its weight or look: stills, duplicates or flat pictures teach little"
-    return ""
+    return "lower its weight or look: stills, duplicates or flat pictures teach little"
 
 
 def ledger_section(runs: Sequence[tuple[str, LedgerRecord]]) -> str:
@@ -170,17 +205,24 @@ def ledger_section(runs: Sequence[tuple[str, LedgerRecord]]) -> str:
         body += heading + steps + table(columns, shown, numeric=range(1, 6))
         if len(rows) > len(shown):
             body += f'<p class="note">{len(rows) - len(shown)} sources more, without advice.</p>'
-        for what, title in enumerate(("size", "part of the times", "caption")):
-            parts = [_sum_cells(key, sums) for key, sums in ledger.by(what).items()]
-            body += details(f"By {title}", table([title, "samples", "loss", "deviation"], parts, numeric=range(1, 4)))
+        parts = "".join(
+            _parts(ledger, what, title) for what, title in enumerate(("size", "part of the times", "caption"))
+        )
+        body += details("By size, part of the times and caption", parts)
     if not body:
         return ""
     note = (
-        "Relative: a source's loss over that of the other sources at the same sizes, times and captions. Advice: "
+        "Relative: a source's loss over that of the other sources at the same sizes, times and captions, those far "
+        "from the rest left out one after another. Advice: "
         f"relative above {HIGH} or below {LOW} by more than {ERRORS:g} standard errors, from {LEAST_SAMPLES} samples "
         f"on; or more than {100 * NOT_FINITE:g} % of the losses not finite."
     )
     return section("Loss ledger", f'<p class="note">{note}</p>{body}', "ledger")
+
+
+def _parts(ledger: LedgerRecord, what: int, title: str) -> str:
+    rows = [_sum_cells(key, sums) for key, sums in ledger.by(what).items()]
+    return f"<p></p>{table([title, 'samples', 'loss', 'deviation'], rows, numeric=range(1, 4))}"
 
 
 def _source_cells(row: SourceRow) -> list[str]:

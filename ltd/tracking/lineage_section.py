@@ -1,4 +1,4 @@
-"""The report's section on where runs are from: the checkpoints that forks began from, and what was changed there."""
+"""The report's sections on where runs are from and what changed on the way: forks, weights of others, stages."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from html import escape
 from typing import Any
 
 from ltd.tracking.markup import section, table, value_cell
+from ltd.tracking.run_record import RunRecord, flatten
 
 
-def lineage_section(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+def lineage_section(runs: Sequence[RunRecord]) -> str:
     """List the ancestors of every run that has some.
 
     Args:
-        runs: (name, ancestors), oldest ancestor first.
+        runs: All runs of the page.
 
     Returns:
         HTML; nothing where no run has ancestors.
     """
-    rows = [
-        [escape(name), value_cell(entry.get("run")), _step(entry), _fingerprint(entry), _overrides(entry)]
-        for name, ancestors in runs
-        for entry in ancestors
-    ]
+    rows = []
+    for run in runs:
+        name = escape(run.name)
+        if run.init_from:
+            source = [value_cell(run.init_from.get("path")), value_cell(None), _fingerprint(run.init_from)]
+            rows.append([name, *source, f"weights alone ({escape(str(run.init_from.get('weights', '')))})"])
+        rows += [
+            [name, value_cell(entry.get("run")), _number(entry.get("step")), _fingerprint(entry), _overrides(entry)]
+            for entry in run.lineage
+        ]
     if not rows:
         return ""
     note = (
@@ -32,9 +38,32 @@ def lineage_section(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> 
     return section("Lineage", table(columns, rows, numeric=[2]) + f'<p class="note">{note}</p>', "lineage")
 
 
-def _step(entry: Mapping[str, Any]) -> str:
-    step = entry.get("step")
-    return f"{step:,}" if isinstance(step, int) else value_cell(step)
+def stages_section(runs: Sequence[RunRecord]) -> str:
+    """List the stages of every run that has some: from which step, and which fields they change.
+
+    Args:
+        runs: All runs of the page.
+
+    Returns:
+        HTML; nothing where no run has stages.
+    """
+    rows = []
+    for run in runs:
+        held = dict(flatten(run.config))
+        for stage in run.config.get("stages") or ():
+            now = dict(flatten(stage.get("set") or {}))
+            changes = {field: (held.get(field), value) for field, value in now.items()}
+            rows.append([escape(run.name), _number(stage.get("from_step")), _changes(changes)])
+            held |= now
+    if not rows:
+        return ""
+    note = "Upright lines in the curves are these steps. A field that is not named holds on from the stage before."
+    body = table(["run", "after step", "changed"], rows, numeric=[1]) + f'<p class="note">{note}</p>'
+    return section("Stages", body, "stages")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else value_cell(value)
 
 
 def _fingerprint(entry: Mapping[str, Any]) -> str:
@@ -42,7 +71,10 @@ def _fingerprint(entry: Mapping[str, Any]) -> str:
 
 
 def _overrides(entry: Mapping[str, Any]) -> str:
-    changes = entry.get("overrides") or {}
+    return _changes(entry.get("overrides") or {})
+
+
+def _changes(changes: Mapping[str, Sequence[Any]]) -> str:
     lines = [
         f"<code>{escape(field)}</code>: {escape(str(old))} → {escape(str(new))}"
         for field, (old, new) in changes.items()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -18,22 +19,31 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ltd.tracking.accounting_section import accounting_section
 from ltd.tracking.charts import Chart, Point, Series, draw, number
 from ltd.tracking.ledger import ledger_section
-from ltd.tracking.lineage_section import lineage_section
+from ltd.tracking.lineage_section import lineage_section, stages_section
 from ltd.tracking.markup import details, section, table, value_cell
 from ltd.tracking.media_section import samples_section
-from ltd.tracking.run_record import RunRecord
+from ltd.tracking.run_record import RunRecord, flatten
 
 #: Metrics whose curves come first and are open; the others are folded away.
-MAIN = ("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s", "perf/")
-#: Of these, what is folded away all the same: a curve for each size of samples.
-FOLDED = ("perf/bucket/",)
+MAIN = (
+    *("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s"),
+    *("perf/tokens_per_s", "perf/mfu"),
+)
 #: Groups that hold the same quantities as ``loss/``, measured on held-out data: drawn into its charts, dashed.
 HELD_OUT = ("heldout", "eval", "validation")
 
+#: Choices of smoothing: over which part of a curve, one n-th; 0 is none.
+SMOOTHINGS = (("auto", "auto"), ("none", "0"), ("light", "150"), ("medium", "50"), ("strong", "12"))
+
 #: Differences between configurations are unfolded up to this many: runs of two stages share little.
 MAX_OPEN_DIFFERENCES = 30
+
+#: How ``markup.section`` begins: the section's anchor and title.
+HEADING = re.compile('<section id="([a-z]+)"><h2>([^<]*)</h2>')
+SCRIPTS = ("report.js", "report_charts.js")
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -48,7 +58,7 @@ $css
 </style>
 </head>
 <body>
-<header><h1>$title</h1>$facts</header>
+<header><h1>$title</h1>$facts$contents</header>
 <main>
 $sections
 </main>
@@ -92,26 +102,46 @@ def build_page(runs: Sequence[RunRecord], *, media_limit_mb: float = 64.0) -> tu
     runs = _with_distinct_names(runs)
     samples, left_out = samples_section([(run.name, run.samples) for run in runs], media_limit_mb)
     ledger = ledger_section([(run.name, run.ledger) for run in runs])
-    lineage = lineage_section([(run.name, run.lineage) for run in runs])
-    sections = [evaluation_section(runs), samples, curves_section(runs), ledger, bad_section(runs), lineage]
-    sections.append(config_section(runs))
+    sections = [evaluation_section(runs), samples, curves_section(runs), accounting_section(runs), ledger]
+    sections += [bad_section(runs), lineage_section(runs), stages_section(runs), config_section(runs)]
     assets = resources.files("ltd.tracking")
     page = PAGE.substitute(
         title=escape(f"{'Run' if len(runs) == 1 else 'Runs'} {', '.join(run.name for run in runs)}"),
         css=assets.joinpath("report.css").read_text(encoding="utf-8"),
-        script=assets.joinpath("report.js").read_text(encoding="utf-8"),
-        facts="".join(facts_row(run, index, named=len(runs) > 1) for index, run in enumerate(runs)),
+        script="\n".join(assets.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS),
+        facts=facts_section(runs),
+        contents=contents(sections),
         sections="\n".join(section for section in sections if section),
     )
     return page, left_out
 
 
-def facts_row(run: RunRecord, color: int, *, named: bool) -> str:
-    """Say in a line of tiles what a run is and how far it came."""
+def contents(sections: Sequence[str]) -> str:
+    """Link to the sections there are."""
+    heads = [HEADING.match(section) for section in sections]
+    links = "".join(f'<a href="#{head[1]}">{head[2]}</a>' for head in heads if head)
+    return f"<nav>{links}</nav>"
+
+
+def facts_section(runs: Sequence[RunRecord]) -> str:
+    """Say what the runs are and how far they came: in a line of tiles of one run, in a table of several."""
+    found = [dict(collect_facts(run)) for run in runs]
+    if len(runs) == 1:
+        tiles = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in found[0].items())
+        return f'<dl class="facts">{tiles}</dl>'
+    names = list(dict.fromkeys(name for facts in found for name in facts))
+    rows = [
+        [f'<i class="swatch c{index % 8}"></i>{escape(run.name)}', *(value_cell(facts.get(name)) for name in names)]
+        for index, (run, facts) in enumerate(zip(runs, found, strict=True))
+    ]
+    return table(["run", *names], rows, numeric=range(2, 1 + len(names)))
+
+
+def collect_facts(run: RunRecord) -> list[tuple[str, str]]:
+    """List in a few words each what a run is and how far it came."""
     facts: list[tuple[str, str]] = []
     kind = _at(run.config, "model.kind") or _at(run.config, "kind")
-    if kind:
-        facts.append(("model", str(kind)))
+    facts += [("model", str(kind))] if kind else []
     if run.rows:
         last, steps = run.rows[-1]["step"], _at(run.config, "steps")
         facts.append(("last step logged", f"{last:,}" + (f" of {steps:,}" if isinstance(steps, int) else "")))
@@ -128,9 +158,7 @@ def facts_row(run: RunRecord, color: int, *, named: bool) -> str:
     if shares:
         facts.append(("median MFU", f"{100 * statistics.median(shares):.3g} %"))
     facts.append(("bad samples", f"{sum(run.bad.values()):,}"))
-    name = f'<span class="run"><i class="swatch c{color % 8}"></i>{escape(run.name)}</span>' if named else ""
-    tiles = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
-    return f'<div class="facts">{name}<dl>{tiles}</dl></div>'
+    return facts
 
 
 def curves_section(runs: Sequence[RunRecord]) -> str:
@@ -140,16 +168,31 @@ def curves_section(runs: Sequence[RunRecord]) -> str:
         return ""
     main = [draw(chart) for chart in charts if _is_main(chart)]
     others = [draw(chart) for chart in charts if not _is_main(chart)]
-    body = f'<div class="charts">{"".join(main)}</div>'
+    body = curve_controls(runs) + f'<div class="charts">{"".join(main)}</div>'
     if others:
         plural = "s" if len(others) > 1 else ""
         body += details(f"{len(others)} more curve{plural}", f'<div class="charts">{"".join(others)}</div>')
-    note = "Faint: as logged. Strong: smoothed, where the curve is noisy. Dashed: held-out data."
+    note = "Faint: as logged. Strong: smoothed. Dashed: held-out data."
     return section("Curves", f'<p class="note">{note}</p>{body}', "curves")
 
 
+def curve_controls(runs: Sequence[RunRecord]) -> str:
+    """Choices that the page's script redraws all curves by: the axis, smoothing and, of several runs, which."""
+    scales = "".join(f'<option value="{name}">{name}</option>' for name in ("auto", "linear", "logarithmic"))
+    smoothings = "".join(f'<option value="{value}">{name}</option>' for name, value in SMOOTHINGS)
+    controls = f'<label>Axis <select id="scale">{scales}</select></label>'
+    controls += f'<label>Smoothing <select id="smoothing">{smoothings}</select></label>'
+    if len(runs) > 1:
+        controls += "".join(
+            f'<label><input type="checkbox" class="run-shown" value="{index}" checked>'
+            f'<i class="swatch c{index % 8}"></i>{escape(run.name)}</label>'
+            for index, run in enumerate(runs)
+        )
+    return f'<div class="controls">{controls}</div>'
+
+
 def _is_main(chart: Chart) -> bool:
-    return chart.title.startswith(MAIN) and not chart.title.startswith(FOLDED)
+    return chart.title.startswith(MAIN)
 
 
 def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -173,7 +216,7 @@ def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         for index, run in enumerate(runs):
             points = _points(run, name)
             if points:
-                label = name if len(runs) == 1 else f"{run.name}: {name}"
+                label = name if len(runs) == 1 else f"{run.name}: {name}" if joins else run.name
                 color = index if len(runs) > 1 else int(joins)
                 charts.setdefault(train if joins else name, []).append(Series(label, points, color, joins))
     order = {prefix: index for index, prefix in enumerate(MAIN)}
@@ -181,7 +224,8 @@ def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     def rank(title: str) -> tuple[int, str]:
         return min((index for prefix, index in order.items() if title.startswith(prefix)), default=len(MAIN)), title
 
-    return [Chart(title, charts[title]) for title in sorted(charts, key=rank)]
+    marks = sorted({float(stage["from_step"]) for run in runs for stage in run.config.get("stages") or ()})
+    return [Chart(title, charts[title], marks) for title in sorted(charts, key=rank)]
 
 
 def evaluation_section(runs: Sequence[RunRecord]) -> str:
@@ -248,7 +292,7 @@ def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]
     Returns:
         (dotted field, value in each run) pairs; a run without the field has None.
     """
-    flat = [dict(_flatten(run.config)) for run in runs]
+    flat = [dict(flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = [(key, [one.get(key) for one in flat]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
@@ -263,16 +307,8 @@ def _with_distinct_names(runs: Sequence[RunRecord]) -> list[RunRecord]:
     ]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _at(tree: Mapping[str, Any], dotted: str) -> Any:
-    return dict(_flatten(tree)).get(dotted)
+    return dict(flatten(tree)).get(dotted)
 
 
 def _is_number(value: Any) -> bool:

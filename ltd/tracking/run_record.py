@@ -1,36 +1,52 @@
 """Read what a run left on disk: ``config.yaml``, ``metrics.jsonl``, ``quarantine.jsonl``, ``media.jsonl``,
-``evaluation.json``, ``lineage.json`` and folders of samples. Knows files, no model and no page.
+``evaluation.json``, ``lineage.json``, ``init_from.json``, ``hardware.json`` and folders of samples. Knows files, no
+model and no page.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from ltd.storage import StorageError, read_lineage
-from ltd.tracking.journal import read_journal
+from ltd.storage import StorageError, latest_checkpoint, read_lineage, read_manifest
+from ltd.tracking.journal import read_journal, whole_lines
 from ltd.tracking.ledger import LedgerRecord, read_ledger
 from ltd.tracking.tracker import MEDIA, METRICS, QUARANTINE
 
 CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
+HARDWARE = "hardware.json"
+INIT_FROM = "init_from.json"
 SAMPLES = "samples.jsonl"
 MEDIA_SUFFIXES = (".mp4", ".webm", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One media file, its caption, and in a few words each how it was made."""
+    """One media file, its caption, and in a few words each what else was asked for and how it was made."""
 
     path: Path
     caption: str
+    #: How it was made; may differ between samples that answer the same request.
     details: tuple[str, ...] = ()
+    #: What was asked for besides the caption (size, seed): samples that share both answer the same request.
+    asked: tuple[str, ...] = ()
+    #: Step of training at which it was made; None of one made afterwards.
+    step: int | None = None
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether it is an overview of other samples."""
+        return self.path.stem == "grid"
 
 
 @dataclass(frozen=True)
@@ -48,13 +64,18 @@ class RunRecord:
     bad_examples: Sequence[Mapping[str, Any]] = ()
     #: Checkpoints of other runs that it started from, oldest first.
     lineage: Sequence[Mapping[str, Any]] = ()
+    #: Whose weights its model began with, where not its own: path, weights, fingerprint.
+    init_from: Mapping[str, Any] = field(default_factory=dict)
+    #: The device it ran on and its peak.
+    hardware: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_run(run_dir: Path, *, samples: Path | None = None) -> RunRecord:
     """Read a run directory.
 
     Args:
-        run_dir: Directory with ``metrics.jsonl`` or ``evaluation.json``; the other files are shown where present.
+        run_dir: Directory with ``config.yaml``, ``metrics.jsonl`` or ``evaluation.json``; the other files are shown
+            where present. The run may still be going on.
         samples: Folder of samples to show beside those the run made itself.
 
     Returns:
@@ -63,10 +84,10 @@ def read_run(run_dir: Path, *, samples: Path | None = None) -> RunRecord:
     Raises:
         ValueError: If this is no run directory, or a file in it cannot be read; names the file.
     """
-    if not (run_dir / METRICS).is_file() and not (run_dir / EVALUATION).is_file():
-        raise ValueError(f"{run_dir}: no run here: needs {METRICS} (written by train.py) or {EVALUATION}")
+    if not any((run_dir / name).is_file() for name in (METRICS, EVALUATION, CONFIG)):
+        raise ValueError(f"{run_dir}: no run here: needs {METRICS} or {CONFIG} (written by train.py), or {EVALUATION}")
     quarantine = list(read_journal(run_dir / QUARANTINE))
-    found = _logged_media(run_dir) + _sample_folders(run_dir)
+    found = _sample_folders(run_dir) + _logged_media(run_dir)
     if samples is not None:
         found += _sample_folder(samples)
     return RunRecord(
@@ -80,13 +101,35 @@ def read_run(run_dir: Path, *, samples: Path | None = None) -> RunRecord:
         bad_examples=quarantine[:20],
         ledger=read_ledger(run_dir),
         lineage=_read_lineage(run_dir),
+        init_from=_read_init_from(run_dir),
+        hardware=_read_object(run_dir / HARDWARE),
     )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """List the fields of a configuration.
+
+    Args:
+        tree: Nested plain values.
+        prefix: Put before each field.
+
+    Yields:
+        (dotted field, value); an empty mapping is a value.
+    """
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a configuration: {error}") from error
     return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
 
 
@@ -95,6 +138,27 @@ def _read_lineage(run_dir: Path) -> list[dict[str, Any]]:
         return read_lineage(run_dir)
     except StorageError as error:
         raise ValueError(str(error)) from None
+
+
+def _read_init_from(run_dir: Path) -> dict[str, Any]:
+    """Find whose weights a run, or the run it is a fork of, began with: its checkpoints know it, and its own file."""
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is not None:
+        with contextlib.suppress(StorageError):
+            found = read_manifest(checkpoint).get("lineage", {}).get("init_from")
+            if found:
+                return dict(found)
+    return _read_object(run_dir / INIT_FROM)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing file is an empty one."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: needs a JSON object: {error!r}") from error
 
 
 def _read_evaluation(path: Path) -> list[dict[str, Any]]:
@@ -110,12 +174,14 @@ def _read_evaluation(path: Path) -> list[dict[str, Any]]:
 
 
 def _logged_media(run_dir: Path) -> list[Sample]:
-    """Media that training noted, those of the latest step of each name; files deleted since are left out."""
-    rows = list(read_journal(run_dir / MEDIA))
-    latest = {row["name"]: row["step"] for row in rows}
-    chosen = [row for row in rows if row["step"] == latest[row["name"]]]
-    samples = [Sample(run_dir / row["path"], row.get("caption", ""), (f"step {row['step']:,}",)) for row in chosen]
-    return [sample for sample in samples if sample.path.is_file()]
+    """Media that training noted; files deleted since are left out."""
+    rows = read_journal(run_dir / MEDIA)
+    samples = [Sample(run_dir / row["path"], row.get("caption", ""), step=row["step"]) for row in rows]
+    return [sample for sample in samples if _is_there(sample.path)]
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _sample_folders(run_dir: Path) -> list[Sample]:
@@ -131,25 +197,36 @@ def _sample_folder(folder: Path) -> list[Sample]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of samples")
     listed: list[Sample] = []
-    if (folder / SAMPLES).is_file():
-        for number, line in enumerate((folder / SAMPLES).read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                shown = row["prompt"] or row.get("class") or (f"class {row['label']}" if "label" in row else "")
-                listed.append(Sample(folder / row["file"], str(shown), _how_made(row)))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{folder / SAMPLES}, line {number}: needs 'file' and 'prompt': {error!r}") from error
+    step: int | None = None
+    for number, line in enumerate(whole_lines(folder / SAMPLES), start=1):
+        try:
+            row = json.loads(line)
+            step = row.get("step")
+            shown = row["prompt"] or row.get("class") or (f"class {row['label']}" if "label" in row else "")
+            listed.append(Sample(folder / row["file"], str(shown), _how_made(row), _what_was_asked(row), step))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / SAMPLES}, line {number}: needs 'file' and 'prompt': {error!r}") from error
     known = {sample.path for sample in listed}
     others = sorted(path for path in folder.iterdir() if path.suffix in MEDIA_SUFFIXES and path not in known)
-    return [sample for sample in listed if sample.path.is_file()] + [Sample(path, path.stem) for path in others]
+    listed += [Sample(path, path.stem, step=step) for path in others]
+    return [sample for sample in listed if _is_there(sample.path)]
 
 
-def _how_made(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say how ``sample.py`` made a file, as far as its row tells."""
+def _what_was_asked(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say what a sample's request holds besides its prompt, as far as its row tells."""
     parts = []
     if {"num_frames", "height", "width"} <= row.keys():
         parts.append(f"{row['num_frames']}x{row['height']}x{row['width']}")
-    parts += [f"{name} {row[name]}" for name in ("seed", "guidance") if name in row]
+    parts += [f"seed {row['seed']}"] if "seed" in row else []
+    parts += [f"no. {row['repetition'] + 1}"] if row.get("repetition") else []
+    parts += [f"{row['task']}: {', '.join(map(str, row.get('condition') or ()))}"] if "task" in row else []
+    return tuple(parts)
+
+
+def _how_made(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say how a sample was made, as far as its row tells."""
+    parts = [f"guidance {row['guidance']:g}"] if "guidance" in row else []
+    parts += [f"negative {row['negative']!r}"] if row.get("negative") else []
     if "steps" in row:
         parts.append(f"{row['steps']} {row.get('solver', '')} steps".replace("  ", " "))
     if "weights" in row:

@@ -35,6 +35,8 @@ class TrackingConfig:
     entity: str | None = None
     #: W&B group, for runs that belong together.
     group: str | None = None
+    #: W&B job type: what this run is within its group, such as ``trunk`` or ``cooldown``.
+    job_type: str | None = None
     #: Name of the run; None is the run directory's name.
     name: str | None = None
     #: W&B tags.
@@ -96,15 +98,16 @@ class Tracker:
         self._histograms: Journal | None = None
         if config.histograms_every or (self.run_dir / HISTOGRAMS).is_file():
             self._histograms = Journal(self.run_dir / HISTOGRAMS, start_step=start_step)
+        described = {**plain(run_config), "code_version": code_version()}
         if config.tensorboard:
-            self._tensorboard = TensorboardRun(self.run_dir, start_step=start_step)
+            self._tensorboard = TensorboardRun(self.run_dir, start_step=start_step, run_config=described)
         self._bad.update(str(row.get("cause", "unknown")) for row in read_journal(self.run_dir / QUARANTINE))
         if mode is not None:
             self._wandb = WandbRun(
                 self.run_dir,
                 mode=mode,
                 settings=_wandb_settings(config, self.run_dir),
-                run_config={**plain(run_config), "code_version": code_version()},
+                run_config=described,
                 run_id=self._wandb_id,
             )
             self._wandb_id = self._wandb.id
@@ -207,6 +210,7 @@ def _wandb_settings(config: TrackingConfig, run_dir: Path) -> dict[str, Any]:
         "project": config.project,
         "entity": config.entity,
         "group": config.group,
+        "job_type": config.job_type,
         "name": config.name or run_dir.resolve().name,
         "tags": list(config.tags),
         "notes": config.notes,

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ltd.inference.conditions import label_prompts
 from ltd.inference.generate import Generator, Request, batches
 from ltd.inference.media import video_to_pixels
 from ltd.inference.sample_folder import SampleFolder
-from ltd.parallel.ema import Ema
+from ltd.parallel.ema import Ema, group_of
 from ltd.parallel.layout import Layout
 from ltd.shapes import VideoShape
 from ltd.tracking.tracker import Tracker
@@ -149,7 +149,8 @@ class Sampling:
         Returns:
             Metrics: none of its own.
         """
-        folder = SampleFolder(self.tracker().run_dir / "samples" / f"step-{step:08d}", self.requests, {"step": step})
+        out = self.tracker().run_dir / "samples" / f"step-{step:08d}"
+        folder = SampleFolder(out, self.requests, {"step": step, **self._made_with()})
         if self.layout.is_main:
             folder.begin({"step": str(step), "prompts": "\n".join(r.title for r in self.requests)})
         self.layout.barrier()
@@ -179,7 +180,16 @@ class Sampling:
                 if number not in failed
             ]
             self.tracker().log_media(step, "eval/samples", files)
+            if files:
+                self.tracker().log_media(step, "eval/samples_grid", [(folder.grid, "grid")])
         return {}
+
+    def _made_with(self) -> dict[str, Any]:
+        """Say in the columns of ``sample.py`` how these samples are made."""
+        decay = self.ema.config.decays[0] if self.config.decay is None else self.config.decay
+        weights = group_of(decay) if decay else "raw"
+        chosen = {name: getattr(self.config, name) for name in ("seed", "steps", "solver", "guidance", "negative")}
+        return {**chosen, "weights": weights}
 
     def _make(self, generator: Generator, folder: SampleFolder) -> None:
         """Make this process's batches; under ZeRO-3 all must call the network equally often, so some repeat one."""

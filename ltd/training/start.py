@@ -12,6 +12,7 @@ from ltd import storage
 from ltd.config import ConfigError
 from ltd.parallel import checkpoint as checkpoints
 from ltd.parallel.layout import Layout
+from ltd.tracking.sweep import check_sweep
 from ltd.training.fork import add_ancestor, check_same_model, check_same_origin, differences, resolve_fork
 from ltd.training.run import RunConfig
 from ltd.training.stages import at_step
@@ -63,8 +64,10 @@ def find_start(run: R, layout: Layout) -> Start[R] | None:
 
     Raises:
         ConfigError: If ``resume`` or ``fork`` names no checkpoint, or one of another kind or with too many steps, or
-            ``fork`` one of another model.
+            ``fork`` one of another model; or if a W&B sweep set fields that did not reach the run.
     """
+    if run.tracking.wandb != "disabled":
+        check_sweep(config_io.to_dict(run))
     found: Start[R] | Exception | None = None
     if layout.is_main:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,3 +105,22 @@ def test_report_shows_the_table(tmp_path: Path) -> None:
     assert "median MFU" in page and "25 %" in page
     assert page.index("1 more curve") < page.index("perf/bucket/1x2x2/mfu"), "folded away"
     assert ledger_section([("x", LedgerRecord())]) == ""
+
+
+def test_a_source_of_noise_does_not_make_the_others_look_easy(tmp_path: Path) -> None:
+    def loss(source: str, size: str, time: int) -> float:
+        return alike(source, size, time) * {"a/1.tar": 8.0, "b/<odd>.tar": 0.5}.get(source, 1.0)
+
+    found = rows(read_ledger(write(tmp_path, loss, count=40)))
+    assert found["a/1.tar"].relative == pytest.approx(8, rel=0.1) and "quarantine or look" in found["a/1.tar"].advice
+    assert found["b/<odd>.tar"].relative == pytest.approx(0.5, rel=0.1)
+    assert "lower its weight" in found["b/<odd>.tar"].advice
+    for name in ("a/0.tar", "b/0.tar"):
+        assert found[name].relative == pytest.approx(1, abs=0.1) and not found[name].advice
+
+
+def test_half_of_the_sources_at_most_are_set_aside(tmp_path: Path) -> None:
+    sources = {"a/0.tar": 1.0, "a/1.tar": 3.0, "b/0.tar": 9.0, "b/<odd>.tar": 27.0}
+    found = rows(read_ledger(write(tmp_path, lambda source, size, time: sources[source], count=40)))
+    assert all(math.isfinite(row.relative) for row in found.values())
+    assert sorted(sources, key=lambda name: found[name].relative) == list(sources)

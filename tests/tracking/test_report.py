@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ltd import config
-from ltd.data.write import write_video
-from ltd.tracking import Tracker, TrackingConfig
 from ltd.tracking.charts import Chart, Scale, Series, draw, is_noisy, number, smooth, thin, value_scale
 from ltd.tracking.media_section import samples_section
 from ltd.tracking.report import build_page, collect_charts, config_differences, write_report
-from ltd.tracking.run_record import Sample, read_run
+from ltd.tracking.run_record import RunRecord, Sample, read_run
+from tests.tracking.made_runs import PROMPT, add_samples, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PROMPT = 'a rabbit & a "butterfly" </script><b>bold</b>'
-
-
-def make_run(run_dir: Path, *, lr: float = 1e-3, media: bool = False) -> Path:
-    """Write a run directory the way training and ``sample.py`` do."""
-    settings = {"model": {"kind": "dit"}, "steps": 70, "optim": {"lr": lr, "betas": [0.9, 0.99]}}
-    config.save(settings, run_dir / "config.yaml")
-    track = Tracker(run_dir, TrackingConfig(), is_main=True, run_config=settings)
-    for step in range(1, 71):
-        values = {"loss/denoise": 2.0 / step, "optim/lr": lr, "time/step_s": 0.5, "time/data_s": 0.05, "other/x": step}
-        if step == 7:
-            values["loss/denoise"] = math.nan
-        if step % 35 == 0:
-            values["heldout/denoise"] = 3.0 / step
-        if step == 9:
-            record = {"key": "k9", "shard": "a.tar", "cause": "truncated", "message": "<i>short</i>"}
-            track.quarantine(step, [record])
-        track.log(step, values)
-    track.finish()
-    if media:
-        samples = run_dir / "samples"
-        samples.mkdir()
-        ramp = np.arange(17, dtype=np.uint8)[:, None, None, None] * 10
-        write_video(samples / "0000.mp4", np.broadcast_to(ramp, (17, 32, 48, 3)).copy(), fps=8)
-        Image.new("RGB", (48, 32), "red").save(samples / "grid.png")
-        rows = [{"file": "0000.mp4", "prompt": PROMPT, "seed": 3, "steps": 24, "solver": "heun"}]
-        (samples / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    row = {
-        "name": "psnr",
-        "value": 24.5,
-        "unit": "dB",
-        "network": None,
-        "n": 12,
-        "floor": None,
-        "note": "<u>held out</u>",
-    }
-    (run_dir / "evaluation.json").write_text(json.dumps({"rows": [row]}))
-    return run_dir
 
 
 @pytest.mark.parametrize(
@@ -173,7 +134,7 @@ def test_page_holds_everything_escaped_and_asks_for_nothing(tmp_path: Path) -> N
     parsed = PageParser(page)
     assert left_out == []
     assert parsed.addresses
-    assert all(address.startswith("data:") for address in parsed.addresses)
+    assert all(address.startswith(("data:", "#")) for address in parsed.addresses)
     assert "@import" not in page
     assert "url(" not in page
     assert not any(markup in page for markup in ("<b>bold", "<u>held", "<i>short"))
@@ -193,20 +154,68 @@ def test_page_holds_everything_escaped_and_asks_for_nothing(tmp_path: Path) -> N
     assert parsed.tags.count("img") == 1, "the grid"
 
 
-def test_samples_of_one_prompt_stand_under_it_with_what_they_share_said_once(tmp_path: Path) -> None:
-    shared = ("guidance 3", "ema weights")
-    samples = []
-    for name, seed in (("a", 0), ("b", 1)):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
-        samples.append(Sample(tmp_path / f"{name}.png", PROMPT, (f"seed {seed}", *shared)))
-    text, left_out = samples_section([("run", samples)], 1.0)
+def picture(folder: Path, name: str, caption: str = PROMPT, **what: Any) -> Sample:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(folder / f"{name}.png")
+    return Sample(folder / f"{name}.png", caption, **what)
+
+
+def laid_out(text: str) -> list[tuple[str, list[str]]]:
+    """Headings of the rows, each with the texts of its cells."""
+    rows = [re.split("<h3>|</h3>", part)[1:] for part in text.split('<div class="sample-row">')[1:]]
+    return [
+        (
+            PageParser(head).text,
+            [PageParser(cell.partition(">")[2]).text for cell in rest.split('<div class="cell')[1:]],
+        )
+        for head, rest in rows
+    ]
+
+
+def test_one_row_for_each_prompt_and_seed_with_the_same_columns(tmp_path: Path) -> None:
+    runs = []
+    for name in ("first", "second"):
+        samples = [
+            picture(tmp_path / name, f"{step}-{seed}-{len(word)}", word, asked=(f"seed {seed}",), step=step)
+            for step in (20, 10)
+            for word in (PROMPT, "other")
+            for seed in ((0, 1) if name == "first" else (1,))
+        ]
+        after = picture(tmp_path / name, "after", PROMPT, asked=("seed 1",), details=("ema weights",))
+        runs.append((name, [*samples, after]))
+    text, left_out = samples_section(runs, 1.0)
     assert left_out == []
-    shown = PageParser(text)
-    assert shown.tags.count("h3") == 1
-    assert [shown.text.count(part) for part in (PROMPT, *shared, "seed 0", "seed 1")] == [1] * 5
-    two = PageParser(samples_section([("first", samples[:1]), ("second", samples[1:])], 1.0)[0])
-    assert two.text.index("first · seed 0") < two.text.index("second · seed 1"), "runs side by side under the prompt"
-    assert two.tags.count("h3") == 1
+    columns = ["firststep 10", "secondstep 10", "firststep 20", "secondstep 20"]
+    found = laid_out(text)
+    assert [head for head, _ in found] == [f"{PROMPT} seed 0", f"{PROMPT} seed 1", "other seed 0", "other seed 1"]
+    assert found[1][1] == [*columns, "firstema weights", "secondema weights"]
+    assert found[3][1] == [*columns, "not made", "not made"]
+    gone = ["not made" if "second" in column else column for column in columns]
+    assert found[0][1] == [*gone, "not made", "not made"]
+
+
+def test_what_all_samples_share_is_said_once(tmp_path: Path) -> None:
+    shared = ("guidance 3", "ema weights")
+    samples = [picture(tmp_path, name, details=(*shared,), asked=("9x32x32", f"seed {name}")) for name in ("1", "2")]
+    shown = PageParser(samples_section([("run", samples)], 1.0)[0])
+    assert [shown.text.count(part) for part in (*shared, "9x32x32", "seed 1", "seed 2")] == [1] * 5
+    assert shown.tags.count("figure") == 2, "one column: a grid of cards"
+
+
+def test_of_many_steps_the_first_the_last_and_some_between_are_shown(tmp_path: Path) -> None:
+    samples = [picture(tmp_path, f"{step}", step=step) for step in range(1, 101)]
+    (tmp_path / "g").mkdir()
+    samples += [dataclasses.replace(picture(tmp_path / f"g{step}", "grid"), step=step) for step in (99, 100)]
+    text, left_out = samples_section([("run", samples)], 1.0)
+    steps = [int(step) for step in re.findall(r"step (\d+)<", text)]
+    assert (len(steps), steps[0], steps[11], steps[12]) == (13, 1, 100, 100) and steps[:12] == sorted(steps[:12])
+    assert max(np.diff(steps[:12])) == 9 and "12 of 100 steps" in text and not left_out
+    assert "Overviews (1)" in text
+    five = [(f"run{number}", samples) for number in range(5)]
+    assert len(re.findall(r"<figure", samples_section(five, 1.0)[0])) == 5 * 2 + 5
+    size = samples[0].path.stat().st_size
+    few, left_out = samples_section([("run", samples[:100])], 2.5 * size / 1e6)
+    assert re.findall(r"step (\d+)<", few) == ["91", "100"] and len(left_out) == 10, "what was made last first"
 
 
 def test_videos_are_of_the_kind_that_every_browser_plays(tmp_path: Path) -> None:
@@ -227,7 +236,8 @@ def test_media_past_the_limit_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (None, "", r"no run here: needs metrics\.jsonl"),
+        (None, "", r"no run here: needs metrics\.jsonl or config\.yaml"),
+        ("config.yaml", "a: [1\n", r"config\.yaml: cannot be read as a configuration"),
         ("metrics.jsonl", "{]\n", r"metrics\.jsonl, line 1: needs a JSON object"),
         ("evaluation.json", '{"rows": [{"value": 1}]}', r"evaluation\.json: needs a list of objects with a 'name'"),
     ],
@@ -242,41 +252,6 @@ def test_command_names_what_is_wrong(
     assert done.returncode == 2
     assert re.search(message, error)
     assert "Traceback" not in error
-
-
-# Written into the page under test: moves the pointer over the first chart, plays, and waits for the videos.
-PROBE = """<script>
-const svg = document.querySelector("figure[data-chart] svg");
-const box = svg.getBoundingClientRect();
-svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width, clientY: box.top + 5 }));
-page.dataset.tip = document.querySelector(".tip").textContent;
-document.getElementById("play-all").click();
-page.dataset.button = document.getElementById("play-all").textContent;
-</script>"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
-def test_page_works_in_a_browser(tmp_path: Path) -> None:
-    runs = [read_run(make_run(tmp_path / "a", media=True)), read_run(make_run(tmp_path / "b", media=True, lr=2e-3))]
-    write_report(runs, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    (tmp_path / "probe.html").write_text(page.replace("</body>", f"{PROBE}</body>"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom --enable-logging=stderr"
-    command = [str(BROWSER), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path}/probe.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    root = re.search(r"<html[^>]*>", done.stdout)
-    assert root, done.stderr
-    found = {name: html.unescape(value) for name, value in re.findall(r'data-([a-z-]+)="([^"]*)"', root[0])}
-    assert found["script"] == "done"
-    assert found["errors"] == "0"
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert found["charts"] == "7", "five metrics and two counts of bad samples"
-    assert found["videos-ready"] == "2/2"
-    durations = re.findall(r'<video[^>]*data-duration="([^"]*)"', done.stdout)
-    assert [float(value) for value in durations] == pytest.approx([17 / 8] * 2, abs=0.01)
-    assert found["tip"].startswith("a: loss/denoise at 70: 0.02857"), "the last step's value follows the pointer"
-    assert found["button"] == "Pause all"
 
 
 def test_the_page_shows_where_a_fork_is_from(tmp_path: Path) -> None:
@@ -295,3 +270,85 @@ def test_the_page_shows_where_a_fork_is_from(tmp_path: Path) -> None:
     (child / "lineage.json").write_text("[]")
     with pytest.raises(ValueError, match="lineage.json: needs a list of ancestors"):
         read_run(child)
+
+
+def staged(run: RunRecord) -> RunRecord:
+    stages = [
+        {"from_step": 20, "set": {"optim": {"lr": 5e-4}}},
+        {"from_step": 40, "set": {"optim": {"lr": 1e-4}, "data": {"new": "<x>"}}},
+    ]
+    return dataclasses.replace(run, config={**run.config, "stages": stages})
+
+
+def test_stages_are_listed_and_marked_in_the_curves(tmp_path: Path) -> None:
+    plain = read_run(make_run(tmp_path / "a"))
+    page, _ = build_page([staged(plain)])
+    part = re.search('<section id="stages">.*?</section>', page, re.S)
+    assert part is not None
+    cells = [PageParser(cell).text for cell in re.findall("<td.*?</td>", part[0], re.S)]
+    assert cells == ["a", "20", "optim.lr: 0.001 → 0.0005", "a", "40", "optim.lr: 0.0005 → 0.0001data.new: None → <x>"]
+    chart = draw(collect_charts([staged(plain)])[0])
+    places = [float(x) for x in re.findall(r'class="mark" x1="([\d.]+)"', chart)]
+    assert places == pytest.approx([58 + 488 * (step - 1) / 69 for step in (20, 40)], abs=0.1)
+    assert 'class="mark"' not in build_page([plain])[0] and 'id="stages"' not in build_page([plain])[0]
+
+
+def test_accounting_stands_beside_each_other(tmp_path: Path) -> None:
+    values = {"perf/tokens_per_s": [100, 300, 200], "perf/mfu": [0.1, 0.3, "nan"], "perf/memory_peak_gb": [1, 3, 2]}
+    rows = [{"step": step, **{name: series[step] for name, series in values.items()}} for step in range(3)]
+    rows[0]["perf/bucket/9x32x32/tokens_per_s"], rows[1]["perf/bucket/17x8x8/mfu"] = 7.0, 0.5
+    first = RunRecord("a", tmp_path, rows=rows, hardware={"device": "NVIDIA <X>"})
+    second = RunRecord("b", tmp_path, rows=[{"step": 0, "perf/mfu": 0.5}])
+    page, _ = build_page([first, second])
+    part = re.search('<section id="accounting">.*?</section>', page, re.S)
+    assert part is not None
+    table, sizes = (
+        [
+            [PageParser(cell).text for cell in re.findall("<t[dh].*?</t[dh]>", row, re.S)]
+            for row in re.findall("<tr>.*?</tr>", one, re.S)
+        ]
+        for one in re.findall("<table>.*?</table>", part[0], re.S)
+    )
+    assert table[1:] == [
+        ["device", "NVIDIA <X>", "-"],
+        ["tokens/s", "200", "-"],
+        ["MFU", "20 %", "50 %"],
+        ["most memory, GB", "3", "-"],
+    ]
+    assert sizes == [["run", "size", "tokens/s", "MFU"], ["a", "9x32x32", "7", "-"], ["a", "17x8x8", "-", "50 %"]]
+    assert 'id="accounting"' not in build_page([RunRecord("c", tmp_path, rows=[{"step": 1, "loss/x": 1.0}])])[0]
+
+
+def test_a_run_still_being_written_does_not_break_the_page(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "a", media=True)
+    add_samples(run_dir, 20)
+    add_samples(run_dir, 40)
+    for name in ("metrics.jsonl", "quarantine.jsonl", "media.jsonl", "samples/step-00000040/samples.jsonl"):
+        with (run_dir / name).open("a") as file:
+            file.write('{"step": 71, "loss/den')
+    (run_dir / "ledger.jsonl").write_text('{"step": 5, "fro')
+    (run_dir / "samples/step-00000040/0000.mp4").write_bytes(b"")
+    run = read_run(run_dir)
+    assert run.rows[-1]["step"] == 70 and not run.ledger.cells
+    assert (
+        sum(sample.step == 40 for sample in run.samples) == 2 and sum(sample.step == 20 for sample in run.samples) == 3
+    )
+    (tmp_path / "begun").mkdir()
+    config.save({"model": {"kind": "dit"}}, tmp_path / "begun" / "config.yaml")
+    (tmp_path / "begun" / "metrics.jsonl").write_text("")
+    page, left_out = build_page([run, read_run(tmp_path / "begun")])
+    assert not left_out and "begun" in page
+    (tmp_path / "begun" / "metrics.jsonl").unlink()
+    assert "Resolved configuration" in build_page([read_run(tmp_path / "begun")])[0]
+
+
+def test_a_long_run_is_thinned(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss/x": math.sin(step / 1000) + step % 7, "optim/lr": 1e-3} for step in range(100_000)]
+    rows[54_321]["loss/x"] = 99.0
+    page, _ = build_page([RunRecord("long", tmp_path, rows=rows)])
+    assert len(page) < 150_000
+    data = json.loads(html.unescape(re.findall('data-chart="([^"]*)"', page)[0]))
+    (series,) = data["series"]
+    assert len(series["points"]) <= 600 and [54_321, 99.0] in series["points"] and len(series["means"]) == 300
+    mean = sum(row["loss/x"] for row in rows) / len(rows)
+    assert sum(y for _, y in series["means"]) / 300 == pytest.approx(mean, rel=1e-3)

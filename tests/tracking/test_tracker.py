@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
-import struct
 import sys
-import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from ltd.tracking import code_version as code
 from ltd.tracking.code_version import code_version
 from ltd.tracking.histogram import Histogram
 from ltd.tracking.wandb_run import has_key, resolve_mode
+from tests.tracking.made_runs import write_ramp
 
 
 def tracker(run_dir: Path, *, wandb: str = "disabled", is_main: bool = True, **arguments: Any) -> Tracker:
@@ -222,50 +221,6 @@ def test_missing_wandb_is_a_clear_error_only_when_asked_for(
         tracker(tmp_path, wandb="online")
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Read the records of a ``.wandb`` file (LevelDB's log format: 32 KiB blocks, pieces of crc, length, type)."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, record = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(record)
-            record = b""
-            yield message
-
-
-def test_offline_run_keeps_its_id_and_steps_over_a_resume(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    first = tracker(tmp_path, wandb="offline")
-    for step in range(3):
-        first.log(step, {"loss/denoise": 1.0 / (step + 1)})
-    first.finish()
-    time.sleep(1.0)  # W&B names its folder by the second; a resume within one is not what is tested
-    second = tracker(tmp_path, wandb="offline", start_step=2, state=first.state())
-    second.log(2, {"loss/denoise": 0.25})
-    second.finish()
-    assert first.state()["wandb_id"] == second.state()["wandb_id"]
-    files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{first.state()['wandb_id']}.wandb"))
-    assert files, "W&B writes under the run directory"
-    seen: dict[int, float] = {}
-    configs: set[str] = set()
-    for message in (message for path in files for message in wandb_records(path)):
-        if message.HasField("history"):
-            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in message.history.item}
-            seen[row["step"]] = row["loss/denoise"]
-        elif message.HasField("run"):
-            configs |= {item.value_json for item in message.run.config.update if item.key == "optim"}
-    assert seen == {0: 1.0, 1: 0.5, 2: 0.25}
-    assert {json.loads(value)["lr"] for value in configs} == {0.1}
-
-
 def test_histograms_are_rows_of_their_own_and_reach_wandb_without_empty_ends(
     fake_wandb: types.SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -305,12 +260,14 @@ def test_tensorboard_has_the_rows_of_the_journal_once_after_a_resume(tmp_path: P
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = TrackingConfig(tensorboard=True, histograms_every=1)
     Image.new("RGB", (6, 4), "red").save(tmp_path / "a.png")
+    write_ramp(tmp_path / "a.mp4", 9)
     for first, last in ((1, 6), (4, 8)):
-        track = Tracker(tmp_path, config, is_main=True, run_config={}, start_step=first)
+        track = Tracker(tmp_path, config, is_main=True, run_config={"optim": {"lr": 0.1}}, start_step=first)
         for step in range(first, last + 1):
             track.log(step, {"loss/denoise": 10.0 * first + step, "data/keys_hash": "ab", "bad": math.inf})
             track.log_histograms(step, {"histogram/w": Histogram([-1.0, 0.0, 2.0], [3, step])})
-            track.log_media(step, "samples/grid", [(tmp_path / "a.png", "red"), (tmp_path / "b.mp4", "left out")])
+            track.log_media(step, "samples/grid", [(tmp_path / "a.png", "red")])
+            track.log_media(step, "samples/video", [(tmp_path / "a.mp4", "grows brighter"), (tmp_path / "a.png", "x")])
         track.finish()
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     found.Reload()
@@ -320,6 +277,23 @@ def test_tensorboard_has_the_rows_of_the_journal_once_after_a_resume(tmp_path: P
     assert set(found.Tags()["scalars"]) == {"loss/denoise", "bad", "data/bad"}
     assert {event.value for event in found.Scalars("bad")} == {math.inf}
     assert [(event.step, event.width, event.height) for event in found.Images("samples/grid")][-1] == (8, 6, 4)
+    event = found.Images("samples/video/0")[-1]
+    moving = Image.open(io.BytesIO(event.encoded_image_string))
+    assert (event.step, moving.format, moving.n_frames, moving.size, moving.info["duration"]) == (
+        8,
+        "GIF",
+        9,
+        (48, 32),
+        120,
+    )  # type: ignore[attr-defined]
+    stills = []
+    for number in range(9):
+        moving.seek(number)
+        stills.append(float(np.asarray(moving.convert("L")).mean()))
+    assert stills == pytest.approx([10.0 * number for number in range(9)], abs=4), "the frames, in order"
+    assert [event.step for event in found.Images("samples/video/1")][-1] == 8
+    text = found.Tensors("config/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert json.loads(text) == {"optim": {"lr": 0.1}, "code_version": code_version()}
     last = found.Histograms("histogram/w")[-1]
     assert (last.step, last.histogram_value.num, list(last.histogram_value.bucket_limit)) == (8, 11, [0.0, 2.0])
 

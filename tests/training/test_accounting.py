@@ -20,6 +20,7 @@ from ltd.data.synthetic import make_toy_shards
 from ltd.parallel import Layout, ParallelConfig
 from ltd.planning import Workload, find_peak
 from ltd.training.accounting import Accounting, AccountingConfig, Hardware, bucket_of, covered, memory_peak
+from ltd.training.ledger import Ledger
 from ltd.training.work import Counts, Work, count_real
 from tools.proofs._runs import start
 
@@ -294,3 +295,19 @@ def test_watched_step_has_no_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert made.row() == {}
     seconds, step_s = made.flags()[:2]
     assert 0 < seconds <= min(step_s, 1e-3 + 1e-9)
+
+
+def test_noting_losses_waits_for_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device a value that the host asks for is an error, as it would be a wait on a GPU."""
+    layout: Any = types.SimpleNamespace(device=torch.device("meta"), is_main=False, gather_objects=lambda mine: [mine])
+    monkeypatch.setattr("ltd.training.ledger.Sources", lambda *rest: None)
+    nothing: Any = None
+    ledger = Ledger(AccountingConfig(), layout, nothing, nothing, run_dir=str(tmp_path), start_step=1)
+    cells = iter([("a", "1x2x2", number % 8, "caption") for number in range(4000)])
+    monkeypatch.setattr(ledger, "_cells", lambda batch, work: [next(cells) for _ in range(4)])
+    batch: Any = types.SimpleNamespace(weight=torch.ones(4))
+    for _ in range(3):
+        ledger.note(batch, nothing, torch.ones(4, device="meta"))
+        ledger.commit()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        ledger.write(3)  # here, and only here, the sums come to the host

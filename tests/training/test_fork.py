@@ -283,10 +283,12 @@ def test_a_fork_is_a_wandb_run_of_its_own_that_names_its_parent(
 
 
 def test_report_card_and_exported_folder_name_the_ancestors(shards: Path, trunk: Path, tmp_path: Path) -> None:
-    child, folder = tmp_path / "child", tmp_path / "folder"
-    assert run(shards, child, f"fork={trunk}@4", "optim.lr=2e-4", steps=6) == 0
-    state = storage.fingerprint(storage.checkpoint_path(trunk, 4))[:12]
-    expected = f"| Forked from | {trunk}@4 (state {state}; changed: optim.lr: 0.001 to 0.0002; steps: 8 to 6) |"
+    middle, child, folder = tmp_path / "middle", tmp_path / "child", tmp_path / "folder"
+    assert run(shards, middle, f"fork={trunk}@4", "optim.lr=2e-4", steps=6) == 0
+    assert run(shards, child, f"fork={middle}@6", "optim.lr=2e-4", "ema.decays=[0.9]", steps=8) == 0
+    state, second = (storage.fingerprint(storage.checkpoint_path(*at))[:12] for at in ((trunk, 4), (middle, 6)))
+    expected = f"| Forked from | {trunk}@4 (state {state}; changed: optim.lr: 0.001 to 0.0002; steps: 8 to 6) -> "
+    expected += f"{middle}@6 (state {second}; changed: ema.decays: [0.95] to [0.9]; steps: 6 to 8) |"
     assert convert_checkpoint.main([str(child), str(folder), "--to", "safetensors"]) == 0
     config = config_io.load(DenoiserRun, CONFIG)
     for source in (child, folder):
@@ -297,7 +299,11 @@ def test_report_card_and_exported_folder_name_the_ancestors(shards: Path, trunk:
     assert "Forked from" not in said
     assert report.main([str(child), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert 'id="lineage"' in page and state in page and "<code>optim.lr</code>: 0.001" in page
+    lineage = page[page.index('<section id="lineage">') : page.index('<section id="configuration">')]
+    first, last = lineage.split("<tr>")[2:]
+    assert f"{trunk}</td>" in first and state in first and "<code>optim.lr</code>: 0.001 → 0.0002" in first
+    assert f"{middle}</td>" in last and second in last and "<code>ema.decays</code>: [0.95] → [0.9]" in last
+    assert "optim.lr" not in last
 
 
 def test_a_wandb_sweep_starts_runs_with_overrides(

@@ -20,6 +20,8 @@ from ltd import config as config_io
 from ltd import denoisers, storage
 from ltd.config import ConfigError
 from ltd.denoisers import Dit
+from ltd.tracking.lineage_section import lineage_section
+from ltd.tracking.run_record import read_run
 from ltd.training.denoiser import DenoiserRun
 from tools import convert_checkpoint
 
@@ -84,6 +86,19 @@ def test_a_run_begins_with_the_chosen_weights_and_keeps_their_lineage(
     assert "init_from: model.depth: 2 -> 3: the new blocks" in caplog.text
     manifest = storage.read_manifest(storage.checkpoint_path(tmp_path / "run", 1))
     assert manifest["lineage"]["init_from"] == record and "autoencoder_hash" in manifest["lineage"]
+    fork, folder = tmp_path / "fork", tmp_path / "folder"
+    changes = [f"fork={tmp_path / 'run'}@1", *grown(image_run)[1:], "init_from=null", "optim.lr=0.01"]
+    assert train.main(arguments(fork, *[x for x in changes if not x.startswith("init_from.")], steps=2)) == 0
+    assert convert_checkpoint.main([str(fork), str(folder), "--to", "safetensors"]) == 0
+    said = f"{image_run}, {weights} (state {record['fingerprint'][:12]})"
+    for source in (tmp_path / "run", fork, folder):
+        card = convert_checkpoint._card(source, convert_checkpoint._configuration(source), "ema")
+        assert card["Began with weights of"] == said
+    for source in (tmp_path / "run", fork):
+        record_read = read_run(source)
+        assert {name: record_read.init_from[name] for name in record} == record
+        section = lineage_section([record_read])
+        assert record["fingerprint"][:12] in section and f"weights alone ({weights})" in section
 
 
 def test_resuming_ignores_it_even_when_it_is_gone(image_run: Path, tmp_path: Path) -> None:
