@@ -26,6 +26,7 @@ from ltd.diffusion import (
     SamplerConfig,
     ShiftConfig,
     guided,
+    read_parametrization,
     sample,
     with_known,
 )
@@ -62,8 +63,8 @@ class RunParts:
     views: tuple[tuple[VideoShape, float | None], ...]
     #: Time shift that the denoiser was trained under; sampling wants the same.
     shift: ShiftConfig
-    #: Kind of the path between data and noise that its velocities are of.
-    path: str
+    #: Path between data and noise that its velocities are of.
+    path: PathConfig
     #: Hash and latent statistics of the autoencoder that it was trained with.
     lineage: dict[str, Any]
 
@@ -91,7 +92,7 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
         text=from_dict(TextEncoderConfig, config["text"]),
         views=views,
         shift=from_dict(ShiftConfig, config["objective"]["shift"]),
-        path=config["objective"].get("path", {}).get("kind", "linear"),
+        path=read_parametrization(config["objective"]).path,
         lineage=lineage,
     )
 
@@ -120,7 +121,7 @@ class Generator:
         denoiser: In evaluation mode.
         autoencoder: Decodes latents; its ``latent_norm`` is what the denoiser was trained under.
         text: Embeds prompts.
-        sampler: Solver, steps, guidance.
+        sampler: Solver, steps, guidance; the path is the denoiser's.
         negative: Prompt that guidance leads away from; "" is what dropped captions were trained with.
         guide: A weaker denoiser that guidance leads away from instead (autoguidance).
         tiling: Tiles that frames are decoded in, chunk by chunk in time; None decodes whole.
@@ -144,12 +145,6 @@ class Generator:
             raise ConfigError(
                 f"autoencoder: makes {autoencoder.latent_channels} latent channels, "
                 f"the denoiser was trained with {denoiser.config.latent_channels}"
-            )
-        path = _path(denoiser).kind
-        if path != "linear" and sampler.kind not in ("euler", "heun"):
-            raise ConfigError(
-                f"solver: got {sampler.kind}, which knows the linear path only; the denoiser was trained on path "
-                f"{path}: needed euler or heun"
             )
         if denoiser.config.text_dim not in (None, text.dim):
             raise ConfigError(f"text: makes {text.dim} features, the denoiser takes {denoiser.config.text_dim}")
@@ -250,7 +245,7 @@ class Generator:
         if frames is not None:
             form = denoisers.told(frames, config.frames, config.frame_mask_channels)
             cond, null_cond = (dataclasses.replace(one, frames=form) for one in (cond, null_cond))
-        sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig())
+        sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig(), path=_path(self.denoiser))
         denoiser = self._guided(null_cond, frames)
         latents = sample(denoiser, noise, cond, sampler, random=random, progress=progress)
         if frames is not None:

@@ -112,11 +112,6 @@ class DenoiserRun(RunConfig):
                 f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
             )
         kinds = self.objective.path.kind, self.objective.prediction.kind
-        if self.samples is not None and kinds[0] != "linear" and self.samples.solver not in ("euler", "heun"):
-            raise ConfigError(
-                f"samples.solver: got {self.samples.solver}, which knows the linear path only; objective.path.kind is "
-                f"{kinds[0]}: needed euler or heun"
-            )
         if self.model.prediction == "data" and kinds != ("linear", "velocity"):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
