@@ -123,8 +123,6 @@ class DenoiserRun(RunConfig):
             return
         if self.model.frames == "none":
             raise ConfigError("frame_tasks: needs model.frames, times or channels; the model takes no known latents")
-        if self.data.batching.kind == "packed":
-            raise ConfigError("frame_tasks: packs take no known latents; set data.batching.kind to buckets")
         if self.model.frames == "times" and self.objective.prediction.kind == "edm":
             raise ConfigError(
                 "objective.prediction.kind: got edm, which scales the network's input by the sample's time; known "
@@ -179,7 +177,11 @@ class DenoiserStage:
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self.inputs.conditioning(tensors).drop(self.run.caption_dropout, self.inputs.null, random)
         latents = unpack(tensors)
-        cond, cells = self._partial(latents, cond, random) if isinstance(latents, Tensor) else (cond, None)
+        cells: Tensor | list[Tensor] | None
+        if isinstance(latents, Tensor):
+            cond, cells = self._partial(latents, cond, random)
+        else:
+            cond, cells = self._partial_pack(latents, cond, random)
         self._work = self._counter.count(latents, cond, tensors["weight"], random)
         aligner = self.inputs.aligner
         if aligner is None:
@@ -207,6 +209,19 @@ class DenoiserStage:
             cond, weight = dataclasses.replace(cond, kept=kept.to(latents.device)), weight.to(latents.device)
             cells = weight if cells is None else cells * weight
         return cond, cells
+
+    def _partial_pack(
+        self, latents: list[Tensor], cond: Conditioning, random: DrawRandom
+    ) -> tuple[Conditioning, list[Tensor] | None]:
+        """Give known latents of samples ``(c, t, h, w)`` as ``_partial`` does; what counts is ``(t, h, w)`` each."""
+        if self.run.frame_tasks is None or self.run.frame_tasks.total == 0:
+            return cond, None
+        alone = [
+            self._partial(x.unsqueeze(0), Conditioning(), DrawRandom(random.seed, [draw]))
+            for x, draw in zip(latents, random.draws, strict=True)
+        ]
+        frames = tuple(given.frames for given, _ in alone if isinstance(given.frames, Frames))
+        return dataclasses.replace(cond, frames=frames), [cells[0] for _, cells in alone if cells is not None]
 
     def _given(self, cond: Conditioning, latents: Tensor, mask: Tensor) -> Conditioning:
         """Tell the denoiser the latents where the mask ``(b, 1, t, h, w)`` is True."""

@@ -62,9 +62,9 @@ errors of the mean and the standard deviation of 8,192 values after 200 steps, l
 {_SDE_LIMITS[1]:g}. *diffusers*: largest difference of the states of all steps but the last to its own scheduler on its
 own grid of 12 steps, limit {_THEIRS_LIMIT:g} (its tables are fp32): with flow sigmas on the linear path; with those of
 DDPM's linear schedule, told the data or the noise, on the GVP and the VP path at the times of the same sigmas. *x0,
-eps, edm*: largest difference of the states that 12 steps from 0.9 to 0.1 of dpmpp_2m and unipc (2, 3) reach with a network
-that predicts these instead of velocity, limit {_PREDICTIONS_LIMIT:g}; beyond min_time of an end, conversions are
-inexact for every solver."""
+eps, edm*: largest difference of the states that 12 steps from 0.9 to 0.1 of dpmpp_2m and unipc (2, 3) reach with a
+network that predicts these instead of velocity, limit {_PREDICTIONS_LIMIT:g}; beyond min_time of an end, conversions
+are inexact for every solver."""
 
 
 class Gaussian:
