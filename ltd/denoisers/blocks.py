@@ -34,7 +34,8 @@ class TokenContext:
     sin: Tensor | None = None
     """Like ``cos``."""
     levels: Tensor | None = None
-    """Which row of the condition ``(b, k, d)`` a token is modulated by, ``(b, n)``, long; None = the only one."""
+    """Which row of the condition ``(b, k, d)`` a token is modulated by, ``(b, n)``, long; None = the only one, or that
+    of its sample."""
     text: Tensor | None = None
     """``(b, m, d)``, read by cross-attention."""
     text_mask: Tensor | None = None
@@ -53,7 +54,7 @@ class TokenContext:
     @property
     def lengths(self) -> tuple[int, ...] | None:
         """Tokens of each sample of a pack that are modulated by that sample's row; None = a row is a sample."""
-        return self.packing.lengths if self.packing and not self.per_token else None
+        return self.packing.lengths if self.packing and not self.per_token and self.levels is None else None
 
     def take(self, places: Tensor) -> TokenContext:
         """Keep what belongs to the tokens at ``places (b, k)`` of a batch of rows."""

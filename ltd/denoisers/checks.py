@@ -50,7 +50,7 @@ def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, c
         raise ValueError(
             f"image: got tokens of size {cond.image.shape[2]}, needed model.image_dim = {config.image_dim}"
         )
-    for name in ("frames", "image", "kept", "prepared"):
+    for name in ("image", "kept", "prepared"):
         if packed and getattr(cond, name) is not None:
             raise ValueError(f"{name}: cannot be given with samples of several sizes in one sequence")
     if cond.kept is not None and config.mixer_depth == 0:
@@ -72,13 +72,17 @@ def _check_latents(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor)
 
 
 def _check_frames(config: DitConfig, x_t: Tensor | Sequence[Tensor], cond: Conditioning) -> None:
-    if cond.frames is None or not isinstance(x_t, Tensor):
+    if cond.frames is None:
         return
     if config.frames == "none":
         raise ValueError("frames: the model was built without known latents (model.frames is none)")
-    got, mask = cond.frames.latents, cond.frames.mask
-    if got.shape != x_t.shape:
-        raise ValueError(f"frames: got latents {tuple(got.shape)}, needed {tuple(x_t.shape)}")
+    if isinstance(cond.frames, tuple) == isinstance(x_t, Tensor):
+        raise ValueError("frames: needed one for a batch of latents, and a tuple of one per sample of several sizes")
     channels = config.frame_mask_channels if config.frames == "channels" else 1
-    if mask.shape[1] != channels:
-        raise ValueError(f"frames: got a mask of {mask.shape[1]} channels, needed {channels}")
+    parts = cond.frames if isinstance(cond.frames, tuple) else (cond.frames,)
+    needed = [(1, *x.shape) for x in x_t] if isinstance(cond.frames, tuple) else [tuple(x_t.shape)]  # type: ignore[union-attr]
+    for frames, shape in zip(parts, needed, strict=True):
+        if frames.latents.shape != shape:
+            raise ValueError(f"frames: got latents {tuple(frames.latents.shape)}, needed {tuple(shape)}")
+        if frames.mask.shape[1] != channels:
+            raise ValueError(f"frames: got a mask of {frames.mask.shape[1]} channels, needed {channels}")

@@ -72,8 +72,8 @@ class Conditioning:
     """Bool ``(b, n)``, True = a real token; an all-False row has no text."""
     label: Tensor | None = None
     """Class indices ``(b,)``, long; negative = no class."""
-    frames: Frames | None = None
-    """Known latents."""
+    frames: Frames | tuple[Frames, ...] | None = None
+    """Known latents of all rows; of samples of several sizes, one of a single row for each of them."""
     scalars: Tensor | None = None
     """Numbers ``(b, k)``, float, in the order of the model's ``scalars``; NaN = unknown."""
     image: Tensor | None = None
@@ -99,7 +99,7 @@ class Conditioning:
                 raise ValueError(f"{name}: got {tuple(field.shape)}, needed {ndim} dimensions")
         rows = {name: len(field) for name, field in self._tensors().items()}
         if self.frames is not None:
-            rows["frames"] = len(self.frames.latents)
+            rows["frames"] = _num_rows(self.frames)
         if len(set(rows.values())) > 1:
             raise ValueError(f"conditions: the fields differ in their number of rows: {rows}")
 
@@ -107,7 +107,7 @@ class Conditioning:
     def batch_size(self) -> int | None:
         """Number of rows; None when nothing is given."""
         if self.frames is not None:
-            return len(self.frames.latents)
+            return _num_rows(self.frames)
         return next((len(field) for field in self._tensors().values()), None)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
@@ -123,11 +123,12 @@ class Conditioning:
 
     def select(self, rows: Tensor | slice) -> Conditioning:
         """Take rows by a slice, or by a tensor of indices or booleans."""
-        return self._map(lambda x: x[rows])
+        return self._map(lambda x: x[rows], rows)
 
     def repeat(self, times: int) -> Conditioning:
         """Repeat every row ``times`` times, copies of a row side by side."""
-        return self._map(lambda x: x.repeat_interleave(times, dim=0))
+        rows = None if self.batch_size is None else torch.arange(self.batch_size).repeat_interleave(times)
+        return self._map(lambda x: x.repeat_interleave(times, dim=0), rows)
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
         """Take rows from here where ``keep`` is True and from ``other`` elsewhere; what is not text or label stays.
@@ -167,11 +168,16 @@ class Conditioning:
         names = ("text", "text_mask", "label", "scalars", "image", "kept")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Apply a function to every tensor; what was prepared is left behind."""
+    def _map(self, function: Callable[[Tensor], Tensor], rows: Tensor | slice | None = None) -> Conditioning:
+        """Apply a function to every tensor, or the rows it takes to samples; what was prepared is left behind."""
         fields: dict[str, Any] = {name: function(field) for name, field in self._tensors().items()}
-        if self.frames is not None:
+        if isinstance(self.frames, Frames):
             fields["frames"] = self.frames.map(function)
+        elif self.frames is not None and rows is None:
+            fields["frames"] = tuple(frames.map(function) for frames in self.frames)
+        elif self.frames is not None:
+            places = torch.arange(len(self.frames))[rows if isinstance(rows, slice) else rows.cpu()].tolist()
+            fields["frames"] = tuple(self.frames[place] for place in places)
         return Conditioning(**fields)
 
 
@@ -204,10 +210,18 @@ def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
     if lacking or (first.frames is None) != (second.frames is None):
         raise ValueError(f"conditions: only one of two has {lacking or ['frames']}; give both, or neither")
     fields: dict[str, Any] = {name: torch.cat((field, theirs[name])) for name, field in ours.items()}
-    if first.frames is not None and second.frames is not None:
+    if isinstance(first.frames, tuple) and isinstance(second.frames, tuple):
+        fields["frames"] = first.frames + second.frames
+    elif isinstance(first.frames, tuple) or isinstance(second.frames, tuple):
+        raise ValueError("conditions: frames of samples of several sizes and frames of a batch cannot be stacked")
+    elif first.frames is not None and second.frames is not None:
         pairs = zip(vars(first.frames).values(), vars(second.frames).values(), strict=True)
         fields["frames"] = Frames(*(torch.cat(pair) for pair in pairs))
     return Conditioning(**fields)
+
+
+def _num_rows(frames: Frames | tuple[Frames, ...]) -> int:
+    return len(frames.latents) if isinstance(frames, Frames) else len(frames)
 
 
 def _is_mask_of(mask: Tensor, text: Tensor) -> bool:

@@ -26,7 +26,7 @@ from ltd.denoisers.blocks import (
     of_tokens,
 )
 from ltd.denoisers.checks import check_inputs
-from ltd.denoisers.conditioning import Conditioning, Prepared
+from ltd.denoisers.conditioning import Conditioning, Frames, Prepared
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.embeddings import BlockEmbedding, WideHead, text_embedding, time_embedding
 from ltd.denoisers.tokens import (
@@ -36,6 +36,7 @@ from ltd.denoisers.tokens import (
     join_prefix,
     kept_places,
     levels_of,
+    levels_of_pack,
     put_back,
     scaled_positions,
     strip_prefix,
@@ -182,16 +183,23 @@ class Dit(nn.Module):
         dtype, patch, config = self.patch_embedding.weight.dtype, self.config.patch, self.config
         if isinstance(x_t, Tensor):
             grid = token_grid(VideoShape(*x_t.shape[2:]), patch)
-            times, levels = levels_of(t, cond.frames if config.frames == "times" else None, patch, grid)
-            noisy = frame_input(x_t.to(dtype), cond.frames, config.frames, config.frame_mask_channels)
+            frames = cond.frames if isinstance(cond.frames, Frames) else None
+            times, levels = levels_of(t, frames if config.frames == "times" else None, patch, grid)
+            noisy = frame_input(x_t.to(dtype), frames, config.frames, config.frame_mask_channels)
             tokens = self._patches(patchify(noisy, patch), grid_positions(grid, x_t.device), [grid], levels=levels)
             out = self._run(tokens, times, cond, tap)
             return self._velocity(unpatchify(out, grid, patch), x_t, t)
-        inputs = [frame_input(x.to(dtype)[None], None, config.frames, config.frame_mask_channels)[0] for x in x_t]
+        known = cond.frames if isinstance(cond.frames, tuple) else None
+        inputs = [
+            frame_input(x.to(dtype)[None], frames, config.frames, config.frame_mask_channels)[0]
+            for x, frames in zip(x_t, known or (None,) * len(x_t), strict=True)
+        ]
         patches, positions, lengths = pack_latents(inputs, patch)
         shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in x_t]
         grids = [token_grid(VideoShape(*shape), patch) for shape in shapes]
-        out = self._run(self._patches(patches, positions, grids, lengths=lengths), t.unsqueeze(1), cond, tap)
+        times, levels = levels_of_pack(t, known if config.frames == "times" else None, patch, grids)
+        given = {"lengths": lengths, "levels": levels, "num_levels": times.shape[1]}
+        out = self._run(self._patches(patches, positions, grids, **given), times, cond, tap)
         predictions = unpack_latents(out, shapes, patch)
         samples = zip(predictions, x_t, t.split(1), strict=True)
         return [self._velocity(p.unsqueeze(0), x.unsqueeze(0), time).squeeze(0) for p, x, time in samples]
@@ -227,6 +235,8 @@ class Dit(nn.Module):
         config = self.config
         text = self._text(cond, len(times), packed=tokens.lengths is not None)
         embedded = self._condition(times, cond, text)  # b k d each, one or one per block
+        if tokens.lengths is not None and tokens.levels is not None:
+            embedded = [vector.flatten(0, 1).unsqueeze(0) for vector in embedded]  # 1 (b k) d
         conditions = [F.silu(vector) for vector in embedded]
         shared = [vector if self.modulation is None else self.modulation(vector) for vector in conditions]
         inputs = tokens if self.head is None else tokens.map(self.shard_tokens)
@@ -309,6 +319,8 @@ class Dit(nn.Module):
         """Embed the time of every token, ``(b, 1 or n, d)``."""
         assert self.time_embedding is not None
         vectors = self.time_embedding(times.flatten()).unflatten(0, times.shape)
+        if context.packing is not None and context.levels is not None:
+            return of_tokens([vectors.flatten(0, 1).unsqueeze(0)], context.levels)[0]
         if context.packing is not None:
             counts = torch.tensor(context.packing.lengths, device=times.device)
             return vectors.flatten(0, 1).repeat_interleave(counts, 0).unsqueeze(0)

@@ -38,7 +38,10 @@ class Tokens:
     places: Tensor | None = None
     """What is embedded of the positions, of the same shape; None = the positions."""
     levels: Tensor | None = None
-    """Which of a sample's times a token has, ``(b, n)``, long; None = the one."""
+    """Which of its row's times a token has, ``(b, n)``, long; of a pack, which of all samples' times one behind
+    another. None = the one."""
+    num_levels: int = 1
+    """Times of a sample."""
     key_mask: Tensor | None = None
     """Bool ``(b, n)``: tokens that are read; None = all."""
     lengths: tuple[int, ...] | None = None
@@ -116,6 +119,29 @@ def levels_of(
     return times, levels
 
 
+def levels_of_pack(
+    t: Tensor, frames: Sequence[Frames] | None, patch: tuple[int, int, int], grids: Sequence[tuple[int, int, int]]
+) -> tuple[Tensor, Tensor | None]:
+    """List the times of samples of several sizes and which of them every token of their sequence has.
+
+    Args:
+        t: ``(b,)``.
+        frames: Known latents of each sample, whose tokens have time 0; None = all have ``t``.
+        patch: Latent cells per token along (t, h, w).
+        grids: Tokens of each sample along (t, h, w).
+
+    Returns:
+        Times ``(b, k)``; for every token ``(1, n)``, long, the number of its time among all samples' ``b k``, or None
+        when a sample has only one.
+    """
+    if frames is None:
+        return t.unsqueeze(1), None
+    parts = [levels_of(*each) for each in zip(t.split(1), frames, [patch] * len(grids), grids, strict=True)]
+    times = torch.cat([part for part, _ in parts])
+    numbered = [levels + i * times.shape[1] for i, (_, levels) in enumerate(parts) if levels is not None]
+    return times, torch.cat(numbered, 1)
+
+
 def join_prefix(tokens: Tokens, registers: Tensor | None, text: Text) -> Tokens:
     """Put text and registers before the patches of every sample.
 
@@ -151,7 +177,8 @@ def _join_pack(tokens: Tokens, lengths: tuple[int, ...], registers: Tensor | Non
     num = 0 if registers is None else len(registers)
     counts = text.counts or (0,) * len(lengths)
     texts = [] if text.tokens is None else list(text.tokens.split(list(counts), 1))
-    pieces, positions = [], []
+    pieces, positions, levels = [], [], []
+    times = None if tokens.levels is None else tokens.levels.split(list(lengths), 1)
     for i, (own, places) in enumerate(
         zip(tokens.x.split(list(lengths), 1), tokens.positions.split(list(lengths), 1), strict=True)
     ):
@@ -159,10 +186,12 @@ def _join_pack(tokens: Tokens, lengths: tuple[int, ...], registers: Tensor | Non
         pieces += [] if registers is None else [registers.to(own.dtype).unsqueeze(0)]
         pieces.append(own)
         positions += [places.new_zeros(1, counts[i] + num, 3), places]
+        levels += [] if times is None else [times[i].new_full((1, counts[i] + num), i * tokens.num_levels), times[i]]
     return replace(
         tokens,
         x=torch.cat(pieces, 1),
         positions=torch.cat(positions, 1),
+        levels=torch.cat(levels, 1) if levels else None,
         lengths=tuple(m + num + n for m, n in zip(counts, lengths, strict=True)),
         places=None,
         prefix=tuple(m + num for m in counts),

@@ -11,6 +11,7 @@ from ltd.diffusion.paths import (
     PathConfig,
     VpPathConfig,
     build_path,
+    expand_time,
 )
 from ltd.diffusion.prediction import (
     DataPredictionConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "build_path",
     "build_prediction",
     "draw_times",
+    "expand_time",
     "guided",
     "quantile_times",
     "read_parametrization",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ltd.config import ConfigError
 from ltd.diffusion.guidance import Denoiser, GuidanceConfig, guided
+from ltd.diffusion.paths import LinearPathConfig, PathConfig, build_path
 from ltd.diffusion.solvers import Dpmpp2m, Euler, EulerMaruyama, Heun, Solver, UniPc
 from ltd.diffusion.times import ShiftConfig, shift_times
 from ltd.rng import DrawRandom
@@ -23,11 +24,11 @@ class SamplerConfig:
 
     kind: Literal["euler", "heun", "dpmpp_2m", "unipc", "sde"] = "euler"
     """Euler is of first order; Heun of second, with two evaluations per step but the last; DPM-Solver++(2M) and UniPC
-    are of higher order with one; sde adds noise on the way (Euler-Maruyama)."""
+    are of higher order with one; sde adds noise on the way (Euler-Maruyama). Each on every path."""
     order: Literal[1, 2, 3] = 2
     """Order of unipc; the others have their own."""
     noise: float = 1.0
-    """Strength c of sde: its diffusion is w(t) = c t; 0 is Euler's method."""
+    """Strength c of sde: its diffusion is w(t) = c sigma(t); 0 is Euler's method."""
     steps: int = 50
     """Number of steps, 1 or more."""
     shift: ShiftConfig = field(default_factory=ShiftConfig)
@@ -37,6 +38,8 @@ class SamplerConfig:
     the shifted 1/1000, from where the last step goes to 0."""
     state: Literal["float32", "float64"] = "float64"
     """Dtype of the integrated state; the denoiser sees the dtype of the noise."""
+    path: PathConfig = field(default_factory=LinearPathConfig)
+    """Path that the denoiser's velocities are of; euler and heun need not know it."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Classifier-free guidance."""
 
@@ -125,10 +128,10 @@ def _solver(config: SamplerConfig, random: DrawRandom | None) -> Solver:
         case "heun":
             return Heun()
         case "dpmpp_2m":
-            return Dpmpp2m()
+            return Dpmpp2m(build_path(config.path))
         case "unipc":
-            return UniPc(config.order)
+            return UniPc(config.order, build_path(config.path))
         case "sde":
             if random is None:
                 raise ValueError("kind sde draws noise: needed random, the random numbers of the samples")
-            return EulerMaruyama(config.noise, random)
+            return EulerMaruyama(config.noise, random, build_path(config.path))

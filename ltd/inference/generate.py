@@ -26,6 +26,7 @@ from ltd.diffusion import (
     SamplerConfig,
     ShiftConfig,
     guided,
+    read_parametrization,
     sample,
     with_known,
 )
@@ -67,8 +68,8 @@ class RunParts:
     views: tuple[tuple[VideoShape, float | None], ...]
     #: Time shift that the denoiser was trained under; sampling wants the same.
     shift: ShiftConfig
-    #: Kind of the path between data and noise that its velocities are of.
-    path: str
+    #: Path between data and noise that its velocities are of.
+    path: PathConfig
     #: Hash and latent statistics of the autoencoder that it was trained with.
     lineage: dict[str, Any]
 
@@ -98,7 +99,7 @@ def read_run_parts(run_dir: str | Path) -> RunParts:
         num_classes=config["model"].get("num_classes"),
         views=views,
         shift=from_dict(ShiftConfig, config["objective"]["shift"]),
-        path=config["objective"].get("path", {}).get("kind", "linear"),
+        path=read_parametrization(config["objective"]).path,
         lineage=lineage,
     )
 
@@ -127,7 +128,7 @@ class Generator:
         denoiser: In evaluation mode.
         autoencoder: Decodes latents; its ``latent_norm`` is what the denoiser was trained under.
         text: Embeds prompts; None for a denoiser without text.
-        sampler: Solver, steps, guidance.
+        sampler: Solver, steps, guidance; the path is the denoiser's.
         negative: Prompt that guidance leads away from; "" is what dropped captions were trained with.
         guide: A weaker denoiser that guidance leads away from instead (autoguidance).
         tiling: Tiles that frames are decoded in, chunk by chunk in time; None decodes whole.
@@ -156,12 +157,6 @@ class Generator:
         if guided is not None and guided > autoencoder.latent_channels:
             raise ConfigError(
                 f"guidance.channels: got {guided}, needed at most the latents' {autoencoder.latent_channels} channels"
-            )
-        path = _path(denoiser).kind
-        if path != "linear" and sampler.kind not in ("euler", "heun"):
-            raise ConfigError(
-                f"solver: got {sampler.kind}, which knows the linear path only; the denoiser was trained on path "
-                f"{path}: needed euler or heun"
             )
         dim = None if text is None else text.dim
         if denoiser.config.text_dim not in (None, dim):
@@ -271,7 +266,7 @@ class Generator:
         if frames is not None:
             form = denoisers.told(frames, config.frames, config.frame_mask_channels)
             cond, null_cond = (dataclasses.replace(one, frames=form) for one in (cond, null_cond))
-        sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig())
+        sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig(), path=_path(self.denoiser))
         denoiser = self._guided(null_cond, frames)
         latents = sample(denoiser, noise, cond, sampler, random=random, progress=progress)
         if frames is not None:

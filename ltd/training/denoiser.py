@@ -116,11 +116,6 @@ class DenoiserRun(RunConfig):
                 f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
             )
         kinds = self.objective.path.kind, self.objective.prediction.kind
-        if self.samples is not None and kinds[0] != "linear" and self.samples.solver not in ("euler", "heun"):
-            raise ConfigError(
-                f"samples.solver: got {self.samples.solver}, which knows the linear path only; objective.path.kind is "
-                f"{kinds[0]}: needed euler or heun"
-            )
         if self.model.prediction == "data" and kinds != ("linear", "velocity"):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
@@ -153,8 +148,6 @@ class DenoiserRun(RunConfig):
             return
         if self.model.frames == "none":
             raise ConfigError("frame_tasks: needs model.frames, times or channels; the model takes no known latents")
-        if self.data.batching.kind == "packed":
-            raise ConfigError("frame_tasks: packs take no known latents; set data.batching.kind to buckets")
         if self.model.frames == "times" and self.objective.prediction.kind == "edm":
             raise ConfigError(
                 "objective.prediction.kind: got edm, which scales the network's input by the sample's time; known "
@@ -211,7 +204,11 @@ class DenoiserStage:
         random = DrawRandom(self.run.seed, tensors["draws"].tolist())
         cond = self._dropout(self.inputs.conditioning(tensors), random)
         latents = unpack(tensors)
-        cond, cells = self._partial(latents, cond, random) if isinstance(latents, Tensor) else (cond, None)
+        cells: Tensor | list[Tensor] | None
+        if isinstance(latents, Tensor):
+            cond, cells = self._partial(latents, cond, random)
+        else:
+            cond, cells = self._partial_pack(latents, cond, random)
         self._work = self._counter.count(latents, cond, tensors["weight"], random)
         aligner = self.inputs.aligner
         if aligner is None:
@@ -239,6 +236,19 @@ class DenoiserStage:
             cond, weight = dataclasses.replace(cond, kept=kept.to(latents.device)), weight.to(latents.device)
             cells = weight if cells is None else cells * weight
         return cond, cells
+
+    def _partial_pack(
+        self, latents: list[Tensor], cond: Conditioning, random: DrawRandom
+    ) -> tuple[Conditioning, list[Tensor] | None]:
+        """Give known latents of samples ``(c, t, h, w)`` as ``_partial`` does; what counts is ``(t, h, w)`` each."""
+        if self.run.frame_tasks is None or self.run.frame_tasks.total == 0:
+            return cond, None
+        alone = [
+            self._partial(x.unsqueeze(0), Conditioning(), DrawRandom(random.seed, [draw]))
+            for x, draw in zip(latents, random.draws, strict=True)
+        ]
+        frames = tuple(given.frames for given, _ in alone if isinstance(given.frames, Frames))
+        return dataclasses.replace(cond, frames=frames), [cells[0] for _, cells in alone if cells is not None]
 
     def _given(self, cond: Conditioning, latents: Tensor, mask: Tensor) -> Conditioning:
         """Tell the denoiser the latents where the mask ``(b, 1, t, h, w)`` is True."""

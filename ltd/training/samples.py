@@ -50,7 +50,7 @@ class SamplesConfig:
     per_prompt: int = 1
     #: Seed of the noise: the same at every step.
     seed: int = 0
-    #: Solver; on paths that are not linear euler or heun.
+    #: Solver.
     solver: Literal["euler", "heun", "dpmpp_2m", "unipc"] = "euler"
     #: Solver steps; the shift of their times is the objective's.
     steps: int = 20

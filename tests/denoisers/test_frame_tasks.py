@@ -126,9 +126,3 @@ def test_targets_of_known_cells_change_no_loss(name: str) -> None:
 def test_bad_settings_name_the_field(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.load(DenoiserRun, DEBUG, overrides)
-
-
-def test_packs_take_no_known_frames() -> None:
-    packed = DEBUG.with_stem("denoiser_packed")
-    with pytest.raises(ConfigError, match="frame_tasks: packs take no known latents"):
-        config.load(DenoiserRun, packed, ["frame_tasks.extension=0.5", "model.frames=times"])

@@ -1,9 +1,11 @@
 """Samples of different sizes in one sequence equal the same samples one by one."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from ltd.denoisers import Conditioning
+from ltd.denoisers import Conditioning, Frames, stack, told
 from ltd.nn import attention
 from ltd.parallel import ParallelConfig, activation
 
@@ -15,6 +17,10 @@ VARIANTS = [
     {"text_dim": 5, "pooled_text": True, "modulation": "shared", "num_classes": 4},
     {"modulation": "shared", "qk_norm": False, "prediction": "data"},
     {"text_dim": 5, "position_embedding": "none", "prediction": "data", "patch": (1, 1, 2)},
+    {"frames": "times"},
+    {"frames": "times", "text_dim": 5, "pooled_text": True, "modulation": "shared", "prediction": "data"},
+    {"frames": "times", "text_dim": 5, "text_stream": "joint", "registers": 2},
+    {"frames": "channels", "frame_mask_channels": 2, "text_dim": 5},
 ]
 
 
@@ -30,7 +36,27 @@ def pack(options):
     cond = Conditioning(
         text=text if has_text else None, text_mask=mask if has_text else None, label=label if has_label else None
     )
+    if options.get("frames"):
+        cond = dataclasses.replace(cond, frames=known_frames(options, generator))
     return x_t, t, cond
+
+
+def known_frames(options, generator):
+    """First frames, every second frame, a hole, all of a sample, nothing of two."""
+    mode, channels, frames = options["frames"], options.get("frame_mask_channels", 1), []
+    for number, size in enumerate(SIZES):
+        latents, mask = torch.randn(1, 3, *size, dtype=torch.float64, generator=generator), torch.zeros(1, 1, *size) > 0
+        match number:
+            case 1:
+                mask[:] = True
+            case 2:
+                mask[:, :, ::2] = True
+            case 3:
+                mask[..., :2, :] = True
+            case 4:
+                mask[:, :, 0] = True
+        frames.append(told(Frames(latents, mask), mode, channels))
+    return tuple(frames)
 
 
 def gradients(model):
@@ -40,8 +66,12 @@ def gradients(model):
 
 
 def one_by_one(model, x_t, t, cond):
-    rows = (slice(i, i + 1) for i in range(len(x_t)))
-    return [model(x[None], t[row], cond.select(row))[0] for x, row in zip(x_t, rows, strict=True)]
+    rows = [slice(i, i + 1) for i in range(len(x_t))]
+    return [model(x[None], t[row], alone(cond.select(row)))[0] for x, row in zip(x_t, rows, strict=True)]
+
+
+def alone(cond):
+    return cond if cond.frames is None else dataclasses.replace(cond, frames=cond.frames[0])
 
 
 def backward(outs):
@@ -145,3 +175,46 @@ def test_packs_that_do_not_fit_are_refused(build):
         model(x_t[:2], t[:2], cond)
     with pytest.raises(ValueError, match=r"got \(\), needed"):
         model([], t[:0])
+
+
+@pytest.mark.parametrize("mode", ["times", "channels"])
+def test_known_frames_of_a_sample_are_its_own_and_nothing_known_changes_nothing(build, mode):
+    options = {"frames": mode}
+    model, (x_t, t, cond) = build(**options), pack(options)
+    before = model(x_t, t, cond)
+    frames = list(cond.frames)
+    frames[3] = Frames(torch.where(frames[3].mask, frames[3].latents + 1, frames[3].latents), frames[3].mask)
+    after = model(x_t, t, dataclasses.replace(cond, frames=tuple(frames)))
+    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i == 3 for i in range(6)]
+    nothing = tuple(Frames(torch.zeros_like(f.latents), torch.zeros_like(f.mask)) for f in frames)
+    plain = model(x_t, t, Conditioning())
+    empty = model(x_t, t, Conditioning(frames=nothing))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(plain, empty, strict=True))
+
+
+def test_frames_of_samples_follow_their_rows():
+    generator = torch.Generator().manual_seed(0)
+    frames = known_frames({"frames": "times"}, generator)
+    cond = Conditioning(label=torch.arange(6), frames=frames)
+    assert cond.batch_size == 6
+    taken = cond.select(torch.tensor([4, 0]))
+    assert taken.label.tolist() == [4, 0] and taken.frames == (frames[4], frames[0])
+    assert cond.select(torch.arange(6) < 2).frames == frames[:2] and cond.select(slice(5, 6)).frames == frames[5:]
+    assert cond.select(slice(0, 2)).repeat(2).frames == (frames[0], frames[0], frames[1], frames[1])
+    assert cond.to(dtype=torch.float32).frames[3].latents.dtype == torch.float32
+    joined = stack([cond.select(slice(0, 2)), cond.select(slice(2, 6))])
+    assert joined.frames == frames and joined.label.tolist() == list(range(6))
+    with pytest.raises(ValueError, match="differ in their number of rows"):
+        Conditioning(label=torch.arange(5), frames=frames)
+
+
+def test_frames_that_do_not_fit_the_samples_are_refused(build):
+    options = {"frames": "times"}
+    model, (x_t, t, cond) = build(**options), pack(options)
+    swapped = (cond.frames[2], *cond.frames[1:])
+    with pytest.raises(ValueError, match=r"frames: got latents \(1, 3, 3, 2, 2\), needed \(1, 3, 1, 2, 6\)"):
+        model(x_t, t, dataclasses.replace(cond, frames=swapped))
+    with pytest.raises(ValueError, match="frames: needed one for a batch of latents, and a tuple"):
+        model(x_t[0][None], t[:1], cond.select(slice(0, 1)))
+    with pytest.raises(ValueError, match="frames: got a mask of 1 channels, needed 2"):
+        build(frames="channels", frame_mask_channels=2)(x_t, t, cond)

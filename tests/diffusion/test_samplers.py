@@ -1,12 +1,10 @@
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 
 from ltd.config import ConfigError
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig, sample, time_grid
-from ltd.diffusion.solvers import Dpmpp2m, UniPc
 from ltd.rng import DrawRandom
 from tests.diffusion.conftest import MEAN, STD, velocity
 
@@ -135,29 +133,3 @@ def test_the_sde_has_the_data_s_mean_and_deviation_and_is_each_sample_s_own():
     calm = SamplerConfig(kind="sde", steps=20, noise=0.0)
     still = sample(velocity, noise, None, calm, random=random)
     assert torch.allclose(still, sample(velocity, noise, None, SamplerConfig(steps=20)), atol=1e-12)
-
-
-@pytest.mark.parametrize(("kind", "order"), [("dpmpp_2m", 2), ("unipc", 2), ("unipc", 3)])
-def test_multistep_solvers_equal_diffusers_on_its_grid(gaussian, kind, order):
-    diffusers = pytest.importorskip("diffusers")
-    name = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
-    options = {"solver_order": order, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    options |= {"final_sigmas_type": "zero", "lower_order_final": False}
-    if kind == "unipc":
-        options |= {"solver_type": "bh2"}
-    scheduler = getattr(diffusers, name)(num_train_timesteps=1000, flow_shift=1.0, **options)
-    scheduler.set_timesteps(12)
-    sigmas = scheduler.sigmas.double().tolist()
-    x = ours = gaussian.noise.clone()
-    solver = Dpmpp2m() if kind == "dpmpp_2m" else UniPc(order)
-
-    def velocity(state, time):
-        return gaussian.velocity(state, torch.full((len(state),), time, dtype=torch.float64))
-
-    for index, (now, after) in enumerate(pairwise(sigmas)):
-        if after == 0:  # their last step depends on further options
-            break
-        x = scheduler.step(velocity(x, now), scheduler.timesteps[index], x).prev_sample
-        ours = solver.step(velocity, ours, now, after)
-        assert torch.allclose(ours, x, atol=2e-6), index
-    assert index == 11

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -188,13 +190,32 @@ def test_solvers_and_guidance_are_options(pipeline: Path, tmp_path: Path, capsys
         assert message in capsys.readouterr().err
 
 
-def test_solvers_that_know_one_path_refuse_others(pipeline: Path) -> None:
-    made = load_generator(pipeline / "denoiser", sampler=SamplerConfig(steps=3))
+@pytest.mark.parametrize("kind", ["unipc", "dpmpp_2m", "sde"])
+def test_solvers_follow_the_path_of_the_denoiser(pipeline: Path, kind: Literal["unipc", "dpmpp_2m", "sde"]) -> None:
+    sampler = SamplerConfig(kind=kind, steps=3, guidance=GuidanceConfig(scale=2.0))
+    made = load_generator(pipeline / "denoiser", sampler=sampler)
     assert isinstance(made.denoiser, denoisers.Dit)
     other = denoisers.Parametrized(made.denoiser, ParametrizationConfig(path=GvpPathConfig()))
-    Generator(other, made.autoencoder, made.text, sampler=SamplerConfig(kind="heun"))
-    with pytest.raises(ConfigError, match=r"solver: got unipc, which knows the linear path only; .* on path gvp"):
-        Generator(other, made.autoencoder, made.text, sampler=SamplerConfig(kind="unipc"))
+    shape = VideoShape(5, 64, 96)
+    requests = [Request(prompt="a red ball", repetition=0, shape=shape, fps=8.0)]
+    drawn = {}
+    for name, denoiser in (("linear", made.denoiser), ("gvp", other)):
+        generator = Generator(denoiser, made.autoencoder, made.text, sampler=sampler)
+        drawn[name] = generator.draw_latents(requests, generator.condition(["a red ball"]), seed=0)
+    conditions = made.condition(["a red ball"])
+    size = made.autoencoder.compression.latent(shape)
+    cells = (made.autoencoder.latent_channels, size.num_frames, size.height, size.width)
+    random = DrawRandom(0, [derive_seed(0, "a red ball", 0, str(shape))])
+    expected = integrate(
+        other,
+        random.normal(cells, "sample"),
+        conditions[0],
+        dataclasses.replace(sampler, path=GvpPathConfig()),
+        null_cond=conditions[1],
+        random=random,
+    )
+    assert torch.allclose(drawn["gvp"], made.autoencoder.denormalize(expected), atol=1e-4)
+    assert not torch.allclose(drawn["gvp"], drawn["linear"], atol=1e-2)
 
 
 def test_frames_are_decoded_in_tiles(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltd.denoisers import Conditioning, Dit, DitConfig
+from ltd.denoisers import Conditioning, Dit, DitConfig, Frames
 from ltd.parallel import Layout, OptimizerSettings, ParallelConfig, activation, build_engine, sequence
 
 #: Packs of samples (t, h, w) for two processes: odd and even totals, a cut inside a sample, a process of padding only.
@@ -18,9 +19,16 @@ PACKS = {
 }
 
 
-def packed_model(config: ParallelConfig, layout: Layout | None, heads: int = 2) -> Dit:
+def packed_model(config: ParallelConfig, layout: Layout | None, heads: int = 2, frames: bool = False) -> Dit:
     options = DitConfig(
-        latent_channels=2, patch=(1, 1, 1), width=8 * heads, depth=2, num_heads=heads, text_dim=3, pooled_text=True
+        latent_channels=2,
+        patch=(1, 1, 1),
+        width=8 * heads,
+        depth=2,
+        num_heads=heads,
+        text_dim=3,
+        pooled_text=True,
+        frames="times" if frames else "none",
     )
     torch.manual_seed(4)
     model = Dit(options)
@@ -42,20 +50,34 @@ def packed_batch(name: str) -> tuple[list[Tensor], Tensor, Conditioning]:
     return latents, t, Conditioning(torch.randn(len(latents), 4, 3, generator=generator), mask)
 
 
+def known_frames(latents: list[Tensor]) -> tuple[Frames, ...]:
+    """Known cells of every sample, about a half of them, none of the second."""
+    generator = torch.Generator().manual_seed(8)
+    frames = []
+    for number, x in enumerate(latents):
+        mask = torch.rand(1, 1, *x.shape[1:], generator=generator) < (0.5 if number != 1 else 0.0)
+        frames.append(Frames(torch.randn(1, *x.shape, generator=generator), mask))
+    return tuple(frames)
+
+
 def check_packed(degree: int, zero: int, heads: int = 2) -> dict[str, Any]:
     """A pack through DeepSpeed against its samples one by one in a plain process; recomputed blocks, split sequence."""
     config = ParallelConfig(zero=zero, sequence=degree, precision="fp32", activation_checkpointing="full")
     layout = Layout.from_environment(config)
     optim = OptimizerSettings(kind="sgd", grad_clip=None)
     figures = {}
-    for name in PACKS:
-        engine = build_engine(
-            packed_model(config, layout, heads), config=config, optim=optim, layout=layout, num_backwards=1
-        )
-        plain = packed_model(config, None, heads)
-        latents, t, cond = packed_batch(name)
+    cases = [(name, name, False) for name in PACKS] + [("odd, known frames", "odd", True)]
+    for name, sizes, frames in cases:
+        model = packed_model(config, layout, heads, frames)
+        engine = build_engine(model, config=config, optim=optim, layout=layout, num_backwards=1)
+        plain = packed_model(config, None, heads, frames)
+        latents, t, cond = packed_batch(sizes)
         rows = [slice(i, i + 1) for i in range(len(latents))]
-        alone = [plain(x[None], t[row], cond.select(row))[0] for x, row in zip(latents, rows, strict=True)]
+        conds = [cond.select(row) for row in rows]
+        if frames:
+            cond = dataclasses.replace(cond, frames=known_frames(latents))
+            conds = [dataclasses.replace(c, frames=f) for c, f in zip(conds, known_frames(latents), strict=True)]
+        alone = [plain(x[None], t[row], c)[0] for x, row, c in zip(latents, rows, conds, strict=True)]
         packed = engine(latents, t, cond)
         losses = [torch.stack([x.square().mean() for x in outs]).sum() for outs in (alone, packed)]
         losses[0].backward()

@@ -9,8 +9,8 @@ from tools.proofs import samplers
 
 
 def test_a_wrong_solver_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samplers, "CASES", {("dpmpp_2m", 2): 1.65})
-    monkeypatch.setattr(samplers, "SHIFTS", (1.0,))
+    monkeypatch.setattr(samplers, "CASES", {("dpmpp_2m", 2): (1.65, 1.95)})
+    monkeypatch.setattr(samplers, "WAYS", samplers.WAYS[:1])
     assert not samplers.measure().misses
 
     genuine = Dpmpp2m.step

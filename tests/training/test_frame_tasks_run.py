@@ -18,6 +18,7 @@ from ltd.denoisers import FrameTasksConfig, build_denoiser
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.denoiser import DenoiserRun, DenoiserStage
+from ltd.training.latent_inputs import pack
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "debug" / "denoiser_frames.yaml"
 TASKS = ("image_to_video", "first_last", "interpolation", "extension", "retrodiction", "inpainting")
@@ -86,6 +87,34 @@ def test_the_loss_of_a_sample_is_its_own_whatever_is_beside_it(stage: DenoiserSt
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
     turned = losses(stage, draws[::-1], tasks)
     torch.testing.assert_close(together, turned.flip(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_in_a_pack_a_sample_has_the_loss_and_gradient_it_has_alone(stage: DenoiserStage, name: str) -> None:
+    tasks = FrameTasksConfig(**{name: 0.8})
+    made = DenoiserStage(dataclasses.replace(stage.run, frame_tasks=tasks), *vars_of(stage))
+    groups = [tensors([40, 41, 42], frames=5), tensors([50, 51], frames=1), tensors([60, 61, 62], frames=3)]
+    model: nn.Module = stage.engine  # type: ignore[assignment]
+    results = []
+    for batches in (groups, [pack(groups)]):
+        found = torch.cat([made.terms(group)["loss"] for group in batches])
+        found.sum().backward()  # type: ignore[no-untyped-call]
+        results.append(
+            (found.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        )
+        model.zero_grad()
+    (losses_alone, alone), (losses_packed, packed) = results
+    torch.testing.assert_close(losses_packed, losses_alone, rtol=1e-5, atol=0)
+    assert (packed - alone).norm() < 1e-5 * alone.norm()
+    off = DenoiserStage(dataclasses.replace(stage.run, frame_tasks=None), *vars_of(stage))
+    assert not torch.equal(off.terms(pack(groups))["loss"], losses_packed)
+    zero = DenoiserStage(dataclasses.replace(made.run, frame_tasks=FrameTasksConfig()), *vars_of(made))
+    assert torch.equal(zero.terms(pack(groups))["loss"], off.terms(pack(groups))["loss"])
+
+
+def vars_of(stage: DenoiserStage) -> tuple[Any, Layout, Any]:
+    """What a stage like this one is made of, besides its run."""
+    return stage.engine, stage.layout, stage.inputs
 
 
 def test_a_sample_that_is_given_nothing_has_the_loss_of_a_run_without_tasks(stage: DenoiserStage) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltd.denoisers import Conditioning, Dit, DitConfig
+from ltd.denoisers import Conditioning, Dit, DitConfig, Frames, FrameTasksConfig, draw_tasks, told
 from ltd.denoisers.blocks import TokenContext
 from ltd.denoisers.tokens import Text, Tokens
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ShiftConfig
@@ -44,14 +44,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "modulation": "shared",
         "prediction": "data",
     },
+    "known frames by times": {"frames": "times", "text_dim": TEXT_DIM},
+    "known frames by channels": {"frames": "channels", "text_dim": TEXT_DIM},
 }
+#: What is known of the samples of the last two.
+TASKS = FrameTasksConfig(image_to_video=0.25, interpolation=0.25, retrodiction=0.25, inpainting=0.25)
 
 NOTES = f"""
 **Equality** (fp32, a DiT of width 64 and 3 blocks, every parameter redrawn so that no layer is zero, flow matching with
 a time shift by each sample's size). *loss* is the largest relative difference of a sample's loss, *gradient* the
 relative L2 difference of the gradient of the summed loss, between one call with the list of samples and one call per
-sample with the same draws. Texts have 0 to {TEXT_LENGTH} real tokens; one sample has none. Limit {LIMIT:g}. The last
-three rows are wrong on purpose and must fail.
+sample with the same draws. Texts have 0 to {TEXT_LENGTH} real tokens; one sample has none. With known frames, each
+sample has a task drawn for it (first frame, every second to fourth, the last ones, around a hole), and only cells that
+are not known count. Limit {LIMIT:g}. Four rows are wrong on purpose and must fail.
 
 **Speed** (fp32, width 256, 6 blocks with text, patch 1x2x2, forward and backward, one thread): tokens of samples per
 second of this process's CPU time, median of {ROUNDS} rounds (smallest to largest). Every round draws another batch of
@@ -73,11 +78,16 @@ class Samples:
     latents: list[Tensor]
     cond: Conditioning
     random: DrawRandom
+    #: Cells that count in the loss ``(t, h, w)``; None = all.
+    cells: list[Tensor] | None = None
 
     def alone(self, index: int) -> tuple[Tensor, Conditioning, DrawRandom]:
         """Take one sample as a batch of one."""
         draw = DrawRandom(self.random.seed, [self.random.draws[index]])
-        return self.latents[index].unsqueeze(0), self.cond.select(slice(index, index + 1)), draw
+        cond = self.cond.select(slice(index, index + 1))
+        if isinstance(cond.frames, tuple):
+            cond = dataclasses.replace(cond, frames=cond.frames[0])
+        return self.latents[index].unsqueeze(0), cond, draw
 
 
 def draw_samples(sizes: Sequence[tuple[int, int, int]], *, text: bool, seed: int = 0) -> Samples:
@@ -91,6 +101,17 @@ def draw_samples(sizes: Sequence[tuple[int, int, int]], *, text: bool, seed: int
         embeddings = torch.randn(len(sizes), TEXT_LENGTH, TEXT_DIM, generator=source)
         cond = Conditioning(text=embeddings, text_mask=torch.arange(TEXT_LENGTH) < counts[:, None])
     return Samples(latents, cond, DrawRandom(seed, range(len(sizes))))
+
+
+def give_frames(samples: Samples, mode: str) -> Samples:
+    """Make a part of every sample known, by a task that is drawn for it; it does not count in the loss."""
+    frames, cells = [], []
+    for index, x in enumerate(samples.latents):
+        x0, _, random = samples.alone(index)
+        mask, _ = draw_tasks(TASKS, (x.shape[1], x.shape[2], x.shape[3]), PATCH, random)
+        frames.append(told(Frames(x0, mask), mode, 1))
+        cells.append(~mask[0, 0])
+    return dataclasses.replace(samples, cond=dataclasses.replace(samples.cond, frames=tuple(frames)), cells=cells)
 
 
 def build_model(width: int, depth: int, **options: Any) -> Dit:
@@ -111,7 +132,7 @@ def objective() -> FlowMatching:
 
 def packed(model: Callable[..., Any], samples: Samples) -> Tensor:
     """Compute the losses ``(b,)`` in one call with the list of samples, and their gradient."""
-    losses, _ = objective().loss(model, samples.latents, samples.cond, samples.random)
+    losses, _ = objective().loss(model, samples.latents, samples.cond, samples.random, cell_weight=samples.cells)
     losses.sum().backward()  # type: ignore[no-untyped-call]
     return losses.detach()
 
@@ -121,7 +142,8 @@ def one_by_one(model: Callable[..., Any], samples: Samples) -> Tensor:
     losses = []
     for index in range(len(samples.latents)):
         x0, cond, random = samples.alone(index)
-        loss, _ = objective().loss(model, x0, cond, random)
+        cells = None if samples.cells is None else samples.cells[index].unsqueeze(0)
+        loss, _ = objective().loss(model, x0, cond, random, cell_weight=cells)
         loss.sum().backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return torch.cat(losses)
@@ -204,10 +226,24 @@ def moved_boundary(model: Dit, samples: Samples) -> Tensor:
         del model._embed
 
 
+def neighbours_frames(model: Dit, samples: Samples) -> Tensor:
+    """Go wrong: the tokens of every sample that are known have the next sample's time, not 0."""
+    genuine = model._run
+
+    def wrong(tokens: Tokens, times: Tensor, cond: Conditioning, tap: Any) -> Tensor:
+        return genuine(tokens, torch.stack((times[:, 0], times[:, 0].roll(1)), 1), cond, tap)
+
+    model._run = wrong  # type: ignore[method-assign]
+    try:
+        return packed(model, samples)
+    finally:
+        del model._run
+
+
 def summed(model: Dit, samples: Samples) -> Tensor:
     """Go wrong: every sample counts by its size, as a mean over all tokens of the pack would have it."""
     sizes = torch.tensor([float(x.numel()) for x in samples.latents])
-    losses, _ = objective().loss(model, samples.latents, samples.cond, samples.random)
+    losses, _ = objective().loss(model, samples.latents, samples.cond, samples.random, cell_weight=samples.cells)
     losses = losses * sizes / sizes.mean()
     losses.sum().backward()  # type: ignore[no-untyped-call]
     return losses.detach()
@@ -235,8 +271,12 @@ def equality_rows(mixes: Sequence[str], models: Sequence[str]) -> tuple[list[lis
             last = (mix, name) == (mixes[-1], models[-1])
             model = build_model(64, 3, **MODELS[name])
             samples = draw_samples(MIXES[mix], text="text_dim" in MODELS[name])
-            wrong_ways = {w.__name__.replace("_", " "): w for w in (neighbours_time, moved_boundary, summed)}
-            for way, run in ({"packed": packed} | (wrong_ways if last else {})).items():
+            mode = MODELS[name].get("frames")
+            samples = samples if mode is None else give_frames(samples, mode)
+            wrong = (neighbours_time, moved_boundary, summed) if last else ()
+            wrong = (*wrong, neighbours_frames) if mode == "times" and mix == mixes[-1] else wrong
+            wrong_ways: dict[str, Callable[[Dit, Samples], Tensor]] = {w.__name__.replace("_", " "): w for w in wrong}
+            for way, run in ({"packed": packed} | wrong_ways).items():
                 loss, gradient = errors(model, samples, run)
                 holds = max(loss, gradient) <= LIMIT
                 title = f"{mix}; {name}"
