@@ -29,16 +29,11 @@ from ltd.data.media import decode_cut
 from ltd.data.plan import Placement
 from ltd.data.windows import enumerate_windows
 from ltd.data.write import write_bytes
-from ltd.encoders.features import (
-    CaptionFeatures,
-    I3dFeaturesConfig,
-    InceptionFeaturesConfig,
-    build_features,
-    parse_features,
-)
+from ltd.encoders.features import CaptionFeatures, build_features, parse_features
 from ltd.encoders.flow import DenseFlow
 from ltd.encoders.packaged import build_packaged
 from ltd.encoders.perceptual import PerceptualConfig, StLpipsConfig, VggLpipsConfig, build_perceptual
+from ltd.encoders.torchscript import I3dFeaturesConfig, InceptionFeaturesConfig
 from ltd.evaluation.distribution import DISTRIBUTION_METRICS
 from ltd.evaluation.measures import caption_rows, distribution_rows, motion_rows, outputs_of
 from ltd.evaluation.protocol import (
@@ -218,18 +213,20 @@ class Networks:
         self.of_frames = [name for name in args.metrics if name in _OF_FRAMES]
         self.of_clips = [name for name in args.metrics if name in _OF_CLIPS]
         self.of_motion = [name for name in args.metrics if name in _OF_MOTION]
-        self.captions = "clip_score" in args.metrics
+        self.captions: CaptionFeatures | None = None
         self.frames: ClipFeatures | None = None
         self.clips: ClipFeatures | None = None
         self.flow = DenseFlow() if self.of_motion else None
-        if self.of_frames or self.captions:
+        if self.of_frames or "clip_score" in args.metrics:
             config = parse_features(args.features)
             features = build_features(config, device=args.device)
             self.frames_note = "" if isinstance(config, InceptionFeaturesConfig) else _OTHER.format("Inception")
-            if self.captions and not isinstance(features, CaptionFeatures):
-                raise ConfigError(
-                    f"--features: clip_score needs a CLIP folder (transformers:FOLDER), got {args.features}"
-                )
+            if "clip_score" in args.metrics:
+                if not isinstance(features, CaptionFeatures):
+                    raise ConfigError(
+                        f"--features: clip_score needs a CLIP folder (transformers:FOLDER), got {args.features}"
+                    )
+                self.captions = features
             try:
                 self.frames = ClipFeatures(features, frames=_FRAMES, outputs=("features", *outputs_of(self.of_frames)))
             except ValueError as error:
@@ -247,8 +244,8 @@ class Networks:
             rows += distribution_rows(
                 samples, reference, self.frames, self.of_frames, suffix=suffix, seed=seed, note=self.frames_note
             )
-            if self.captions:
-                rows += caption_rows(samples, reference, self.frames, self.frames.map.embed_captions, suffix=suffix)
+            if self.captions is not None:
+                rows += caption_rows(samples, reference, self.frames, self.captions.embed_captions, suffix=suffix)
         if samples.is_video and self.clips is not None:
             rows += distribution_rows(samples, reference, self.clips, self.of_clips, seed=seed, note=self.clips_note)
         if samples.is_video and self.flow is not None:
