@@ -68,7 +68,7 @@ def test_rows_stand_beside_real_clips_at_equal_n():
     bad = {r.name: r for r in distribution_rows(_clips(24, 0, shift=25), reference, ClipFeatures(Colours(), frames=2,
            outputs=("features", *outputs_of(ALL))), ALL)}  # fmt: skip
     assert bad["fid"].value - rows["fid_frames"].value == pytest.approx(3 * 25**2, rel=0.2)
-    assert bad["fid"].floor == rows["fid_frames"].floor and bad["kid"].value > 10 * abs(bad["kid"].floor)
+    assert bad["fid"].floor == rows["fid_frames"].floor and bad["kid"].value > 5 * abs(bad["kid"].floor)
     assert bad["precision"].value == bad["density"].value == bad["coverage"].value == 0
 
 
