@@ -175,7 +175,7 @@ class Conditioning:
             fields["frames"] = self.frames.map(function)
         elif self.frames is not None and rows is None:
             fields["frames"] = tuple(frames.map(function) for frames in self.frames)
-        elif self.frames is not None:
+        elif self.frames is not None and rows is not None:
             places = torch.arange(len(self.frames))[rows if isinstance(rows, slice) else rows.cpu()].tolist()
             fields["frames"] = tuple(self.frames[place] for place in places)
         return Conditioning(**fields)
