@@ -88,7 +88,7 @@ def _choose_steps(everything: Sequence[Shown], limit: int) -> tuple[list[Shown],
     for number, found in steps.items():
         found.sort()
         count = min(limit, len(found))
-        kept[number] = {found[round(k * (len(found) - 1) / max(1, count - 1))] for k in range(count)} | {found[-1]}
+        kept[number] = {found[round(k * (len(found) - 1) / max(1, count - 1))] for k in range(count)}
         if count < len(found):
             name = next(one.run for one in everything if one.number == number)
             notes.append(f"{name}: {len(kept[number])} of {len(found)} steps with samples are shown.")

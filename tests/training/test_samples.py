@@ -81,8 +81,12 @@ def test_files_of_every_sampled_step_are_written_and_logged(runs: dict[str, Path
         folder = runs["sampled"] / "samples" / name
         listed = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         assert [row["prompt"] for row in listed] == [*PROMPTS, *PROMPTS] and (folder / "grid.png").is_file()
+        made = {"step": int(name[-8:]), "seed": 0, "steps": 2, "solver": "euler", "guidance": 4.0, "weights": "ema_0.5"}
+        assert all(made.items() <= row.items() for row in listed)
     media = [json.loads(line) for line in (runs["sampled"] / "media.jsonl").read_text().splitlines()]
-    assert len(media) == 12 and {row["step"] for row in media} == {2, 4}
+    grids = [row for row in media if row["name"] == "eval/samples_grid"]
+    assert len(media) == 12 + 2 and {row["step"] for row in media} == {row["step"] for row in grids} == {2, 4}
+    assert [row["path"] for row in grids] == [f"samples/{name}/grid.png" for name in folders]
     assert all((runs["sampled"] / row["path"]).is_file() for row in media)
 
 
