@@ -246,18 +246,18 @@ def _inception(path: Path) -> None:
 def test_metrics_by_name_stand_beside_real_clips(data, light, tmp_path):
     pytest.importorskip("cv2")
     _inception(tmp_path / "inception.pt")
-    names = ["fid", "sfid", "kid", "inception_score", "fvd", "warping_error", "motion"]
+    names = ["fid", "sfid", "inception_score", "fvd", "warping_error", "motion"]
     network = f"inception:{tmp_path / 'inception.pt'}"
     common = ["--samples", data / "samples", "--reference", data / "train", "--fps", 8]
     before = _run(tmp_path / "before", *common)
     rows = _run(
         tmp_path / "run", *common, "--metrics", *names, "--features", network, "--clip-features", "frame_differences"
     )
-    of_frames = {"fid", "sfid", "kid", "kid_std", "inception_score", "inception_score_std"}
-    motion = {"fvd", "warping_error", "motion_magnitude", "motion_dynamic_degree", "motion_flicker"}
-    new = {f"{name}_{kind}" for name in of_frames for kind in ("frames", "images") if name[:3] != "kid" or kind == "frames"}
-    assert set(rows) - set(before) >= new - {"kid_images"} and motion <= set(rows)
-    for name in (set(rows) - set(before)) - {"kid_std_frames"}:
+    of_frames = {"fid", "sfid", "inception_score", "inception_score_std"}
+    new = {f"{name}_{kind}" for name in of_frames for kind in ("frames", "images")}
+    new |= {"fvd", "warping_error", "motion_magnitude", "motion_dynamic_degree", "motion_flicker"}
+    assert set(rows) - set(before) == new
+    for name in new:
         row = rows[name]
         assert row.floor is not None and row.network and row.preprocessing and row.n
         assert (row.weights, row.steps, row.guidance, row.seed) == ("ema", 20, 2.0, 7)
