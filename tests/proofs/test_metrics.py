@@ -18,7 +18,7 @@ def _small() -> Iterator[metrics.Comparison]:
     yield from metrics._kernel(40, 8)
     yield from metrics._inception(60, 7)
     yield from metrics._manifolds(60, 50, 8, 3)
-    yield from metrics._clip(20, 16)
+    yield from metrics._clip(20, 256)
     yield from metrics._fidelity()
     yield from metrics._motion()
 
