@@ -173,11 +173,12 @@ class Conditioning:
         fields: dict[str, Any] = {name: function(field) for name, field in self._tensors().items()}
         if isinstance(self.frames, Frames):
             fields["frames"] = self.frames.map(function)
-        elif self.frames is not None and rows is None:
-            fields["frames"] = tuple(frames.map(function) for frames in self.frames)
-        elif self.frames is not None and rows is not None:
-            places = torch.arange(len(self.frames))[rows if isinstance(rows, slice) else rows.cpu()].tolist()
-            fields["frames"] = tuple(self.frames[place] for place in places)
+        elif self.frames is not None:
+            if rows is None:
+                fields["frames"] = tuple(frames.map(function) for frames in self.frames)
+            else:
+                places = torch.arange(len(self.frames))[rows if isinstance(rows, slice) else rows.cpu()].tolist()
+                fields["frames"] = tuple(self.frames[place] for place in places)
         return Conditioning(**fields)
 
 

@@ -59,9 +59,8 @@ def import_denoiser(
         raise ConfigError(f"{path}: a tensor has other axes than its configuration says: {error}") from None
     model.load_state_dict(ours, assign=True)
     model = model.eval().requires_grad_(False)
-    meant = ParametrizationConfig() if layout == "wan" else dit.parametrization(layout)
-    if layout == "diffusers" and "transformer_blocks.0.norm1.linear.weight" not in theirs:
-        meant = ParametrizationConfig()
+    # Of all these layouts, those without classes are Wan's, which predict velocities.
+    meant = ParametrizationConfig() if config.num_classes is None else dit.parametrization(layout)
     return model if meant == ParametrizationConfig() else Parametrized(model, meant).eval()
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ltd.denoisers import Conditioning, Frames, stack, told
+from ltd.denoisers import Conditioning, Frames, HeadConfig, stack, told
 from ltd.nn import attention
 from ltd.parallel import ParallelConfig, activation
 
@@ -20,6 +20,8 @@ VARIANTS = [
     {"frames": "times"},
     {"frames": "times", "text_dim": 5, "pooled_text": True, "modulation": "shared", "prediction": "data"},
     {"frames": "times", "text_dim": 5, "text_stream": "joint", "registers": 2},
+    {"frames": "times", "text_dim": 5, "text_stream": "joint", "dual_depth": 1},
+    {"frames": "times", "head": HeadConfig(width=32, depth=1, num_heads=2)},
     {"frames": "channels", "frame_mask_channels": 2, "text_dim": 5},
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ltd.denoisers import Conditioning, Dit, Frames, Parametrized, count_paramet
 from ltd.interop import export_denoiser, import_denoiser
 from ltd.training.denoiser import DenoiserRun
 from tools.proofs._original_dit import original_output, original_state
+from tools.proofs._redrawn import redrawn
 from tools.proofs.table import Proof
 
 NAME = "denoisers"
@@ -63,31 +63,16 @@ PUBLISHED: dict[str, float] = {
 
 
 def build(name: str, seed: int) -> nn.Module:
-    """Build a model of theirs with every weight redrawn, zero-initialised ones too.
-
-    Args:
-        name: One of ``CASES``.
-        seed: Of the weights.
-
-    Returns:
-        The model.
-    """
-    import diffusers
-
+    """Build one of ``CASES`` with every weight redrawn from a seed."""
     kind, settings, _ = CASES[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: nn.Module = getattr(diffusers, kind)(**settings)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            drawn = torch.randn(value.shape, generator=generator)
-            fan_in = value[0].numel() if value.ndim == 2 or value.ndim > 3 else 1
-            if "norm" in key and value.ndim == 1 and key.endswith("weight"):
-                value.copy_(1 + 0.3 * drawn)
-            else:
-                value.copy_(drawn * (1.2 * fan_in**-0.5 if fan_in > 1 else 0.3))
-    return model.eval()
+    return redrawn(kind, settings, seed, _scale)
+
+
+def _scale(name: str, value: Tensor) -> tuple[float, float]:
+    if "norm" in name and value.ndim == 1 and name.endswith("weight"):
+        return 1.0, 0.3
+    fan_in = value[0].numel() if value.ndim == 2 or value.ndim > 3 else 1
+    return 0.0, (1.2 * fan_in**-0.5 if fan_in > 1 else 0.3)
 
 
 def inputs(model: nn.Module, cells: tuple[int, int, int], seed: int) -> tuple[Tensor, Tensor, Conditioning]:

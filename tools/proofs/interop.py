@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ltd.autoencoders import inflate
 from ltd.interop import export_autoencoder, import_autoencoder
+from tools.proofs._redrawn import redrawn
 from tools.proofs.table import Proof
 
 NAME = "interop"
@@ -51,31 +52,16 @@ SEEDS = 3
 
 
 def build(name: str, seed: int) -> nn.Module:
-    """Build a model of theirs with every weight redrawn.
-
-    Args:
-        name: One of ``CASES``.
-        seed: Of the weights.
-
-    Returns:
-        The model.
-    """
-    import diffusers
-
+    """Build one of ``CASES`` with every weight redrawn from a seed."""
     kind, settings, _ = CASES[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: nn.Module = getattr(diffusers, kind)(**settings)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter, value in model.named_parameters():
-            drawn = torch.randn(value.shape, generator=generator)
-            if parameter.endswith("bias"):
-                value.copy_(0.2 * drawn)
-            else:
-                fan_in = value[0].numel()
-                value.copy_(drawn * 1.3 * fan_in**-0.5 if fan_in > 1 else 1 + 0.3 * drawn)
-    return model.eval()
+    return redrawn(kind, settings, seed, _scale)
+
+
+def _scale(name: str, value: Tensor) -> tuple[float, float]:
+    fan_in = value[0].numel()
+    if name.endswith("bias"):
+        return 0.0, 0.2
+    return (0.0, 1.3 * fan_in**-0.5) if fan_in > 1 else (1.0, 0.3)
 
 
 def outputs(model: Any, video: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
