@@ -20,9 +20,11 @@ from ltd.denoisers.tokens import take_tokens
 from ltd.nn.attention import CrossAttention, HeadProjections, SelfAttention, attend, mix
 from ltd.nn.moe import ExpertChoice
 from ltd.nn.norm import RMSNorm
-from ltd.nn.packing import Packing, by_sample
+from ltd.nn.packing import Packing, Repeats, by_sample
 
 Keys: TypeAlias = tuple[Tensor, Tensor]
+Condition: TypeAlias = Tensor | tuple[Any, ...]
+"""What modulates a block: the condition, or the vectors that its modulation made of it beforehand."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TokenContext:
     """``(b, m, d)``, read by cross-attention."""
     text_mask: Tensor | None = None
     """Bool ``(b, m)``; of a pack, which samples have text (``CrossAttention``); None = all is read."""
+    text_repeats: Repeats | None = None
+    """How many tokens the last one of a text stands for; None = one."""
     image: Tensor | None = None
     """Tokens of an image encoder ``(b, m', d)``, read by cross-attention."""
     key_mask: Tensor | None = None
@@ -106,6 +110,11 @@ def of_tokens(vectors: Sequence[Tensor], levels: Tensor | None) -> list[Tensor]:
     if levels is None:
         return list(vectors)
     return [torch.take_along_dim(vector, levels.unsqueeze(-1), 1) for vector in vectors]
+
+
+def vectors_of(modulation: nn.Module, condition: Condition) -> Sequence[Tensor]:
+    """Make the vectors of a condition, unless it is them already."""
+    return condition if isinstance(condition, tuple) else modulation(condition)
 
 
 class SwiGLU(nn.Module):
@@ -259,14 +268,14 @@ class DitBlock(Stream):
         )
 
     def forward(
-        self, x: Tensor, condition: Tensor, context: TokenContext, keys: Sequence[Keys] | None = None
+        self, x: Tensor, condition: Condition, context: TokenContext, keys: Sequence[Keys] | None = None
     ) -> Tensor:
         """Update tokens.
 
         Args:
             x: ``(b, n, d)``.
             condition: ``(b, k, d)`` after its SiLU, or the shared projection ``(b, k, 6 d)``; a pack's has a row per
-                sample.
+                sample. Or what ``modulations`` made of it.
             context: Rotations, text and the places of samples.
             keys: What ``text_keys`` made; takes the place of the context's text and image.
 
@@ -274,7 +283,7 @@ class DitBlock(Stream):
             ``(b, n, d)``.
         """
         lengths = context.lengths
-        vectors = of_tokens(self.modulation(condition), context.levels)
+        vectors = of_tokens(vectors_of(self.modulation, condition), context.levels)
         attention: Callable[..., Tensor] = self.attention or self._shared[0]  # type: ignore[assignment]
         segments = context.packing.attention if context.packing else None
         inner = self.attention_input(x, vectors, lengths)
@@ -292,7 +301,11 @@ class DitBlock(Stream):
         text: Any = context.text if keys is None else keys[0]
         image: Any = context.image if keys is None else (keys[1] if len(keys) > 1 else None)
         segments = context.packing.text if context.packing else None
-        return self.cross_attention(self.cross_norm(x), text, context.text_mask, segments, image)
+        return self.cross_attention(self.cross_norm(x), text, context.text_mask, segments, image, context.text_repeats)
+
+    def modulations(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Make the six vectors ``(b, k, d)`` of a condition, to be given in its place."""
+        return self.modulation(condition)
 
     def text_keys(self, text: Tensor, image: Tensor | None) -> tuple[Keys, ...]:
         """Make the keys and values of text ``(b, m, d)``, and of an image's tokens: they stay the same in all steps."""
@@ -337,7 +350,11 @@ class DualBlock(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, x: Tensor, condition: Tensor, context: TokenContext) -> Tensor:
+    def modulations(self, condition: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """Make the vectors ``(b, k, d)`` of both streams of a condition, to be given in its place."""
+        return tuple(stream.modulation(condition) for stream in (self.text, self.other))
+
+    def forward(self, x: Tensor, condition: Condition, context: TokenContext) -> Tensor:
         """Update tokens, as ``DitBlock.forward``; the context says which of them are text (``streams``)."""
         assert context.streams is not None
         sides = []
@@ -347,7 +364,8 @@ class DualBlock(nn.Module):
         halves = split_streams(x, context.streams)
         for side, stream in enumerate((self.text, self.other)):
             lengths = context.streams[side::2] if context.lengths is not None else None
-            vectors = of_tokens(stream.modulation(condition), levels[side])
+            given = condition[side] if isinstance(condition, tuple) else condition
+            vectors = of_tokens(vectors_of(stream.modulation, given), levels[side])
             inner = stream.attention_input(halves[side], vectors, lengths)
             assert stream.attention is not None and stream.mlp is not None
             sides.append((stream, vectors, lengths, stream.attention.project(inner, cos[side], sin[side])))
@@ -395,20 +413,20 @@ class FinalLayer(nn.Module):
         self.norm = ModulatedNorm(config, dim, config.norm_eps)
 
     def forward(
-        self, x: Tensor, condition: Tensor, levels: Tensor | None = None, lengths: tuple[int, ...] | None = None
+        self, x: Tensor, condition: Condition, levels: Tensor | None = None, lengths: tuple[int, ...] | None = None
     ) -> Tensor:
         """Project tokens to patches.
 
         Args:
             x: ``(b, n, d)``.
-            condition: ``(b, k, d)``, ``(b, k, 2 d)`` for a table; a row per sample of a pack.
+            condition: ``(b, k, d)``, ``(b, k, 2 d)`` for a table; a row per sample of a pack. Or the two vectors.
             levels: Which row a token is modulated by, ``(b, n)``; None = the only one.
             lengths: Tokens of each sample of a pack, b = 1; None when a row is a sample.
 
         Returns:
             ``(b, n, patch_dim)``.
         """
-        vectors = of_tokens(self.modulation(condition), levels)
+        vectors = of_tokens(vectors_of(self.modulation, condition), levels)
         return self.linear(by_sample(self.norm, lengths, [x], vectors))
 
 

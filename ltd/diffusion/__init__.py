@@ -1,6 +1,6 @@
 """Mathematics of diffusion: paths, times, objectives, samplers, guidance. A denoiser is any callable (x_t, t, cond)."""
 
-from ltd.diffusion.guidance import Denoiser, GuidanceConfig, guided
+from ltd.diffusion.guidance import Denoiser, GuidanceConfig, Guided, PrepareSteps, guided
 from ltd.diffusion.known import with_known
 from ltd.diffusion.objectives import FlowMatching, FlowMatchingConfig
 from ltd.diffusion.paths import (
@@ -21,6 +21,7 @@ from ltd.diffusion.prediction import (
     VelocityPredictionConfig,
     as_denoiser,
     build_prediction,
+    network_times,
     read_parametrization,
 )
 from ltd.diffusion.samplers import SamplerConfig, sample, time_grid
@@ -42,6 +43,7 @@ __all__ = [
     "FlowMatching",
     "FlowMatchingConfig",
     "GuidanceConfig",
+    "Guided",
     "GvpPathConfig",
     "LinearPath",
     "LinearPathConfig",
@@ -53,6 +55,7 @@ __all__ = [
     "Path",
     "PathConfig",
     "PredictionConfig",
+    "PrepareSteps",
     "SamplerConfig",
     "ShiftConfig",
     "UniformConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "build_prediction",
     "draw_times",
     "guided",
+    "network_times",
     "quantile_times",
     "read_parametrization",
     "sample",

@@ -279,14 +279,14 @@ class _Still(nn.Module):
 
     def __init__(self, like: Any) -> None:
         super().__init__()
-        self.config, self.dtype = like.config, torch.float32
+        self.config, self.dtype, self.device = like.config, torch.float32, torch.device("cpu")
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
         return (hidden_states,)
 
     @staticmethod
-    def cache_context(name: str) -> Any:
+    def cache_context(name: str, **_: Any) -> Any:
         return contextlib.nullcontext(name)
 
 
