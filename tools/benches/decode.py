@@ -86,7 +86,7 @@ def make_tar(folder: Path, *, tiny: bool = False) -> Path:
 
 
 def _bars() -> bytes:
-    """Encode two seconds of moving bars."""
+    """Encode a second of moving bars."""
     import av
 
     buffer = io.BytesIO()
@@ -94,7 +94,7 @@ def _bars() -> bytes:
         stream = output.add_stream("libx264", rate=FPS, options={"g": "250", "threads": "2", "preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         columns = np.arange(WIDTH)
-        for number in range(2 * FPS):
+        for number in range(FPS):
             row = ((columns + 8 * number) % 256).astype(np.uint8)
             pixels = np.ascontiguousarray(np.broadcast_to(row[None, :, None], (HEIGHT, WIDTH, 3)))
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
