@@ -16,19 +16,17 @@ from torch import Tensor, nn
 
 from ltd.denoisers.alignment import TokenProjector
 from ltd.denoisers.blocks import (
-    BlockModulation,
     DitBlock,
     DualBlock,
     FinalLayer,
     SharedParts,
-    TableModulation,
     TokenContext,
-    of_tokens,
 )
 from ltd.denoisers.checks import check_inputs
 from ltd.denoisers.conditioning import Conditioning, Prepared
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.embeddings import BlockEmbedding, WideHead, time_embedding
+from ltd.denoisers.modulation import BlockModulation, TableModulation, of_tokens
 from ltd.denoisers.steps import Tables, step_conditions
 from ltd.denoisers.tokens import (
     Text,
