@@ -1,8 +1,8 @@
-"""Time our parts against their peers: ``python tools/bench.py KIND [--only NAME] [--repeats N] [--force]``.
+"""Time our parts against their peers: ``python tools/bench.py KIND [--only NAME] [--repeats N] [--force] [--tiny]``.
 
-Every bench module of ``tools/benches`` belongs to a kind; all of a kind write one page,
-``docs/benchmarks/KIND_HARDWARE_YYYYMM.md``. Adding a kind is adding a module with
-another ``KIND`` (``data`` where a module has none).
+Every bench module of ``tools/benches`` belongs to a kind (data, autoencoder, denoiser, sampler, checkpoint, train,
+sequence, mfu); all of a kind write one page, ``docs/benchmarks/KIND_HARDWARE_YYYYMM.md``. Adding a kind is adding a
+module with another ``KIND``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUSY_LIMIT_PERCENT = 15.0
 _LOOK_S = 3.0
 _PACKAGES = ("torch", "deepspeed", "numpy", "av", "decord", "torchcodec", "webdataset", "pillow")
-_MARK = " (busy machine)"
+_BUSY, _TINY = " (busy machine)", " (tiny: no figure)"
 
 
 def bench_modules() -> dict[str, dict[str, ModuleType]]:
@@ -44,7 +44,7 @@ def bench_modules() -> dict[str, dict[str, ModuleType]]:
     for info in sorted(pkgutil.iter_modules(benches.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{benches.__name__}.{info.name}")
         if hasattr(module, "measure"):
-            kinds.setdefault(getattr(module, "KIND", "data"), {})[module.NAME] = module
+            kinds.setdefault(module.KIND, {})[module.NAME] = module
     return kinds
 
 
@@ -54,12 +54,13 @@ def busy_percent() -> float:
 
 
 def hardware() -> str:
-    """Name the processor and its cores."""
+    """Name the processor and its cores, and the GPU if there is one."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = found.group(1).strip() if found else name
-    return f"{name}, {os.cpu_count()} cores"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}"
 
 
 def _version(package: str) -> str:
@@ -78,16 +79,18 @@ def _commit() -> str:
     )
 
 
-def header(command: str, busy: float) -> list[str]:
+def header(command: str, busy: float, modules: Sequence[ModuleType]) -> list[str]:
     """Say how the figures came about.
 
     Args:
         command: What was typed.
         busy: Load of the machine by others before the start, in percent.
+        modules: The benches: each says its shapes and how it is laid out over processes.
 
     Returns:
         Lines of a Markdown list.
     """
+    sizes = [f"{what} ({one.NAME}): {text}" for one in modules for what, text in _said(one)]
     return [
         f"Command: `{command}`",
         f"Machine: {hardware()}, {psutil.virtual_memory().total / 1e9:.0f} GB of memory, {platform.system()}",
@@ -95,7 +98,12 @@ def header(command: str, busy: float) -> list[str]:
         f"Commit: {_commit()}",
         f"Threads: torch {torch.get_num_threads()}, decoders 1, loader 1",
         f"Load by other processes before the start: {busy:.0f} % of all cores (limit {BUSY_LIMIT_PERCENT:g} %)",
+        *sizes,
     ]
+
+
+def _said(module: ModuleType) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("Shapes", module.SHAPES), ("Parallel layout", module.LAYOUT)
 
 
 def page(kind: str, lines: Sequence[str], rows: Sequence[Row], summaries: Sequence[str], *, mark: str) -> str:
@@ -126,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="one bench of the kind")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, after one that warms up")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too, and mark the rows")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that it runs; marks the rows")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the page")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -133,6 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     modules = kinds.get(arguments.kind, {})
     if arguments.only is not None:
         modules = {name: module for name, module in modules.items() if name == arguments.only}
+    missing = [reason for module in modules.values() if (reason := getattr(module, "missing", str)())]
+    if missing and not arguments.tiny:
+        print(f"bench: {missing[0]}")
+        return 2
     if not modules or arguments.repeats < 1:
         known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
         print(f"bench: got {arguments.kind} {arguments.only or ''}, needed one of {known}, and --repeats of 1 or more")
@@ -148,13 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     summaries: list[str] = []
     for module in modules.values():
-        found = module.measure(arguments.repeats)
+        found = module.measure(arguments.repeats, tiny=arguments.tiny)
         rows += found
         summaries += module.summary(found) if hasattr(module, "summary") else []
     options = [arguments.kind, *(["--only", arguments.only] if arguments.only else [])]
-    command = " ".join(["python tools/bench.py", *options, "--repeats", str(arguments.repeats)])
-    mark = _MARK if busy > BUSY_LIMIT_PERCENT else ""
-    text = page(arguments.kind, header(command, busy), rows, summaries, mark=mark)
+    options += ["--repeats", str(arguments.repeats), *(["--tiny"] if arguments.tiny else [])]
+    command = " ".join(["python tools/bench.py", *options])
+    mark = (_BUSY if busy > BUSY_LIMIT_PERCENT else "") + (_TINY if arguments.tiny else "")
+    text = page(arguments.kind, header(command, busy, list(modules.values())), rows, summaries, mark=mark)
     part = f"-{arguments.only}" if arguments.only else ""  # one bench must not take the place of the whole page
     name = f"{arguments.kind}{part}_{_slug(hardware())}_{datetime.datetime.now(datetime.UTC):%Y%m}.md"
     arguments.out.mkdir(parents=True, exist_ok=True)

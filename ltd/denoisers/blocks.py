@@ -16,11 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltd.denoisers.config import DitConfig
+from ltd.denoisers.modulation import (
+    BlockModulation,
+    Condition,
+    ModulatedNorm,
+    TableModulation,
+    add_gated,
+    of_tokens,
+    vectors_of,
+)
 from ltd.denoisers.tokens import take_tokens
 from ltd.nn.attention import CrossAttention, HeadProjections, SelfAttention, attend, mix
 from ltd.nn.moe import ExpertChoice
 from ltd.nn.norm import RMSNorm
-from ltd.nn.packing import Packing, by_sample
+from ltd.nn.packing import Packing, Repeats, by_sample
 
 Keys: TypeAlias = tuple[Tensor, Tensor]
 
@@ -40,6 +49,8 @@ class TokenContext:
     """``(b, m, d)``, read by cross-attention."""
     text_mask: Tensor | None = None
     """Bool ``(b, m)``; of a pack, which samples have text (``CrossAttention``); None = all is read."""
+    text_repeats: Repeats | None = None
+    """How many tokens the last one of a text stands for; None = one."""
     image: Tensor | None = None
     """Tokens of an image encoder ``(b, m', d)``, read by cross-attention."""
     key_mask: Tensor | None = None
@@ -63,50 +74,6 @@ class TokenContext:
             return None if x is None else take_tokens(x, places)
 
         return dataclasses.replace(self, cos=taken(self.cos), sin=taken(self.sin), levels=taken(self.levels))
-
-
-class ModulatedNorm(nn.Module):
-    """RMSNorm or LayerNorm, scaled by ``1 + scale`` and shifted, in fp32 or wider.
-
-    Args:
-        config: Options of the family.
-        dim: Width.
-        eps: Added to the mean square or the variance.
-    """
-
-    def __init__(self, config: DitConfig, dim: int, eps: float) -> None:
-        super().__init__()
-        self.centred, self.eps = config.norm == "layer", eps
-        self.weight = nn.Parameter(torch.ones(dim)) if config.norm_weight else None
-
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Normalise and modulate.
-
-        Args:
-            x: ``(b, n, d)``.
-            shift: ``(b, 1 or n, d)``.
-            scale: Like ``shift``.
-
-        Returns:
-            ``(b, n, d)`` in the dtype of ``x``.
-        """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight = None if self.weight is None else self.weight.to(wide)
-        norm = F.layer_norm if self.centred else F.rms_norm
-        normal = norm(x.to(wide), (x.shape[-1],), weight, eps=self.eps)
-        return torch.addcmul(shift.to(wide), normal, 1 + scale.to(wide)).to(x.dtype)
-
-
-def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """Add ``gate * branch`` to ``x``: tokens ``(b, n, d)`` both, gate ``(b, 1 or n, d)``."""
-    return torch.addcmul(x, gate, branch)
-
-
-def of_tokens(vectors: Sequence[Tensor], levels: Tensor | None) -> list[Tensor]:
-    """Give every token ``(b, n)`` its level's row of each of the vectors ``(b, k, d)``; as they are without levels."""
-    if levels is None:
-        return list(vectors)
-    return [torch.take_along_dim(vector, levels.unsqueeze(-1), 1) for vector in vectors]
 
 
 class SwiGLU(nn.Module):
@@ -146,45 +113,6 @@ class GeluMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., dim)`` to ``(..., dim)``."""
         return self.out(F.gelu(self.input(x), approximate="tanh"))
-
-
-class BlockModulation(nn.Module):
-    """Shifts, scales and gates of one block from the condition vector; zero at the start.
-
-    Args:
-        dim: Width.
-        num_vectors: How many vectors of that width.
-        condition_dim: Size of the condition; the width if left out.
-    """
-
-    def __init__(self, dim: int, num_vectors: int = 6, condition_dim: int | None = None) -> None:
-        super().__init__()
-        self.num_vectors = num_vectors
-        self.linear = nn.Linear(condition_dim or dim, num_vectors * dim)
-
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """Split ``linear(condition)``, with condition ``(b, k, d)`` after its SiLU, into vectors ``(b, k, d)``."""
-        return self.linear(condition).chunk(self.num_vectors, dim=-1)
-
-
-class TableModulation(nn.Module):
-    """Shifts, scales and gates from a projection that all share, plus a learned table; zero at first.
-
-    Reference: Chen et al. (2023), PixArt-alpha, arXiv 2310.00426, Sec. 2.3 (adaLN-single).
-
-    Args:
-        dim: Width.
-        num_vectors: How many vectors of that width.
-    """
-
-    def __init__(self, dim: int, num_vectors: int = 6) -> None:
-        super().__init__()
-        self.num_vectors = num_vectors
-        self.table = nn.Parameter(torch.zeros(num_vectors * dim))
-
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """Add the table to the shared projection ``(b, k, num_vectors d)`` and split it into vectors ``(b, k, d)``."""
-        return (condition + self.table).chunk(self.num_vectors, dim=-1)
 
 
 class Stream(nn.Module):
@@ -260,14 +188,14 @@ class DitBlock(Stream):
         )
 
     def forward(
-        self, x: Tensor, condition: Tensor, context: TokenContext, keys: Sequence[Keys] | None = None
+        self, x: Tensor, condition: Condition, context: TokenContext, keys: Sequence[Keys] | None = None
     ) -> Tensor:
         """Update tokens.
 
         Args:
             x: ``(b, n, d)``.
             condition: ``(b, k, d)`` after its SiLU, or the shared projection ``(b, k, 6 d)``; a pack's has a row per
-                sample.
+                sample. Or what ``modulations`` made of it.
             context: Rotations, text and the places of samples.
             keys: What ``text_keys`` made; takes the place of the context's text and image.
 
@@ -275,7 +203,7 @@ class DitBlock(Stream):
             ``(b, n, d)``.
         """
         lengths = context.lengths
-        vectors = of_tokens(self.modulation(condition), context.levels)
+        vectors = of_tokens(vectors_of(self.modulation, condition), context.levels)
         attention: Callable[..., Tensor] = self.attention or self._shared[0]  # type: ignore[assignment]
         segments = context.packing.attention if context.packing else None
         inner = self.attention_input(x, vectors, lengths)
@@ -293,7 +221,11 @@ class DitBlock(Stream):
         text: Any = context.text if keys is None else keys[0]
         image: Any = context.image if keys is None else (keys[1] if len(keys) > 1 else None)
         segments = context.packing.text if context.packing else None
-        return self.cross_attention(self.cross_norm(x), text, context.text_mask, segments, image)
+        return self.cross_attention(self.cross_norm(x), text, context.text_mask, segments, image, context.text_repeats)
+
+    def modulations(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Make the six vectors ``(b, k, d)`` of a condition, to be given in its place."""
+        return self.modulation(condition)
 
     def text_keys(self, text: Tensor, image: Tensor | None) -> tuple[Keys, ...]:
         """Make the keys and values of text ``(b, m, d)``, and of an image's tokens: they stay the same in all steps."""
@@ -338,7 +270,11 @@ class DualBlock(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, x: Tensor, condition: Tensor, context: TokenContext) -> Tensor:
+    def modulations(self, condition: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """Make the vectors ``(b, k, d)`` of both streams of a condition, to be given in its place."""
+        return tuple(stream.modulation(condition) for stream in (self.text, self.other))
+
+    def forward(self, x: Tensor, condition: Condition, context: TokenContext) -> Tensor:
         """Update tokens, as ``DitBlock.forward``; the context says which of them are text (``streams``)."""
         assert context.streams is not None
         sides = []
@@ -348,7 +284,8 @@ class DualBlock(nn.Module):
         halves = split_streams(x, context.streams)
         for side, stream in enumerate((self.text, self.other)):
             lengths = context.streams[side::2] if context.lengths is not None else None
-            vectors = of_tokens(stream.modulation(condition), levels[side])
+            given = condition[side] if isinstance(condition, tuple) else condition
+            vectors = of_tokens(vectors_of(stream.modulation, given), levels[side])
             inner = stream.attention_input(halves[side], vectors, lengths)
             assert stream.attention is not None and stream.mlp is not None
             sides.append((stream, vectors, lengths, stream.attention.project(inner, cos[side], sin[side])))
@@ -396,20 +333,20 @@ class FinalLayer(nn.Module):
         self.norm = ModulatedNorm(config, dim, config.norm_eps)
 
     def forward(
-        self, x: Tensor, condition: Tensor, levels: Tensor | None = None, lengths: tuple[int, ...] | None = None
+        self, x: Tensor, condition: Condition, levels: Tensor | None = None, lengths: tuple[int, ...] | None = None
     ) -> Tensor:
         """Project tokens to patches.
 
         Args:
             x: ``(b, n, d)``.
-            condition: ``(b, k, d)``, ``(b, k, 2 d)`` for a table; a row per sample of a pack.
+            condition: ``(b, k, d)``, ``(b, k, 2 d)`` for a table; a row per sample of a pack. Or the two vectors.
             levels: Which row a token is modulated by, ``(b, n)``; None = the only one.
             lengths: Tokens of each sample of a pack, b = 1; None when a row is a sample.
 
         Returns:
             ``(b, n, patch_dim)``.
         """
-        vectors = of_tokens(self.modulation(condition), levels)
+        vectors = of_tokens(vectors_of(self.modulation, condition), levels)
         return self.linear(by_sample(self.norm, lengths, [x], vectors))
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ltd.denoisers.conditioning import Conditioning
 from ltd.denoisers.config import DitConfig
+
+#: Difference of times, from rounding, up to which they are one.
+_SAME_TIME = 1e-4
 
 
 def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning) -> None:
@@ -55,7 +59,21 @@ def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, c
             raise ValueError(f"{name}: cannot be given with samples of several sizes in one sequence")
     if cond.kept is not None and config.mixer_depth == 0:
         raise ValueError("kept: the model drops no tokens (model.mixer_depth is 0)")
+    _check_step(t, cond)
     _check_frames(config, x_t, cond)
+
+
+def _check_step(t: Tensor, cond: Conditioning) -> None:
+    """Refuse conditions that were made for another time; on another device than the CPU, looking would wait for it."""
+    step = None if cond.prepared is None else cond.prepared.step
+    if step is None:
+        return
+    if t.ndim != 1:
+        raise ValueError(
+            "t: got a time for every latent frame with conditions prepared for a step, needed one a sample"
+        )
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and abs(float(t[0]) - step.time) > _SAME_TIME:
+        raise ValueError(f"t: got {float(t[0]):g} with conditions prepared for the step at {step.time:g}")
 
 
 def _check_latents(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor) -> None:

@@ -47,15 +47,29 @@ class Frames:
 
 
 @dataclass(frozen=True)
+class StepCondition:
+    """What modulates the blocks at one time of a sampler: all of it is known before the first step."""
+
+    time: float
+    """The time as the network is given it."""
+    blocks: tuple[Any, ...]
+    """Of every block, or one for all, what its modulation made of the condition, or the shared projection."""
+    final: Any
+    """The same of the last layer; None behind a wide head, which is modulated by tokens."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What a denoiser made of conditions once, for all steps of a sampler. Only that denoiser can read it."""
 
-    keys: tuple[Any, ...]
-    """Keys and values of every block that reads text."""
-    pooled: Tensor | None
+    text: Any
+    """The text at the model's width and which of it is read; without its tokens where there are keys."""
+    keys: tuple[Any, ...] = ()
+    """Keys and values of every block that reads text; none where no block does."""
+    pooled: Tensor | None = None
     """Mean text token ``(b, d)``, projected."""
-    mask: Tensor | None
-    """Bool ``(b, m)``: which keys are read; None = all."""
+    step: StepCondition | None = None
+    """What modulates at the one time that this was made for; None = computed at every call."""
 
 
 @dataclass(frozen=True)

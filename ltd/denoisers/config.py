@@ -280,6 +280,11 @@ class DitConfig:
         return self.rope_split or default_rope_split(self.head_dim)
 
     @property
+    def folds_text(self) -> bool:
+        """Whether the padding of a text is computed as one token that counts as many: cross-attention alone sees it."""
+        return self.text_length is not None and self.text_stream == "cross" and not self.pooled_text
+
+    @property
     def mlp_hidden(self) -> int:
         """Width of the perceptron: of the SwiGLU's gate, or between the two products of a plain one."""
         return self.hidden_of(self.width)

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from ltd.denoisers.alignment import TokenProjector
 from ltd.denoisers.blocks import (
-    BlockModulation,
     DitBlock,
     DualBlock,
     FinalLayer,
     SharedParts,
-    TableModulation,
     TokenContext,
-    of_tokens,
 )
 from ltd.denoisers.checks import check_inputs
 from ltd.denoisers.conditioning import Conditioning, Frames, Prepared
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.embeddings import BlockEmbedding, WideHead, text_embedding, time_embedding
+from ltd.denoisers.modulation import BlockModulation, TableModulation, of_tokens
+from ltd.denoisers.steps import Tables, step_conditions
 from ltd.denoisers.tokens import (
     Text,
     Tokens,
+    fold_padding,
     frame_input,
     join_prefix,
     kept_places,
@@ -107,6 +107,7 @@ class Dit(nn.Module):
         self.final = FinalLayer(config, config.out_channels * config.patch_cells)
         #: What only training needs: a projection of one block's tokens; never exported.
         self.alignment: TokenProjector | None = None
+        self._tables = Tables()
         self.initialise()
 
     @torch.no_grad()
@@ -186,7 +187,8 @@ class Dit(nn.Module):
             frames = cond.frames if isinstance(cond.frames, Frames) else None
             times, levels = levels_of(t, frames if config.frames == "times" else None, patch, grid)
             noisy = frame_input(x_t.to(dtype), frames, config.frames, config.frame_mask_channels)
-            tokens = self._patches(patchify(noisy, patch), grid_positions(grid, x_t.device), [grid], levels=levels)
+            positions = grid_positions(grid, x_t.device)
+            tokens = self._patches(patchify(noisy, patch), positions, [grid], levels=levels, grid=grid)
             out = self._run(tokens, times, cond, tap)
             return self._velocity(unpatchify(out, grid, patch), x_t, t)
         known = cond.frames if isinstance(cond.frames, tuple) else None
@@ -221,7 +223,52 @@ class Dit(nn.Module):
         assert text.tokens is not None
         blocks = [block for block in self.blocks if isinstance(block, DitBlock)]
         keys = tuple(block.text_keys(text.tokens, image) for block in blocks)
-        return dataclasses.replace(cond, prepared=Prepared(keys, self._pooled(text), text.mask))
+        read = dataclasses.replace(text, tokens=None)
+        return dataclasses.replace(cond, prepared=Prepared(read, keys, self._pooled(text)))
+
+    def prepare_steps(self, cond: Conditioning, times: Tensor) -> list[Conditioning]:
+        """Compute once what ``prepare`` does, and what modulates the blocks at every step of a sampler.
+
+        All times go through the time embedding and through every modulation in one product each. Where the result
+        would take more than ``steps.MAX_STEP_ELEMENTS`` numbers, that part is left to the steps.
+
+        Args:
+            cond: Conditions of a batch of latents of one size.
+            times: The times ``(k,)`` that the model will be asked about, any dtype and device.
+
+        Returns:
+            Conditions for each time; a call with another time than theirs is wrong, and refused where that costs no
+            wait for a device.
+        """
+        if self.text_embedding is not None and cond.text is None:
+            return [cond] * len(times)
+        ready = self.prepare(cond)
+        if ready.prepared is None:
+            text = self._text(ready, cond.batch_size or 0, packed=False)
+            ready = dataclasses.replace(ready, prepared=Prepared(text, pooled=self._pooled(text)))
+        dual = sum(isinstance(block, DualBlock) for block in self.blocks)
+        steps = step_conditions(
+            self._modulations,
+            ready,
+            times,
+            vectors=8 if self.modulation is not None else 6 * (len(self.blocks) + dual) + 2,
+            known=self.config.frames == "times" and cond.frames is not None,
+            like=self.patch_embedding.weight,
+        )
+        if steps is None:
+            return [ready] * len(times)
+        assert ready.prepared is not None
+        made = [dataclasses.replace(ready.prepared, step=step) for step in steps]
+        return [dataclasses.replace(ready, prepared=one) for one in made]
+
+    def _modulations(self, times: Tensor, cond: Conditioning) -> tuple[tuple[Any, ...], tuple[Tensor, ...] | None]:
+        """Compute what modulates every block, or all, and the last layer at times ``(b, k)``."""
+        shared, last = self._modulation_inputs(self._condition(times, cond, Text()))
+        made: list[Any] = shared
+        if self.modulation is None:
+            blocks: Any = self.blocks
+            made = [block.modulations(shared[min(i, len(shared) - 1)]) for i, block in enumerate(blocks)]
+        return tuple(made), None if self.head is not None else tuple(self.final.modulation(last))
 
     def _patches(self, x: Tensor, positions: Tensor, grids: Sequence[tuple[int, int, int]], **given: Any) -> Tokens:
         base = self.config.position_base
@@ -234,29 +281,35 @@ class Dit(nn.Module):
         """Map patches ``(b, n, patch_dim)`` with times ``(b, k)`` to what the last layer predicts of them."""
         config = self.config
         text = self._text(cond, len(times), packed=tokens.lengths is not None)
-        embedded = self._condition(times, cond, text)  # b k d each, one or one per block
-        if tokens.lengths is not None and tokens.levels is not None:
-            embedded = [vector.flatten(0, 1).unsqueeze(0) for vector in embedded]  # 1 (b k) d
-        conditions = [F.silu(vector) for vector in embedded]
-        shared = [vector if self.modulation is None else self.modulation(vector) for vector in conditions]
+        step = None if cond.prepared is None else cond.prepared.step
+        shared: Sequence[Any]
+        last: Any
+        if step is None:
+            embedded = self._condition(times, cond, text)  # b k d each, one or one per block
+            if tokens.lengths is not None and tokens.levels is not None:
+                embedded = [vector.flatten(0, 1).unsqueeze(0) for vector in embedded]  # 1 (b k) d
+            shared, last = self._modulation_inputs(embedded)
+        else:
+            shared, last = step.blocks, step.final
         inputs = tokens if self.head is None else tokens.map(self.shard_tokens)
         tokens, context = self._embed(tokens, text)
         if config.text_stream == "cross":
-            context = dataclasses.replace(context, text=text.tokens, text_mask=text.mask, image=self._image(cond))
+            image = self._image(cond)
+            context = dataclasses.replace(
+                context, text=text.tokens, text_mask=text.mask, text_repeats=text.repeats, image=image
+            )
         x, num_tokens, places = tokens.x, tokens.x.shape[1], None
         for index, block in enumerate(self.blocks):
             if index == config.mixer_depth and cond.kept is not None:
                 places = kept_places(cond.kept, tokens)
                 x, context = take_tokens(x, places), context.take(places)
-            keys = () if cond.prepared is None else (cond.prepared.keys[index],)
+            keys = () if cond.prepared is None or not cond.prepared.keys else (cond.prepared.keys[index],)
             x = block(x, shared[min(index, len(shared) - 1)], context, *keys)
             if tap is not None and self.alignment is not None and index + 1 == self.alignment.block:
                 tap(strip_prefix(self.gather_tokens(self.alignment(x)), tokens))
         if self.head is not None:
             x, condition = self.head(x, self._time_of_tokens(times, context), inputs, context)
             return self.gather_tokens(self.final(x, condition))
-        table = config.final_modulation == "table"
-        last = embedded[0].repeat(1, 1, 2) if table else conditions[0]
         out = self.final(x, last, context.levels, context.lengths)
         out = out if places is None else put_back(out, places, num_tokens)
         return strip_prefix(self.gather_tokens(out), tokens)  # b n patch_dim
@@ -270,7 +323,7 @@ class Dit(nn.Module):
             tokens = tokens.map(self.shard_tokens)
         x = self.patch_embedding(tokens.x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        places = self._places(tokens.positions if tokens.places is None else tokens.places, wide)
+        places = self._kept(tokens, wide, self._places)
         x = x if places is None else x + places.to(x.dtype)
         tokens = dataclasses.replace(tokens, x=x)
         if whole:
@@ -278,7 +331,7 @@ class Dit(nn.Module):
             tokens = tokens.map(self.shard_tokens)
         cos = sin = None
         if config.rotary:
-            cos, sin = rope_tables(tokens.positions, config.head_split, theta=config.rope_theta, dtype=wide)
+            cos, sin = self._kept(tokens, wide, self._rotations)
         packing = None
         if tokens.lengths is not None:
             local = self.shard_lengths(tokens.lengths)
@@ -289,8 +342,20 @@ class Dit(nn.Module):
             cos, sin, levels=tokens.levels, key_mask=tokens.key_mask, packing=packing, streams=streams
         )
 
-    def _places(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _kept(self, tokens: Tokens, dtype: torch.dtype, make: Callable[[Tokens, torch.dtype], Any]) -> Any:
+        """Make a table of the positions once per grid of tokens; in a pack, each time."""
+        key = None
+        if tokens.grid is not None and type(tokens.positions) is Tensor:  # a tracer's stand-in must not stay
+            device = tokens.positions.device
+            key = (make.__name__, tokens.grid, tokens.prefix, dtype, device, self.shard_tokens)
+        return self._tables(key, lambda: make(tokens, dtype))
+
+    def _rotations(self, tokens: Tokens, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rope_tables(tokens.positions, self.config.head_split, theta=self.config.rope_theta, dtype=dtype)
+
+    def _places(self, tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
         """Embed positions ``(b or 1, n, 3)`` as the configuration says, ``(b or 1, n, d)``."""
+        positions = tokens.positions if tokens.places is None else tokens.places
         match self.config.position_embedding:
             case "sincos":
                 return position_sinusoid(positions, self.config.width, dtype)
@@ -298,6 +363,13 @@ class Dit(nn.Module):
                 return grid_sinusoid(positions, self.config.width, dtype)
             case _:
                 return None
+
+    def _modulation_inputs(self, embedded: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Make what the blocks, one or each, and the last layer are modulated by of what ``_condition`` gave."""
+        conditions = [F.silu(vector) for vector in embedded]
+        shared = [vector if self.modulation is None else self.modulation(vector) for vector in conditions]
+        table = self.config.final_modulation == "table"
+        return shared, embedded[0].repeat(1, 1, 2) if table else conditions[0]
 
     def _condition(self, times: Tensor, cond: Conditioning, text: Text) -> list[Tensor]:
         """Embed times ``(b, k)`` and what else modulates, ``(b, k, d)``: once, or with the weights of every block."""
@@ -331,16 +403,22 @@ class Dit(nn.Module):
         if self.text_embedding is None:
             return Text()
         if cond.prepared is not None:
-            return Text(None, cond.prepared.mask)
+            found: Text = cond.prepared.text
+            return found
         weight, length = self.patch_embedding.weight, self.config.text_length
         embed: Callable[[Tensor], Tensor] = self.text_embedding
         tokens, mask = cond.text, cond.text_mask
         parts = self.text_embedding if isinstance(self.text_embedding, TextPartsEmbedding) else None
         if tokens is None or mask is None:
-            tokens = weight.new_zeros(rows, 1 if parts is None else parts.num_tokens, self.text_embedding.text_dim)
+            missing = int(not self.config.folds_text) if parts is None else parts.num_tokens
+            tokens = weight.new_zeros(rows, missing, self.text_embedding.text_dim)
             mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=weight.device)
         if parts is not None:  # here, while places still tell the encoder
             tokens, embed = parts(tokens), _as_is
+        if length is not None and self.config.folds_text:
+            folded = fold_padding(tokens, mask, length, packed=packed)
+            assert folded.tokens is not None
+            return dataclasses.replace(folded, tokens=embed(folded.tokens))
         if length is not None:
             tokens = F.pad(torch.where(mask[..., None], tokens, 0), (0, 0, 0, length - tokens.shape[1]))
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if packed else None
@@ -361,7 +439,7 @@ class Dit(nn.Module):
         return self.text_pooling(masked_mean(text.tokens, mask))
 
     def _image(self, cond: Conditioning) -> Tensor | None:
-        if self.image_embedding is None or cond.image is None or cond.prepared is not None:
+        if self.image_embedding is None or cond.image is None or (cond.prepared is not None and cond.prepared.keys):
             return None
         return self.image_embedding(cond.image)
 

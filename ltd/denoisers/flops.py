@@ -162,8 +162,10 @@ class _Counts:
         config, given = self.config, self.inputs.text
         if config.text_dim is None:
             return [0] * self.samples
-        if config.text_length is not None:
+        if config.text_length is not None and not config.folds_text:
             return [config.text_length] * self.samples
+        if config.text_length is not None:
+            return self._folded(config.text_length, given)
         cross = config.text_stream == "cross"
         if isinstance(given, Tensor):
             # Packed text keeps one token of a sample without any, for cross-attention.
@@ -171,6 +173,13 @@ class _Counts:
         if not len(given):
             return [int(not self.inputs.packed or cross)] * self.samples
         return [max(count, 1) if self.inputs.packed and cross else count for count in given]
+
+    def _folded(self, length: int, given: Sequence[int] | Tensor) -> Sequence[int] | Tensor:
+        """Count real tokens and the one that stands for the padding."""
+        if isinstance(given, Tensor):
+            return given + 1
+        counts = given if len(given) else [0] * self.samples
+        return [count + 1 if self.inputs.packed else min(count + 1, length) for count in counts]
 
     def _tokens(self, patches: Sequence[int], text: Sequence[int] | Tensor) -> _Tokens:
         """Sum over sequences of patches, registers and, in a joint sequence, text."""

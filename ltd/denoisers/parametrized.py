@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ltd.denoisers.conditioning import Conditioning
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.dit import Dit
-from ltd.diffusion import ParametrizationConfig, as_denoiser
+from ltd.diffusion import ParametrizationConfig, as_denoiser, network_times
 
 
 class Parametrized(nn.Module):
@@ -33,6 +33,10 @@ class Parametrized(nn.Module):
     def prepare(self, cond: Conditioning) -> Conditioning:
         """Compute what text and image give once, as ``Dit.prepare``."""
         return self.network.prepare(cond)
+
+    def prepare_steps(self, cond: Conditioning, times: Tensor) -> list[Conditioning]:
+        """Compute once what every step of a sampler has in common or knows beforehand, as ``Dit.prepare_steps``."""
+        return self.network.prepare_steps(cond, network_times(self.parametrization, times))
 
     def forward(self, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning | None = None) -> Any:
         """Predict the velocity of the network's path.

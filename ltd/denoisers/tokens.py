@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltd.denoisers.conditioning import Frames
+from ltd.nn.packing import Repeats
 from ltd.nn.patch import patchify
 
 
@@ -25,6 +27,8 @@ class Text:
     """Bool ``(b, m)``, True = read; of a pack ``(samples, 1)``: which have text (``pack_text``); None = all."""
     counts: tuple[int, ...] | None = None
     """Tokens of each sample of a pack; None when a row is a sample."""
+    repeats: Repeats | None = None
+    """How many tokens of padding the last one stands for; None = it is one."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Tokens:
     """Bool ``(b, n)``: tokens that are read; None = all."""
     lengths: tuple[int, ...] | None = None
     """Tokens of each sample of a pack; None when a row is a sample."""
+    grid: tuple[int, int, int] | None = None
+    """Tokens along (t, h, w) that the positions are of; None in a pack."""
     prefix: tuple[int, ...] = (0,)
     """Text tokens and registers before the patches of a row, or of each sample of a pack."""
     streams: tuple[int, ...] | None = None
@@ -58,6 +64,31 @@ class Tokens:
         places = None if self.places is None else function(self.places)
         x, positions = function(self.x), function(self.positions)
         return replace(self, x=x, positions=positions, places=places, levels=levels, key_mask=mask)
+
+
+def fold_padding(tokens: Tensor, mask: Tensor, length: int, *, packed: bool) -> Text:
+    """Bring texts to a length with zeros that are read: alike to cross-attention, so that one stands for many.
+
+    Args:
+        tokens: ``(b, m, d)``, m at most ``length``.
+        mask: Bool ``(b, m)``, True = a real token.
+        length: Tokens that are read of every text.
+        packed: Whether the texts are those of a pack; then the mask is waited for, once.
+
+    Returns:
+        What there is to embed, the last token of every text a zero; of whole tensors ``(b, min(m + 1, length), d)``.
+    """
+    width = tokens.shape[1]
+    tokens = torch.where(mask[..., None], tokens, 0)
+    if not packed:
+        if width == length:
+            return Text(tokens)
+        return Text(F.pad(tokens, (0, 0, 0, 1)), repeats=Repeats.of((length - width,), tokens))
+    kept = F.pad(mask, (0, 1), value=True)
+    counts: list[int] = mask.sum(1).tolist()
+    repeats = Repeats.of(tuple(length - count for count in counts), tokens)
+    tokens = F.pad(tokens, (0, 0, 0, 1))[kept].unsqueeze(0)
+    return Text(tokens, counts=tuple(count + 1 for count in counts), repeats=repeats)
 
 
 def scaled_positions(grids: Sequence[tuple[int, int, int]], base: int, positions: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Mathematics of diffusion: paths, times, objectives, samplers, guidance. A denoiser is any callable (x_t, t, cond)."""
 
-from ltd.diffusion.guidance import Denoiser, GuidanceConfig, guided
+from ltd.diffusion.guidance import Denoiser, GuidanceConfig, Guided, PrepareSteps, guided
 from ltd.diffusion.known import with_known
 from ltd.diffusion.objectives import FlowMatching, FlowMatchingConfig
 from ltd.diffusion.paths import (
@@ -22,6 +22,7 @@ from ltd.diffusion.prediction import (
     VelocityPredictionConfig,
     as_denoiser,
     build_prediction,
+    network_times,
     read_parametrization,
 )
 from ltd.diffusion.samplers import SamplerConfig, sample, time_grid
@@ -43,6 +44,7 @@ __all__ = [
     "FlowMatching",
     "FlowMatchingConfig",
     "GuidanceConfig",
+    "Guided",
     "GvpPathConfig",
     "LinearPath",
     "LinearPathConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "Path",
     "PathConfig",
     "PredictionConfig",
+    "PrepareSteps",
     "SamplerConfig",
     "ShiftConfig",
     "UniformConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "draw_times",
     "expand_time",
     "guided",
+    "network_times",
     "quantile_times",
     "read_parametrization",
     "sample",

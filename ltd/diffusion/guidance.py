@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from ltd.config import ConfigError
 
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
+#: (conditions, times (k,)) -> conditions for each of the times.
+PrepareSteps = Callable[[Any, Tensor], Sequence[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ def guided(
     guide: Denoiser | None = None,
     stack: Callable[[list[Any]], Any] | None = None,
     prepare: Callable[[Any], Any] | None = None,
+    prepare_steps: PrepareSteps | None = None,
 ) -> Denoiser:
     """Wrap a denoiser with classifier-free guidance; a negative prompt is a ``null_cond`` like any other.
 
@@ -60,37 +63,135 @@ def guided(
         stack: Joins a list of conditions row by row; with it both passes are one call on ``2 b`` rows.
         prepare: Does once what ``denoiser`` would do with the same conditions at every call; its result is given to
             ``denoiser`` in their place, never to ``guide``. For as long as the same object ``cond`` is passed.
+        prepare_steps: The same for all times of a sampler, which are known beforehand: ``(cond, times) -> conditions``,
+            one for each time. Takes the place of ``prepare`` for what ``Guided.ready`` made.
 
     Returns:
-        A denoiser; the given one itself when the scale is 1 and nothing is prepared.
+        A denoiser, ``Guided``; the given one itself when the scale is 1 and nothing is prepared.
     """
-    low, high = config.interval
-    once = _Once(prepare)
-    if config.scale == 1:
-        return denoiser if prepare is None else lambda x_t, t, cond: denoiser(x_t, t, once("own", cond))
+    if config.scale == 1 and prepare is None and prepare_steps is None:
+        return denoiser
+    return Guided(denoiser, null_cond, config, guide=guide, stack=stack, prepare=prepare, prepare_steps=prepare_steps)
 
-    def both(x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-        if guide is not None:
-            return denoiser(x_t, t, once("own", cond)), guide(x_t, t, cond)
-        if stack is None:
-            return denoiser(x_t, t, once("own", cond)), denoiser(x_t, t, once("null", null_cond))
-        conditions = once("both", cond, lambda own: stack([own, null_cond]))
-        v_cond, v_null = denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), conditions).chunk(2)
-        return v_cond, v_null
 
-    def wrapped(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-        inside = (t >= low) & (t <= high)
-        if not bool(inside.any()):
-            return denoiser(x_t, t, once("own", cond))
-        v_cond, v_null = both(x_t, t, cond)
-        v = v_null + config.scale * (v_cond - v_null)
-        if config.rescale:
-            v = _rescaled(v, v_cond, config.rescale)
-        if config.channels is not None:
-            v = torch.cat((v[:, : config.channels], v_cond[:, config.channels :]), dim=1)
-        return torch.where(inside.reshape(-1, *[1] * (v.ndim - 1)), v, v_cond)
+class Guided:
+    """A denoiser with guidance, as ``guided`` makes it.
 
-    return wrapped
+    Args:
+        denoiser: As in ``guided``.
+        null_cond: As in ``guided``.
+        config: As in ``guided``.
+        guide: As in ``guided``.
+        stack: As in ``guided``.
+        prepare: As in ``guided``.
+        prepare_steps: As in ``guided``.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        null_cond: Any,
+        config: GuidanceConfig,
+        *,
+        guide: Denoiser | None = None,
+        stack: Callable[[list[Any]], Any] | None = None,
+        prepare: Callable[[Any], Any] | None = None,
+        prepare_steps: PrepareSteps | None = None,
+    ) -> None:
+        self.denoiser, self.null_cond, self.config = denoiser, null_cond, config
+        self.guide, self.stack = guide, stack
+        self.prepare, self.prepare_steps = prepare, prepare_steps
+        self._once = _Once(prepare)
+
+    def ready(self, cond: Any, times: Tensor) -> list[Any]:
+        """Make conditions ready for all steps of a sampler at once.
+
+        Args:
+            cond: Conditions of ``b`` rows.
+            times: Times ``(k,)`` that will be asked about, on the CPU.
+
+        Returns:
+            What to pass as ``cond`` at each of the times: what depends on conditions and times alone is in it, and
+            whether guidance acts, so that no step looks.
+        """
+        low, high = self.config.interval
+        inside = (times >= low) & (times <= high) & (self.config.scale != 1)
+        joins = self.guide is None and self.stack is not None
+        found = [_Step(cond, acts) for acts in inside.tolist()]
+        alone = ~inside if joins else torch.ones_like(inside)
+        for step, own in self._made(found, cond, times, alone):
+            step.own = own
+        if joins and bool(inside.any()):
+            assert self.stack is not None
+            for step, both in self._made(found, self.stack([cond, self.null_cond]), times, inside):
+                step.both = both
+        elif self.guide is None:
+            for step, null in self._made(found, self.null_cond, times, inside):
+                step.null = null
+        return list(found)
+
+    def _made(self, steps: list[_Step], cond: Any, times: Tensor, chosen: Tensor) -> Iterator[tuple[_Step, Any]]:
+        """Prepare a condition for some of the steps."""
+        wanted = [step for step, taken in zip(steps, chosen.tolist(), strict=True) if taken]
+        if not wanted:
+            return
+        if self.prepare_steps is not None:
+            yield from zip(wanted, self.prepare_steps(cond, times[chosen]), strict=True)
+            return
+        ready = cond if self.prepare is None else self.prepare(cond)
+        yield from ((step, ready) for step in wanted)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """Return the guided velocity ``(b, ...)`` at times ``(b,)``; ``cond`` may be one that ``ready`` made."""
+        inside: Tensor | None = None
+        if isinstance(cond, _Step):
+            acts = cond.acts
+        elif self.config.scale == 1:
+            acts = False
+        elif self.config.interval == (0.0, 1.0):
+            acts = True
+        else:
+            low, high = self.config.interval
+            inside = (t >= low) & (t <= high)
+            acts = bool(inside.any())
+        if not acts:
+            return self.denoiser(x_t, t, cond.own if isinstance(cond, _Step) else self._once("own", cond))
+        v_cond, v_null = self._both(x_t, t, cond)
+        v = torch.lerp(v_null, v_cond, self.config.scale)
+        if self.config.rescale:
+            v = _rescaled(v, v_cond, self.config.rescale)
+        if self.config.channels is not None:
+            v = torch.cat((v[:, : self.config.channels], v_cond[:, self.config.channels :]), dim=1)
+        return v if inside is None else torch.where(inside.reshape(-1, *[1] * (v.ndim - 1)), v, v_cond)
+
+    def _both(self, x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+        """Ask for the velocities of the condition and of what is led away from."""
+        step = cond if isinstance(cond, _Step) else None
+        if self.guide is None and self.stack is not None:
+            stack = self.stack
+            both = step.both if step else self._once("both", cond, lambda own: stack([own, self.null_cond]))
+            v_cond, v_null = self.denoiser(_twice(x_t), _twice(t), both).chunk(2)
+            return v_cond, v_null
+        v_cond = self.denoiser(x_t, t, step.own if step else self._once("own", cond))
+        if self.guide is not None:
+            return v_cond, self.guide(x_t, t, step.cond if step else cond)
+        return v_cond, self.denoiser(x_t, t, step.null if step else self._once("null", self.null_cond))
+
+
+@dataclass
+class _Step:
+    """Conditions of one step."""
+
+    cond: Any
+    acts: bool
+    own: Any = None
+    null: Any = None
+    both: Any = None
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Put rows ``(b, ...)`` twice behind one another; a single one without a copy."""
+    return x.expand(2, *x.shape[1:]) if len(x) == 1 else torch.cat((x, x))
 
 
 class _Once:

@@ -217,6 +217,21 @@ def read_parametrization(objective: Mapping[str, Any]) -> ParametrizationConfig:
     return config
 
 
+def network_times(config: ParametrizationConfig, t: Tensor) -> Tensor:
+    """Tell which times ``as_denoiser`` gives a network.
+
+    Args:
+        config: What the network predicts, on which path.
+        t: Times ``(k,)`` of the denoiser.
+
+    Returns:
+        Times ``(k,)`` of the network.
+    """
+    if isinstance(config.prediction, VelocityPredictionConfig):
+        return t
+    return build_prediction(config.prediction, build_path(config.path)).inputs(t.unsqueeze(1), t)[1]
+
+
 def as_denoiser(network: Callable[..., Any], config: ParametrizationConfig) -> Denoiser:
     """Make a network a denoiser: a callable that returns velocities.
 

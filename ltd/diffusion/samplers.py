@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltd.config import ConfigError
-from ltd.diffusion.guidance import Denoiser, GuidanceConfig, guided
+from ltd.diffusion.guidance import Denoiser, GuidanceConfig, Guided, PrepareSteps, guided
 from ltd.diffusion.paths import LinearPathConfig, PathConfig, build_path
 from ltd.diffusion.solvers import Dpmpp2m, Euler, EulerMaruyama, Heun, Solver, UniPc
 from ltd.diffusion.times import ShiftConfig, shift_times
@@ -72,7 +72,7 @@ def time_grid(config: SamplerConfig, cells: int, channels: int | None = None) ->
 
 
 @torch.no_grad()
-def sample(
+def sample(  # noqa: PLR0913 - each is a choice of its own, and all but four have a default
     denoiser: Denoiser,
     noise: Tensor,
     cond: Any,
@@ -81,6 +81,7 @@ def sample(
     null_cond: Any = None,
     random: DrawRandom | None = None,
     stack: Callable[[list[Any]], Any] | None = None,
+    prepare_steps: PrepareSteps | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw samples: turn noise into data by following the (guided) velocity.
@@ -93,6 +94,8 @@ def sample(
         null_cond: What guidance leads away from, ``b`` rows; needed when its scale is not 1.
         random: Random numbers of the ``b`` samples; needed by ``kind: sde``.
         stack: Joins a list of conditions row by row; with it both passes of guidance are one call on ``2 b`` rows.
+        prepare_steps: Makes conditions for each of the times that will be asked about, all known before the first
+            step: ``Dit.prepare_steps``; of a denoiser that is ``Guided`` already, its ``ready``.
         progress: Called with (steps done, steps) after each step.
 
     Returns:
@@ -105,16 +108,23 @@ def sample(
         raise ValueError(
             f"guidance.scale = {config.guidance.scale} needs a null condition (the empty or negative prompt)"
         )
-    model = guided(denoiser, null_cond, config.guidance, stack=stack)
+    model = denoiser
+    if config.guidance.scale != 1:
+        model = guided(denoiser, null_cond, config.guidance, stack=stack, prepare_steps=prepare_steps)
+    ready = model.ready if isinstance(model, Guided) else prepare_steps
     solver = _solver(config, random)
     x = noise.to(torch.promote_types(noise.dtype, getattr(torch, config.state)))
-    times = time_grid(config, noise[0, 0].numel(), noise.shape[1]).tolist()
+    grid = time_grid(config, noise[0, 0].numel(), noise.shape[1])
+    asked = grid[:-1]
+    rows = asked.to(noise.device, torch.promote_types(noise.dtype, torch.float32)).unsqueeze(1).expand(-1, len(noise))
+    conditions = [cond] * len(asked) if ready is None else ready(cond, asked)
+    steps = dict(zip(asked.tolist(), zip(rows.unbind(0), conditions, strict=True), strict=True))
 
     def velocity(state: Tensor, time: float) -> Tensor:
-        t = torch.full((len(state),), time, dtype=torch.promote_types(noise.dtype, torch.float32), device=state.device)
-        return model(state.to(noise.dtype), t, cond).to(state.dtype)
+        t, told = steps[time]
+        return model(state.to(noise.dtype), t, told).to(state.dtype)
 
-    for index, (now, after) in enumerate(pairwise(times)):
+    for index, (now, after) in enumerate(pairwise(grid.tolist())):
         x = solver.step(velocity, x, now, after)
         if progress is not None:
             progress(index + 1, config.steps)

@@ -21,11 +21,12 @@ from ltd.denoisers import Conditioning, Frames
 from ltd.diffusion import (
     Denoiser,
     GuidanceConfig,
+    Guided,
     LinearPathConfig,
     PathConfig,
+    PrepareSteps,
     SamplerConfig,
     ShiftConfig,
-    guided,
     read_parametrization,
     sample,
     with_known,
@@ -267,27 +268,35 @@ class Generator:
             form = denoisers.told(frames, config.frames, config.frame_mask_channels)
             cond, null_cond = (dataclasses.replace(one, frames=form) for one in (cond, null_cond))
         sampler = dataclasses.replace(self.sampler, guidance=GuidanceConfig(), path=_path(self.denoiser))
-        denoiser = self._guided(null_cond, frames)
-        latents = sample(denoiser, noise, cond, sampler, random=random, progress=progress)
+        denoiser, ready = self._guided(null_cond, frames)
+        latents = sample(denoiser, noise, cond, sampler, random=random, prepare_steps=ready, progress=progress)
         if frames is not None:
             latents = torch.where(frames.mask, frames.latents.to(latents), latents)  # the very bits
         return self.autoencoder.denormalize(latents)
 
-    def _guided(self, null_cond: Conditioning, frames: Frames | None) -> Denoiser:
-        """Wrap the denoiser with guidance, and known frames around it and within: guidance looks at all cells."""
+    def _guided(self, null_cond: Conditioning, frames: Frames | None) -> tuple[Denoiser, PrepareSteps]:
+        """Wrap the denoiser with guidance, and known frames around it and within: guidance looks at all cells.
+
+        Args:
+            null_cond: What guidance leads away from.
+            frames: What is known.
+
+        Returns:
+            The denoiser, and what makes conditions ready for it.
+        """
 
         def around(one: Denoiser) -> Denoiser:
             return one if frames is None else with_known(one, frames.latents, frames.mask, _path(self.denoiser))
 
-        denoiser = guided(
+        denoiser = Guided(
             around(self.denoiser),
             null_cond,
             self.sampler.guidance,
             guide=None if self.guide is None else around(self.guide),
             stack=denoisers.stack,
-            prepare=self.denoiser.prepare,
+            prepare_steps=self.denoiser.prepare_steps,
         )
-        return around(denoiser)
+        return around(denoiser), denoiser.ready
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltd.nn.norm import RMSNorm
-from ltd.nn.packing import Segments, by_sample
+from ltd.nn.packing import Repeats, Segments, by_sample
 from ltd.nn.rope import apply_rope
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, segm
     return kernel(q, k, v) if kernel else _sdpa(q, k, v, key_mask)
 
 
+def attend_repeated(q: Tensor, k: Tensor, v: Tensor, repeats: Repeats, segments: Segments | None = None) -> Tensor:
+    """Attend as ``attend`` to keys of which the last, of every block, stands for several equal ones.
+
+    Where scores are computed in fp32 or more, that is one key with the logarithm of the number added to its score: the
+    same function, without the copies. Half-precision kernels take no such term exactly: there the copies are made.
+
+    Args:
+        q: ``(b, n, heads, head_dim)``.
+        k: ``(b, m, heads, head_dim)``.
+        v: Like ``k``.
+        repeats: How many keys the last one stands for.
+        segments: Blocks of a pack.
+
+    Returns:
+        ``(b, n, heads, head_dim)``.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if half and q.device.type != "cpu":
+        lengths = None if segments is None else segments.k_lengths
+        if segments is not None:
+            sizes = zip(segments.k_lengths, repeats.counts, strict=True)
+            segments = Segments(segments.q_lengths, tuple(size - 1 + count for size, count in sizes))
+        return attend(q, repeats.spread(k, lengths), repeats.spread(v, lengths), segments=segments)
+    return (
+        _sdpa(q, k, v, None, repeats.bias(k.shape[1]))
+        if segments is None
+        else _sdpa_segments(q, k, v, segments, repeats)
+    )
+
+
 def _varlen(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     if 0 in segments.q_lengths:  # keys that nobody here reads: kernels differ in what gradient they leave there
         read = [num_queries > 0 for num_queries in segments.q_lengths]
@@ -149,7 +179,7 @@ def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, repeats: Repeats | None = None) -> Tensor:
     """Attend block by block; blocks of equal sizes, neighbours or not, share a call, and no (n, m) mask is made."""
     sides = ((q, segments.q_lengths), (k, segments.k_lengths), (v, segments.k_lengths))
     blocks = list(zip(*(x.split(lengths, 1) for x, lengths in sides), strict=True))
@@ -158,22 +188,23 @@ def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
         if sizes[0]:
             groups.setdefault(sizes, []).append(index)
     outs: dict[int, Tensor] = {}
-    for members in groups.values():
+    for (_, num_keys), members in groups.items():
         q, k, v = (
             torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*(blocks[i] for i in members), strict=True)
         )
-        outs.update(zip(members, _sdpa(q, k, v, None).split(1), strict=True))
+        bias = None if repeats is None else repeats.bias(num_keys, members)
+        outs.update(zip(members, _sdpa(q, k, v, None, bias).split(1), strict=True))
     return torch.cat([outs[index] for index in sorted(outs)], 1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
     dtype = q.dtype
     if q.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         # torch's CPU kernel is 2 to 4 times slower in half precision than in float32 (backward most of all).
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # b heads n head_dim
     if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).to(dtype)
     some = key_mask.any(1)[:, None, None, None]
     # A row without keys attends to all of them and is zeroed after: no 0 / 0, forward or backward.
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None, :] | ~some)
@@ -317,6 +348,7 @@ class CrossAttention(nn.Module):
         context_mask: Tensor | None,
         segments: Segments | None = None,
         image: Tensor | tuple[Tensor, Tensor] | None = None,
+        repeats: Repeats | None = None,
     ) -> Tensor:
         """Read the context.
 
@@ -327,19 +359,22 @@ class CrossAttention(nn.Module):
                 bool ``(samples, 1)``, False = the sample reads zeros; None = all read.
             segments: A pack's tokens and context per sample, b = 1; None when a row is a sample.
             image: ``(b, m', dim)``, or what ``image_keys`` made of it; None reads none. Not with segments.
+            repeats: How many tokens the last one of the context stands for; None = one. Not with a mask.
 
         Returns:
             ``(b, n, dim)``.
         """
         q = _normed(self.q(x), self.q_norm, self.num_heads, self.norm_over)
         k, v = self.keys(context) if isinstance(context, Tensor) else context
+        if repeats is not None:
+            mixed = attend_repeated(q, k, v, repeats, segments).flatten(2)
+        else:
+            mixed = attend(q, k, v, context_mask if segments is None else None, segments).flatten(2)
         if segments is None:
-            mixed = attend(q, k, v, context_mask).flatten(2)
             if image is not None:
                 k, v = self.image_keys(image) if isinstance(image, Tensor) else image
                 mixed = mixed + attend(q, k, v).flatten(2)
             return self.out(mixed)
-        mixed = attend(q, k, v, segments=segments).flatten(2)
         if context_mask is not None:
             mixed = by_sample(_zero_unless, segments.q_lengths, [mixed], [context_mask.unsqueeze(-1)])
         return self.out(mixed)

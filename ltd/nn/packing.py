@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltd.nn.patch import grid_positions, patchify, token_grid, unpatchify
@@ -36,6 +37,34 @@ class Segments:
         for index, (num_queries, num_keys) in enumerate(zip(self.q_lengths, self.k_lengths, strict=True)):
             if num_queries < 0 or num_keys < (num_queries > 0):
                 raise ValueError(f"segments: block {index} has {num_queries} queries and {num_keys} keys, needed a key")
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """The last key of every block stands for several equal ones, such as the padding of a text that is read."""
+
+    counts: tuple[int, ...]
+    """How many; one number for whole tensors, one per block of a pack. 0 = the key is not read."""
+    logs: Tensor
+    """Logarithms of the counts, float32 or wider: what a softmax adds to the key's score."""
+
+    @classmethod
+    def of(cls, counts: tuple[int, ...], like: Tensor) -> Repeats:
+        """Make them for keys of a tensor's device, in its dtype or float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return cls(counts, torch.tensor(counts, dtype=dtype).log().to(like.device))
+
+    def bias(self, num_keys: int, blocks: Sequence[int] = (0,)) -> Tensor:
+        """Lay out what is added to the scores of some blocks of as many keys, ``(blocks, 1, 1, num_keys)``."""
+        logs = self.logs if len(self.counts) == len(blocks) else self.logs[list(blocks)]
+        return F.pad(logs.reshape(-1, 1, 1, 1), (num_keys - 1, 0))
+
+    def spread(self, keys: Tensor, lengths: Sequence[int] | None) -> Tensor:
+        """Write the repeated keys ``(b, m, ...)`` out; ``lengths`` of the blocks of a pack."""
+        parts = [keys] if lengths is None else keys.split(list(lengths), 1)
+        pairs = zip(parts, self.counts, strict=True)
+        spread = [torch.cat((x[:, :-1], x[:, -1:].expand(-1, count, *x.shape[2:])), 1) for x, count in pairs]
+        return torch.cat(spread, 1)
 
 
 @dataclass(frozen=True)

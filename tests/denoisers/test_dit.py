@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from ltd.config import ConfigError, from_dict, to_dict
 from ltd.denoisers import Conditioning, Dit, DitConfig, count_parameters
-from ltd.denoisers.blocks import ModulatedNorm, SwiGLU, TokenContext
+from ltd.denoisers.blocks import SwiGLU, TokenContext
+from ltd.denoisers.modulation import ModulatedNorm
 from ltd.nn.patch import grid_positions, patchify, unpatchify
 from ltd.nn.rope import rope_tables
 
@@ -224,7 +225,7 @@ def test_every_parameter_gets_a_gradient_and_blocks_can_be_checkpointed(build, i
     ("options", "message"),
     [
         ({"width": 100, "num_heads": 6}, "num_heads: got 6, needed a divisor of width = 100"),
-        ({"width": 16, "num_heads": 4}, "head_dim of 6 or more, got 4"),
+        ({"width": 16, "num_heads": 4}, "num_heads: got heads of 4 channels"),
         ({"rope_split": (22, 21, 21)}, r"rope_split: got \(22, 21, 21\), needed three even parts"),
         ({"patch": (1, 0, 2)}, r"patch: got \(1, 0, 2\)"),
         ({"depth": 0}, "depth: got 0"),

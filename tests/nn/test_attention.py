@@ -7,9 +7,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from ltd.nn import attention
-from ltd.nn.attention import CrossAttention, SelfAttention, attend, available_backends, select_backend
-from ltd.nn.packing import Segments
+from ltd.nn.attention import CrossAttention, SelfAttention, attend, attend_repeated, available_backends, select_backend
+from ltd.nn.packing import Repeats, Segments
 from ltd.nn.rope import rope_tables
+
+F64 = torch.float64
 
 
 def naive(q, k, v, key_mask=None):
@@ -276,3 +278,29 @@ def test_flash_equals_sdpa_on_a_gpu():
     packed, segments = [x[:1] for x in (q, k, v)], Segments((30, 1, 34), (30, 1, 34))
     reference = attention._sdpa_segments(*(x.float() for x in packed), segments)
     assert (attend(*packed, segments=segments).float() - reference).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("counts", [(5, 1, 0), (3, 3, 3)])
+def test_a_key_that_stands_for_many_equals_all_of_them(counts):
+    torch.manual_seed(0)
+    blocks = Segments((4, 2, 4), (3, 2, 3))
+    q, (k, v) = torch.randn(1, 10, 2, 8, dtype=F64), torch.randn(2, 1, 8, 2, 8, dtype=F64)
+    repeats = Repeats.of(counts, q)
+    written = Segments((4, 2, 4), tuple(n - 1 + c for n, c in zip(blocks.k_lengths, counts, strict=True)))
+    longer = [repeats.spread(x, blocks.k_lengths) for x in (k, v)]
+    expected = attend(q, *longer, segments=written)
+    assert torch.allclose(attend_repeated(q, k, v, repeats, blocks), expected, rtol=0, atol=1e-12)
+    one = Repeats.of((counts[0],), q)
+    expected = attend(q, one.spread(k, None), one.spread(v, None))
+    assert torch.allclose(attend_repeated(q, k, v, one), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(attend_repeated(q, k, v, one), attend(q, k, v), rtol=0, atol=1e-3)
+
+
+def test_half_precision_on_a_device_reads_the_copies(monkeypatch):
+    seen = []
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, **given: seen.append((k.shape[1], given["segments"])) or q)
+    q = torch.zeros(1, 5, 2, 8, dtype=torch.bfloat16, device="meta")
+    repeats = Repeats((4, 0), torch.zeros(2))
+    attend_repeated(q, q, q, repeats, Segments((2, 3), (2, 3)))
+    attend_repeated(q, q, q, Repeats((7,), torch.zeros(1)))
+    assert seen == [(7, Segments((2, 3), (5, 2))), (11, None)]

@@ -1,6 +1,6 @@
 """One process of the checkpoint bench: the same sharded state saved and loaded by each system in turn; under torchrun.
 
-``-m tools.benches._checkpoint_worker OUT.json FOLDER REPEATS``.
+``-m tools.benches._checkpoint_worker OUT.json FOLDER REPEATS full|tiny``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ltd.parallel import Ema, EmaConfig, Layout, ParallelConfig, checkpoint
 from ltd.parallel.interface import MasterShard, restore_shards
 from ltd.storage import Reader
 
-_BLOCKS, _WIDTH = 7, 512
+_BLOCKS, _WIDTH = (1, 32) if sys.argv[-1] == "tiny" else (7, 512)
 _STATES = ("exp_avg", "exp_avg_sq")
 
 
@@ -229,7 +229,7 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def main(out: str, folder: str, repeats: str) -> None:
+def main(out: str, folder: str, repeats: str, _size: str) -> None:
     """Run all systems in turn, one round to warm up; the main process writes the seconds of each."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -1,6 +1,6 @@
 """One process of the sequence bench: the same attention by each system in turn; under torchrun.
 
-``-m tools.benches._sequence_worker OUT.json REPEATS``.
+``-m tools.benches._sequence_worker OUT.json REPEATS full|tiny``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ltd.nn.attention import attend
 from ltd.parallel import Layout, ParallelConfig
 from ltd.parallel.sequence import TokenSeam
 
-TOKENS, HEAD_DIM = 1024, 64
+TOKENS, HEAD_DIM = (32, 8) if sys.argv[-1] == "tiny" else (1024, 64)
 #: Attentions per timed run.
 RUNS = 3
 #: Heads that both 2 and 4 divide, that neither divides, and fewer than the 4 processes.
-HEADS = (8, 7, 3)
+HEADS = (8,) if sys.argv[-1] == "tiny" else (8, 7, 3)
 TOLERANCE = 1e-5
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -185,7 +185,7 @@ def clock(system: System, layout: Layout) -> tuple[float, float]:
     return max(walls) / RUNS, sum(cpus) / RUNS
 
 
-def main(out: str, repeats: str) -> None:
+def main(out: str, repeats: str, _size: str) -> None:
     """Run all systems in turn, one round to warm up; the main process writes what each took."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -21,6 +21,8 @@ from tools.benches.table import Row
 
 KIND = "checkpoint"
 NAME = "checkpoint"
+LAYOUT = "two processes, every tensor in halves"
+SHAPES = "7 transformer blocks of width 512: weights, two moments and an average, fp32"
 ROOT = Path(__file__).resolve().parents[2]
 #: What is asked for: the peer's default over ours.
 TARGETS = {
@@ -32,11 +34,12 @@ TARGETS = {
 _TIMEOUT_S = 1800.0
 
 
-def measure(repeats: int) -> list[Row]:
+def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     """Time saves and loads.
 
     Args:
         repeats: Rounds of each.
+        tiny: The smallest sizes, to see that it runs.
 
     Returns:
         Rows per 1,000 MB of state.
@@ -44,7 +47,14 @@ def measure(repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="ltd-bench-checkpoint-", dir=Path.cwd()) as folder:
         out = Path(folder) / "times.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += ["-m", "tools.benches._checkpoint_worker", str(out), folder, str(repeats)]
+        command += [
+            "-m",
+            "tools.benches._checkpoint_worker",
+            str(out),
+            folder,
+            str(repeats),
+            "tiny" if tiny else "full",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False

@@ -7,11 +7,13 @@ is the whole training loader; the peers read the same tar in order and decode th
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import io
 import logging
 import statistics
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -38,11 +40,13 @@ logger = logging.getLogger(__name__)
 
 KIND = "data"
 NAME = "decode"
+LAYOUT = "one process, one thread"
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "runs" / "bench"
 CLIPS, CLIP_FRAMES = 12, 360
 WIDTH, HEIGHT, FPS = 854, 480, 24
 VIEW = ViewConfig(num_frames=17, height=256, width=256)
+SHAPES = f"{CLIPS} films of {CLIP_FRAMES} frames of {WIDTH} x {HEIGHT} pixels to clips of 17 x 256 x 256"
 #: Passes over the tar in each round, each with other windows.
 PASSES = 2
 #: Peers below this are no alternative, however fast.
@@ -52,29 +56,50 @@ _BATCH = 4
 Decode = Callable[[bytes, int], np.ndarray]
 
 
-def make_tar(folder: Path) -> Path:
+def make_tar(folder: Path, *, tiny: bool = False) -> Path:
     """Make the tar of films, unless it is there, and its index.
 
     Args:
         folder: Where it and the film it is cut from are kept.
+        tiny: A few short films of moving bars, made here, instead.
 
     Returns:
         The tar's path.
     """
     tar = folder / f"bbb_{HEIGHT}p_{CLIPS}x{CLIP_FRAMES}.tar"
     if not tar.exists():
-        film = fetch_film(folder)
+        film = None if tiny else fetch_film(folder)
         part = tar.with_suffix(".incomplete")
         with tarfile.open(part, "w") as archive:
-            for number in range(CLIPS):
+            for number in range(CLIPS if film else _BATCH):
                 logger.info("encoding film %d of %d", number + 1, CLIPS)
-                for extension, data in (("mp4", _encode(film, 600 + 1050 * number)), ("txt", b"a rabbit")):
+                for extension, data in (
+                    ("mp4", _encode(film, 600 + 1050 * number) if film else _bars()),
+                    ("txt", b"a rabbit"),
+                ):
                     member = tarfile.TarInfo(f"{number:03d}.{extension}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
         part.rename(tar)
     index_tar(tar)
     return tar
+
+
+def _bars() -> bytes:
+    """Encode a second of moving bars."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=FPS, options={"g": "250", "threads": "2", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        columns = np.arange(WIDTH)
+        for number in range(FPS):
+            row = ((columns + 8 * number) % 256).astype(np.uint8)
+            pixels = np.ascontiguousarray(np.broadcast_to(row[None, :, None], (HEIGHT, WIDTH, 3)))
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        output.mux(stream.encode())
+    return buffer.getvalue()
 
 
 def _encode(film: Path, start: int) -> bytes:
@@ -267,7 +292,7 @@ def make_work(tar: Path) -> Work:
     frames = {entry.key: (entry.frames, entry.fps) for entry in open_index(str(tar)).entries}
     loader = build_loader(config, seed=0, global_rank=0, world_size=1)
     steps = iter(loader)
-    for _ in range(PASSES * CLIPS // _BATCH):
+    for _ in range(PASSES * len(frames) // _BATCH):
         (batch,), _ = next(steps)
         for key, draw in zip(batch.keys, batch.draws, strict=True):
             count, fps = frames[key]
@@ -299,6 +324,17 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
+def _unusable(package: str) -> str:
+    """Say why a package cannot be used; "" where it can."""
+    if find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError):  # torchcodec without FFmpeg's shared libraries
+        return f"{package} is installed but does not load"
+    return ""
+
+
 def _systems(work: Work) -> Iterator[System]:
     windows = list(work.windows())
     wanted = [exact(*window) for window in windows]
@@ -315,9 +351,9 @@ def _systems(work: Work) -> Iterator[System]:
             psnr_db=lowest_psnr(windows, wanted, ours),
         )
     for name, packages, decode in PEERS:
-        missing = [package for package in ("webdataset", *packages) if find_spec(package) is None]
+        missing = [reason for package in ("webdataset", *packages) if (reason := _unusable(package))]
         if missing:
-            yield System(name=f"webdataset + {name}", run=None, missing=f"{', '.join(missing)} is not installed")
+            yield System(name=f"webdataset + {name}", run=None, missing=", ".join(missing))
             continue
         yield System(
             name=f"webdataset + {name} ({packages[0]} {_version(packages[0])})",
@@ -326,20 +362,22 @@ def _systems(work: Work) -> Iterator[System]:
         )
 
 
-def measure(repeats: int) -> list[Row]:
+def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     """Time all systems over the same windows.
 
     Args:
         repeats: Rounds.
+        tiny: The smallest sizes, to see that it runs.
 
     Returns:
         Rows per 1,000 clips.
     """
     torch.set_num_threads(1)
-    work = make_work(make_tar(FOLDER))
-    return interleave(
-        f"{HEIGHT}p mp4 to {VIEW.num_frames}x{VIEW.height}x{VIEW.width} clips", list(_systems(work)), repeats=repeats
-    )
+    title = f"{HEIGHT}p mp4 to {VIEW.num_frames}x{VIEW.height}x{VIEW.width} clips"
+    if not tiny:
+        return interleave(title, list(_systems(make_work(make_tar(FOLDER)))), repeats=repeats)
+    with tempfile.TemporaryDirectory(prefix="ltd-bench-decode-") as folder:
+        return interleave(title, list(_systems(make_work(make_tar(Path(folder), tiny=True)))), repeats=repeats)
 
 
 def _median(clock: str, row: Row) -> float:

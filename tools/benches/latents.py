@@ -31,7 +31,9 @@ from ltd.data.latents import CacheIdentity
 from ltd.data.windows import Windows
 from tools.benches.table import Row, System, interleave
 
+KIND = "data"
 NAME = "latents"
+LAYOUT = "one process, no workers"
 BUFFER = 1000
 #: Latents (c, t, h, w), how many windows a round reads, and the batches they are read in.
 WORKS = {
@@ -39,15 +41,20 @@ WORKS = {
     "middle": ((16, 1, 32, 32), 3200, (64,)),
     "clip": ((16, 5, 16, 28), 1600, (64,)),
 }
+_TINY = {"tiny": ((4, 1, 2, 2), 64, (8,))}
+SHAPES = (
+    f"latents (c, t, h, w), windows a round, batches: {', '.join(f'{name} {work}' for name, work in WORKS.items())}"
+)
 _COMPRESSION = (4, 8, 8)
 _TARS = 4
 
 
-def measure(repeats: int) -> list[Row]:
+def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     """Time all works, warm and cold.
 
     Args:
         repeats: Rounds of each.
+        tiny: The smallest sizes, to see that it runs.
 
     Returns:
         Rows per 1,000 windows.
@@ -55,7 +62,7 @@ def measure(repeats: int) -> list[Row]:
     torch.set_num_threads(1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="ltd-bench-latents-") as folder:
-        for name, (shape, count, batches) in WORKS.items():
+        for name, (shape, count, batches) in (_TINY if tiny else WORKS).items():
             made = _make(Path(folder) / name, shape, count)
             for batch, cold in [(batch, cold) for batch in batches for cold in (False, True)]:
                 ours = _Ours(made, batch, reopen=cold)

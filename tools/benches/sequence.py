@@ -20,27 +20,30 @@ from tools.benches.table import Row
 
 KIND = "sequence"
 NAME = "sequence"
+LAYOUT = "2 and 4 processes, all of one sequence group"
+SHAPES = "1,024 tokens, heads of 64 channels, 8, 7 and 3 of them, fp32"
 ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 1800.0
 
 
-def measure(repeats: int) -> list[Row]:
+def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     """Time and count attentions.
 
     Args:
         repeats: Rounds of each.
+        tiny: The smallest sizes, to see that it runs.
 
     Returns:
         Rows per 1,000 attentions; collectives and megabytes stand in the systems' names.
     """
-    return [row for processes in (2, 4) for row in _measure(processes, repeats)]
+    return [row for processes in ((2,) if tiny else (2, 4)) for row in _measure(processes, repeats, tiny)]
 
 
-def _measure(processes: int, repeats: int) -> list[Row]:
+def _measure(processes: int, repeats: int, tiny: bool) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="ltd-bench-sequence-") as folder:
         out = Path(folder) / "times.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "tools.benches._sequence_worker", str(out), str(repeats)]
+        command += ["-m", "tools.benches._sequence_worker", str(out), str(repeats), "tiny" if tiny else "full"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False

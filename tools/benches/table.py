@@ -1,9 +1,10 @@
 """What every benchmark measures: rows of one work, timed in interleaved rounds, and the table made of them.
 
-A bench module stands beside this file and exposes ``KIND`` (the page it belongs to), ``NAME`` and
-``measure(repeats: int) -> list[Row]``; ``summary(rows) -> list[str]`` may add lines below the table. Rows of the same
-``work`` are compared with the row marked ``ours``; ratios are paired per round, so a load that lasts several rounds
-falls on all systems alike.
+A bench module stands beside this file and exposes ``KIND`` (the page it belongs to), ``NAME``, ``SHAPES`` and
+``LAYOUT`` (said above the table: what sizes, on how many processes split in which way) and ``measure(repeats, *,
+tiny=False) -> list[Row]``; ``summary(rows) -> list[str]`` may add lines below the table, and ``missing() -> str`` may
+say why it cannot run here. Tiny sizes show that a bench runs. Rows of the same ``work`` are compared with the row
+marked ``ours``; ratios are paired per round, so a load that lasts several rounds falls on all systems alike.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tools.proofs.table import markdown_table
 
@@ -24,11 +25,12 @@ class Row:
     Attributes:
         work: What was done; rows with the same text are compared.
         system: Who did it, with the version and the settings that matter.
-        cpu_s: CPU seconds per 1,000 items, children included, one per round.
+        cpu_s: CPU seconds per 1,000 items, children included, one per round; none where it is not measured.
         wall_s: Wall seconds per 1,000 items, one per round.
         ours: Whether this is the row the others are compared with.
         psnr_db: Fidelity to the exact result, None where it is exact or has no meaning.
         missing: Why the system was not measured; "" where it was.
+        figures: What else was measured, one per round, by the name of a column of its own.
     """
 
     work: str
@@ -38,10 +40,11 @@ class Row:
     ours: bool = False
     psnr_db: float | None = None
     missing: str = ""
+    figures: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.cpu_s) != len(self.wall_s) or bool(self.cpu_s) == bool(self.missing):
-            raise ValueError(f"bench row {self.system!r}: needs one CPU and wall time per round, or why it is missing")
+        if bool(self.wall_s) == bool(self.missing) or (self.cpu_s and len(self.cpu_s) != len(self.wall_s)):
+            raise ValueError(f"bench row {self.system!r}: needs one wall time per round, or why it is missing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,18 +143,23 @@ def bench_table(rows: Sequence[Row], *, mark: str = "") -> str:
         "wall s / 1,000",
         "CPU ratio to ours",
         "wall ratio to ours",
-        "PSNR dB",
     ]
+    fidelity = ["PSNR dB"] if any(row.psnr_db is not None for row in rows) else []
+    others = list(dict.fromkeys(name for row in rows for name in row.figures))
     cells: list[list[str]] = []
     for row in rows:
         if row.missing:
-            cells.append([row.work, row.system, f"missing: {row.missing}", "-", "-", "-", "-"])
+            rest = ["-"] * (3 + len(fidelity) + len(others))
+            cells.append([row.work, row.system, f"missing: {row.missing}", *rest])
             continue
         own = reference.get(row.work)
         ratios = ["-", "-"]
         if own is not None and own is not row:
-            ratios = [ratio(row.cpu_s, own.cpu_s), ratio(row.wall_s, own.wall_s)]
-        psnr = "-" if row.psnr_db is None else f"{row.psnr_db:.1f}"
+            pairs = ((row.cpu_s, own.cpu_s), (row.wall_s, own.wall_s))
+            ratios = [ratio(times, own_times) if times and own_times else "-" for times, own_times in pairs]
+        psnr = ["-" if row.psnr_db is None else f"{row.psnr_db:.1f}"] * len(fidelity)
+        figures = [spread(row.figures[name]) if row.figures.get(name) else "-" for name in others]
         name = f"{row.system} (ours)" if row.ours else row.system
-        cells.append([row.work, name + mark, spread(row.cpu_s), spread(row.wall_s), *ratios, psnr])
-    return markdown_table(columns, cells)
+        cpu = spread(row.cpu_s) if row.cpu_s else "-"
+        cells.append([row.work, name + mark, cpu, spread(row.wall_s), *ratios, *psnr, *figures])
+    return markdown_table([*columns, *fidelity, *others], cells)

@@ -1,0 +1,110 @@
+"""Every kind of bench runs, says its shapes and layout, and is refused on a busy machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tools import bench
+from tools.benches import mfu
+from tools.benches._diffusers import TEXT_TOKENS, check_equal, prompts
+from tools.benches.table import Row, bench_table
+
+KINDS = bench.bench_modules()
+#: Kinds that start processes of their own.
+SLOW = {"train", "checkpoint", "sequence"}
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    kept = torch.get_num_threads()
+    yield
+    torch.set_num_threads(kept)
+
+
+def run(capsys, *arguments):
+    code = bench.main(list(arguments))
+    return code, capsys.readouterr().out
+
+
+def test_the_kinds_are_there_and_say_what_they_measure():
+    assert set(KINDS) == {"data", "autoencoder", "denoiser", "sampler", "checkpoint", "train", "sequence", "mfu"}
+    for modules in KINDS.values():
+        for module in modules.values():
+            assert (len(module.SHAPES) > 10 and "process" in module.LAYOUT) or "GPU" in module.LAYOUT
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
+def test_every_kind_runs_at_a_tiny_size_and_writes_its_page(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "busy_percent", lambda: 0.0)
+    code, out = run(capsys, kind, "--repeats", "1", "--tiny", "--out", str(tmp_path))
+    assert code == 0
+    (page,) = tmp_path.glob(f"{kind}_*.md")
+    text = page.read_text()
+    assert text.strip() == out.strip()
+    for module in KINDS[kind].values():
+        assert f"- Shapes ({module.NAME}): {module.SHAPES}" in text
+        assert f"- Parallel layout ({module.NAME}): {module.LAYOUT}" in text
+    for said in ("Machine:", "Versions:", "Commit:", "--tiny", "Median (smallest-largest)"):
+        assert said in text
+    figures = [line for line in text.splitlines() if line.startswith("| ") and "(ours)" in line]
+    assert figures and all("(tiny: no figure)" in line and "busy" not in line for line in figures)
+
+
+def test_a_busy_machine_is_refused_and_forced_rows_are_marked(tmp_path, capsys, monkeypatch):
+    made = Row(work="w", system="ltd", cpu_s=[1.0], wall_s=[2.0], ours=True)
+    monkeypatch.setattr(KINDS["sampler"]["sampler"], "measure", lambda repeats, *, tiny: [made])
+    monkeypatch.setattr(KINDS["sampler"]["sampler"], "summary", lambda rows: [])
+    arguments = ["sampler", "--repeats", "1", "--out", str(tmp_path)]
+    for busy, code in ((bench.BUSY_LIMIT_PERCENT, 0), (bench.BUSY_LIMIT_PERCENT + 1, 3)):
+        monkeypatch.setattr(bench, "busy_percent", lambda busy=busy: busy)
+        found, out = run(capsys, *arguments)
+        assert found == code and ("busy machine" not in out)
+        assert ("other processes use 16 % of the cores, needed at most 15 %" in out) == (code == 3)
+    found, out = run(capsys, *arguments, "--force")
+    assert found == 0 and "ltd (ours) (busy machine)" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_bench_says_so_before_anything(tmp_path, capsys):
+    code, out = run(capsys, "mfu", "--out", str(tmp_path))
+    assert code == 2 and "bench: mfu needs a CUDA GPU" in out and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_kind_is_answered_with_those_there_are(capsys):
+    code, out = run(capsys, "speed")
+    assert code == 2 and "denoiser: denoiser" in out and "data: decode, latents" in out
+
+
+def test_share_of_the_peak_by_hand():
+    row = mfu.with_share(Row(work="w", system="s", cpu_s=[1.0, 1.0], wall_s=[500.0, 250.0]), 2e12, 1000, 16e12)
+    assert row.figures == {"tokens/s": [2000.0, 4000.0], "MFU %": [25.0, 50.0]}
+    for name, blocks in mfu.STACKS.items():
+        config = mfu.stack(name, blocks)
+        assert config.depth == blocks and config.width == {"wan_1.3b": 1536, "wan_14b": 5120}[name]
+    for name, cells in mfu.LATENTS.items():
+        assert cells[0] * cells[1] * cells[2] // 4 == int(name[:-1]) * 1024
+
+
+def test_columns_of_what_only_some_benches_measure():
+    rows = [
+        Row(work="w", system="ltd", wall_s=[2.0, 4.0], ours=True, figures={"MFU %": [40.0, 20.0]}),
+        Row(work="w", system="peer", wall_s=[4.0, 4.0]),
+        Row(work="w", system="absent", missing="is not installed"),
+    ]
+    lines = bench_table(rows).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0][-1] == "MFU %" and "PSNR dB" not in cells[0]
+    assert cells[2][-1] == "30 (20-40)" and cells[2][2] == "-"
+    assert cells[3][-2:] == ["1.50 (1.00-2.00)", "-"] and {len(line) for line in cells} == {len(cells[0])}
+    with pytest.raises(ValueError, match="bench row 'x'"):
+        Row(work="w", system="x")
+
+
+def test_prompts_are_padded_with_zeros_and_unequal_results_are_refused():
+    padded, cond = prompts(2, 6, torch.Generator().manual_seed(0))
+    assert padded.shape[1] == TEXT_TOKENS and cond.text_mask.sum(1).tolist() == [3, 6]
+    assert torch.equal(padded[:, :6], cond.text) and not padded[0, 3:].any() and padded[0, :3].all()
+    check_equal("same", padded, padded)
+    with pytest.raises(AssertionError, match="loss: ours differs from diffusers by"):
+        check_equal("loss", padded + 1e-3, padded)
