@@ -28,7 +28,7 @@ from ltd.data.media import decode_cut
 from ltd.data.plan import Placement
 from ltd.data.windows import enumerate_windows
 from ltd.data.write import write_bytes
-from ltd.encoders.features import build_image_features, build_video_features
+from ltd.encoders.packaged import build_packaged
 from ltd.evaluation.protocol import (
     ClipFeatures,
     Clips,
@@ -144,13 +144,13 @@ def measure_samples(args: argparse.Namespace) -> list[MetricRow]:
 def _measure_shape(args: argparse.Namespace, samples: Clips, index: Index, view: ViewConfig) -> list[MetricRow]:
     """Measure samples of one size."""
     counted, reference = read_reference(samples, index, view, max_clips=args.max_clips, seed=args.seed)
-    pixels = ClipFeatures(build_video_features("pixels"))
-    frames = ClipFeatures(build_image_features("efficientnet_lite0", device=args.device), frames=_FRAMES)
+    pixels = ClipFeatures(build_packaged("pixels"))
+    frames = ClipFeatures(build_packaged("efficientnet_lite0", device=args.device), frames=_FRAMES)
     kind = "clip" if samples.is_video else "image"
     plan = [(frames, "frechet_frames" if samples.is_video else "frechet_images", "")]
     if samples.is_video:
-        motion = ClipFeatures(build_video_features("frame_differences"))
-        video = ClipFeatures(build_video_features("transnetv2", device=args.device))
+        motion = ClipFeatures(build_packaged("frame_differences"))
+        video = ClipFeatures(build_packaged("transnetv2", device=args.device))
         plan += [(video, "frechet_clips", _BLIND), (motion, "frechet_motion", "")]
     rows = []
     with Progress(len(plan) + 1, f"evaluate {view}", unit="metrics") as progress:

