@@ -29,7 +29,7 @@ from ltd.denoisers import (
     told,
 )
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
-from ltd.encoders.joined import TextConfig, build_text, text_slices
+from ltd.encoders.joined import TextConfig, text_slices
 from ltd.encoders.text import TransformersTextConfig
 from ltd.parallel import sequence
 from ltd.parallel.activation import checkpoint_blocks
@@ -37,16 +37,16 @@ from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom, derive_seed
-from ltd.shapes import VideoShape, num_tokens
 from ltd.training.condition_dropout import ConditionDropout
 from ltd.training.denoiser_alignment import DenoiserAlignmentRun
 from ltd.training.denoiser_checks import check_lineage, check_objective
 from ltd.training.denoiser_work import DenoiserWork
+from ltd.training.evaluators import build_evaluators
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
-from ltd.training.latent_inputs import LatentInputs, open_autoencoder, pack, unpack
+from ltd.training.latent_inputs import LatentInputs, pack, unpack
 from ltd.training.loop import train
 from ltd.training.run import RunConfig, heldout_batches
-from ltd.training.samples import RememberedText, SamplesConfig, Sampling, read_requests
+from ltd.training.samples import SamplesConfig
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
@@ -116,11 +116,8 @@ class DenoiserRun(RunConfig):
                 f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
             )
         kinds = self.objective.path.kind, self.objective.prediction.kind
-        if self.samples is not None and kinds[0] != "linear" and self.samples.solver not in ("euler", "heun"):
-            raise ConfigError(
-                f"samples.solver: got {self.samples.solver}, which knows the linear path only; objective.path.kind is "
-                f"{kinds[0]}: needed euler or heun"
-            )
+        if self.samples is not None:
+            self.samples.check(kinds[0], self.ema, "samples")
         if self.model.prediction == "data" and kinds != ("linear", "velocity"):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
@@ -331,38 +328,10 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     session = start_session(found, layout, beat, build, accept=accept)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
-    if config.samples is not None and config.samples.every:
-        session.evaluators.append(_sampling(config, config.samples, session, stage.inputs))
+    session.evaluators += build_evaluators(config, session, stage.inputs)
     if origin is not None:
         session.lineage["init_from"] = origin.record
     return session, stage
-
-
-def _sampling(config: DenoiserRun, samples: SamplesConfig, session: Session, inputs: LatentInputs) -> Sampling:
-    """Prepare sampling while training; the text encoder is let go when the prompts are embedded."""
-    fixed = config.data.batching.kind == "fixed"
-    views = [(VideoShape(v.num_frames, v.height, v.width), v.fps) for v in config.data.views] if fixed else []
-    requests = read_requests(samples, views, config.model, inputs.classes)
-    if samples.decay not in (None, 0, *config.ema.decays):
-        raise ConfigError(f"samples.decay: got {samples.decay}, needed null, 0 or one of ema.decays")
-    for shape in {request.shape for request in requests}:
-        try:
-            num_tokens(inputs.compression.latent(shape), config.model.patch)
-        except ValueError as error:
-            raise ConfigError(f"samples.shapes: {shape}: {error}") from None
-    encoder = inputs.encoder or build_text(config.text, config.model.text_join, device=session.layout.device)
-    prompts = [*(request.prompt for request in requests), samples.negative]
-    text = None if encoder is None else RememberedText(encoder, prompts)
-    network: Any = session.engine.module
-    return Sampling(
-        samples,
-        (network, _parametrization(config), session.ema),
-        (requests, text),
-        lambda: inputs.autoencoder or open_autoencoder(config).to(session.layout.device),
-        config.objective.shift,
-        session.layout,
-        lambda: session.tracker,
-    )
 
 
 def run(config: DenoiserRun) -> None:
