@@ -45,6 +45,7 @@ from ltd.training.evaluators import build_evaluators
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.latent_inputs import LatentInputs, pack, unpack
 from ltd.training.loop import train
+from ltd.training.metrics import MetricsConfig
 from ltd.training.run import RunConfig, heldout_batches
 from ltd.training.samples import SamplesConfig
 from ltd.training.session import Session, open_layout, start_session
@@ -87,6 +88,8 @@ class DenoiserRun(RunConfig):
     frame_tasks: FrameTasksConfig | None = None
     #: Samples of fixed prompts while training; null makes none.
     samples: SamplesConfig | None = None
+    #: Metrics of samples against real clips while training; null measures none.
+    metrics: MetricsConfig | None = None
     #: Tokens are drawn towards a vision network's features (REPA); null leaves them alone.
     alignment: DenoiserAlignmentRun | None = None
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
@@ -116,8 +119,9 @@ class DenoiserRun(RunConfig):
                 f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
             )
         kinds = self.objective.path.kind, self.objective.prediction.kind
-        if self.samples is not None:
-            self.samples.check(kinds[0], self.ema, "samples")
+        for name in ("samples", "metrics"):
+            if getattr(self, name) is not None:
+                getattr(self, name).check(kinds[0], self.ema, name)
         if self.model.prediction == "data" and kinds != ("linear", "velocity"):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "

@@ -21,6 +21,7 @@ from ltd.encoders.text import TextEncoder
 from ltd.inference.generate import Generator, Request, batches
 from ltd.parallel.ema import Ema, EmaConfig
 from ltd.parallel.layout import Layout
+from ltd.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +183,12 @@ class Drawer:
     def _draw(
         self, generator: Generator, requests: Sequence[Request], take: Callable[[list[int], Tensor], None]
     ) -> None:
-        for numbers, counts in deal(requests, self.config.batch_size, self.layout):
-            self.moved()
-            batch = [requests[number] for number in numbers]
-            latents = generator.draw_latents(batch, generator.condition(batch), seed=self.config.seed)
-            if counts and self.layout.sequence_rank == 0:
-                take(numbers, generator.decode(latents))
+        groups = self.layout.world_size // self.layout.sequence
+        with Progress(len(requests), "sample", unit="samples", enabled=self.layout.is_main) as bar:
+            for numbers, counts in deal(requests, self.config.batch_size, self.layout):
+                self.moved()
+                batch = [requests[number] for number in numbers]
+                latents = generator.draw_latents(batch, generator.condition(batch), seed=self.config.seed)
+                if counts and self.layout.sequence_rank == 0:
+                    take(numbers, generator.decode(latents))
+                bar.update(min(len(numbers) * groups, bar.total - bar.done))
