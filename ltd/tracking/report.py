@@ -26,11 +26,11 @@ from ltd.tracking.media_section import samples_section
 from ltd.tracking.run_record import RunRecord
 
 #: Metrics whose curves come first and are open; the others are folded away.
-MAIN = ("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s", "perf/")
+MAIN = ("loss/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s", "perf/")
 #: Of these, what is folded away all the same: a curve for each size of samples.
-FOLDED = ("perf/bucket/",)
+FOLDED = ("perf/bucket/", "eval/bucket/")
 #: Groups that hold the same quantities as ``loss/``, measured on held-out data: drawn into its charts, dashed.
-HELD_OUT = ("heldout", "eval", "validation")
+HELD_OUT = ("eval", "validation")
 
 #: Differences between configurations are unfolded up to this many: runs of two stages share little.
 MAX_OPEN_DIFFERENCES = 30

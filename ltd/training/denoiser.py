@@ -15,18 +15,13 @@ from ltd.autoencoders import AutoencoderConfig
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.denoisers import (
-    TASKS,
     Conditioning,
     Dit,
     DitConfig,
-    Frames,
     FrameTasksConfig,
-    Task,
     build_denoiser,
     draw_kept,
-    draw_masks,
     draw_tasks,
-    told,
 )
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
 from ltd.encoders.joined import TextConfig, text_slices
@@ -36,17 +31,18 @@ from ltd.parallel.activation import checkpoint_blocks
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
-from ltd.rng import DrawRandom, derive_seed
+from ltd.rng import DrawRandom
 from ltd.training.condition_dropout import ConditionDropout
 from ltd.training.denoiser_alignment import DenoiserAlignmentRun
 from ltd.training.denoiser_checks import check_lineage, check_objective
+from ltd.training.denoiser_heldout import heldout_losses, with_given
 from ltd.training.denoiser_work import DenoiserWork
 from ltd.training.evaluators import build_evaluators
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.latent_inputs import LatentInputs, pack, unpack
 from ltd.training.loop import train
 from ltd.training.metrics import MetricsConfig
-from ltd.training.run import RunConfig, heldout_batches
+from ltd.training.run import RunConfig
 from ltd.training.samples import SamplesConfig
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.start import find_start
@@ -54,8 +50,6 @@ from ltd.training.toy import ToyDataConfig, with_data
 from ltd.training.work import Work
 
 logger = logging.getLogger(__name__)
-
-_HELDOUT_TIMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,17 +228,12 @@ class DenoiserStage:
             mask, _ = draw_tasks(run.frame_tasks, shape, run.model.patch, random)
             mask = mask.to(latents.device)
             cells = (~mask[:, 0]).float()
-            cond = self._given(cond, latents, mask)
+            cond = with_given(cond, latents, mask, run.model)
         if run.token_dropping:
             kept, weight = draw_kept(shape, run.model.patch, run.token_dropping, random)
             cond, weight = dataclasses.replace(cond, kept=kept.to(latents.device)), weight.to(latents.device)
             cells = weight if cells is None else cells * weight
         return cond, cells
-
-    def _given(self, cond: Conditioning, latents: Tensor, mask: Tensor) -> Conditioning:
-        """Tell the denoiser the latents where the mask ``(b, 1, t, h, w)`` is True."""
-        model = self.run.model
-        return dataclasses.replace(cond, frames=told(Frames(latents, mask), model.frames, model.frame_mask_channels))
 
     def work(self) -> Work:
         """Count what the last call of ``terms`` amounted to."""
@@ -255,50 +244,9 @@ class DenoiserStage:
         """Count the operations of autoencoder and text encoder so far, on this process."""
         return self.inputs.encoder_flops
 
-    @torch.no_grad()
     def heldout(self) -> dict[str, float]:
-        """Evaluate the loss at fixed time quantiles on every held-out sample, with its caption and nothing else given.
-
-        Returns:
-            Mean over samples and quantiles, of all samples and by kind; and the mean of each frame task that is
-            trained, at the middle quantile, over the samples that are long enough for it.
-        """
-        seed = derive_seed(self.run.seed, "heldout")
-        names = [name for name in TASKS if getattr(self.run.frame_tasks, name, 0)]
-        sums = torch.zeros(2 + len(names), 2, dtype=torch.float64, device=self.layout.device)
-        for batch in heldout_batches(self.run, self.layout):
-            prepared = self.inputs.prepare(batch.to(self.layout.device), DrawRandom(seed, batch.draws))
-            for tensors in sequence.exchange(prepared, self.layout):
-                random = DrawRandom(seed, tensors["draws"].tolist())
-                cond = self.inputs.conditioning(tensors)
-                latents, weight = tensors["latents"], tensors["weight"].double()
-                channels, cells = latents.shape[1], latents[0, 0].numel()
-                for time in self.objective.evaluation_times(_HELDOUT_TIMES, cells, channels).tolist():
-                    losses = self.objective.loss_at(self.denoiser, latents, cond, random, time).double()
-                    sums[int(latents.shape[2] == 1)] += torch.stack([(losses * weight).sum(), weight.sum()])
-                for row, name in enumerate(names, start=2):
-                    sums[row] += self._heldout_task(name, latents, weight, cond, random)
-        self.layout.sum_(sums)
-        (video, videos), (image, images), *tasks = sums.tolist()
-        result = {"heldout/denoise": (video + image) / max(videos + images, 1.0)}
-        result |= {"heldout/denoise_video": video / videos} if videos else {}
-        result |= {"heldout/denoise_image": image / images} if images else {}
-        found = zip(names, tasks, strict=True)
-        return result | {f"heldout/denoise_{name}": total / count for name, (total, count) in found if count}
-
-    def _heldout_task(
-        self, task: Task, latents: Tensor, weight: Tensor, cond: Conditioning, random: DrawRandom
-    ) -> Tensor:
-        """Sum a task's loss over a batch, and the weights of its samples, ``(2,)``; zeros if they are too short."""
-        shape = (latents.shape[2], latents.shape[3], latents.shape[4])
-        mask = draw_masks(task, shape, self.run.model.patch, random)
-        if mask is None:
-            return weight.new_zeros(2)
-        mask = mask.to(latents.device)
-        (time,) = self.objective.evaluation_times(1, latents[0, 0].numel(), latents.shape[1]).tolist()
-        cond = self._given(cond, latents, mask)
-        losses = self.objective.loss_at(self.denoiser, latents, cond, random, time, cell_weight=~mask[:, 0])
-        return torch.stack([(losses.double() * weight).sum(), weight.sum()])
+        """Evaluate the held-out loss: ``ltd.training.denoiser_heldout``."""
+        return heldout_losses(self.run, self.layout, self.inputs, self.objective, self.denoiser)
 
 
 def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session, DenoiserStage] | None:

@@ -39,7 +39,7 @@ def make_run(run_dir: Path, *, lr: float = 1e-3, media: bool = False) -> Path:
         if step == 7:
             values["loss/denoise"] = math.nan
         if step % 35 == 0:
-            values["heldout/denoise"] = 3.0 / step
+            values["eval/denoise"] = 3.0 / step
         if step == 9:
             record = {"key": "k9", "shard": "a.tar", "cause": "truncated", "message": "<i>short</i>"}
             track.quarantine(step, [record])
@@ -135,7 +135,7 @@ def test_held_out_loss_shares_the_training_loss_chart(tmp_path: Path) -> None:
     train, held_out = charts[0].series
     assert (train.label, train.dashed) == ("loss/denoise", False)
     assert (held_out.label, held_out.dashed, held_out.points) == (
-        "heldout/denoise",
+        "eval/denoise",
         True,
         [(35.0, 3 / 35), (70.0, 3 / 70)],
     )

@@ -159,7 +159,7 @@ def test_a_run_reports_each_task_and_goes_on_where_it_stopped(tmp_path: Path) ->
 
     start("stopped", 2)
     rows, whole = start("stopped", 4), start("whole", 4)
-    names = ["train/loss", "heldout/denoise", *(f"heldout/denoise_{task}" for task in TASKS)]
+    names = ["train/loss", "eval/denoise", *(f"eval/denoise_{task}" for task in TASKS)]
     found = [[row[name] for row in rows if name in row] for name in names]
     assert [len(values) for values in found[1:]] == [3] * 7, "at steps 0, 2 and 4"
     assert found == [[row[name] for row in whole if name in row] for name in names]
