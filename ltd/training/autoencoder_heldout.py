@@ -1,4 +1,4 @@
-"""What is measured of an autoencoder on held-out samples: PSNR and its kin, artefacts, the state of latents and codes."""
+"""What is measured of an autoencoder on held-out samples: PSNR and its kin, artefacts, latents and codes."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def heldout_losses(
                 losses = objective.loss_at(denoiser, latents, cond, random, time).double()
                 sums[quantile] += torch.stack([(losses * weight).sum(), weight.sum()])
             for row, name in enumerate(names):
-                tasks[row] += _task_sums(name, run.model, objective, denoiser, (latents, weight, cond, random))
+                tasks[row] += task_sums(name, run.model, objective, denoiser, (latents, weight, cond, random))
     total = layout.sum_(torch.cat([tasks, *sizes.values()]))
     by_size = dict(zip(sizes, total[len(names) :].split(NUM_QUANTILES), strict=True))
     result = _quantiles("eval/denoise", sum(by_size.values(), tasks.new_zeros(NUM_QUANTILES, 2)))
@@ -82,14 +82,25 @@ def with_given(cond: Conditioning, latents: Tensor, mask: Tensor, model: DitConf
     return dataclasses.replace(cond, frames=told(Frames(latents, mask), model.frames, model.frame_mask_channels))
 
 
-def _task_sums(
+def task_sums(
     task: Task,
     model: DitConfig,
     objective: FlowMatching,
     denoiser: Denoiser,
     batch: tuple[Tensor, Tensor, Conditioning, DrawRandom],
 ) -> Tensor:
-    """Sum a task's loss over a batch, and the weights of its samples, ``(2,)``; zeros if they are too short."""
+    """Sum a frame task's loss over a batch.
+
+    Args:
+        task: What is given of the samples.
+        model: The denoiser's.
+        objective: The loss.
+        denoiser: What is evaluated.
+        batch: Latents ``(b, c, t, h, w)``, weights ``(b,)``, what the denoiser is told, random numbers.
+
+    Returns:
+        Sum of the losses and of the weights, ``(2,)``; zeros if the samples are too short for the task.
+    """
     latents, weight, cond, random = batch
     mask = draw_masks(task, (latents.shape[2], latents.shape[3], latents.shape[4]), model.patch, random)
     if mask is None:

@@ -153,7 +153,8 @@ def build_measures(config: MetricsConfig, shape: VideoShape, device: torch.devic
             outputs = network(clip)
         except ConfigError as error:
             message = str(error)
-            raise ConfigError(message if message.startswith(where) else f"{where}.{message}") from None
+            inside = f"{where}." if message.startswith("features") else f"{where}.features."
+            raise ConfigError(message if message.startswith(where) else inside + message) from None
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{where}.features: fails on a clip of {shape}: {error}") from error
         for name, rows in outputs.items():

@@ -28,7 +28,7 @@ from ltd.progress import Progress
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_NUMBERS = "numbers"
+_NUMBERS, _ABOUT = "numbers", "about"
 
 
 class Extractor(Protocol):
@@ -165,9 +165,10 @@ def write_features(path: Path, identity: Mapping[str, Any], rows: Mapping[str, T
         identity: What they depend on.
         rows: Tensors by name.
     """
-    about = {"identity": json.dumps(dict(identity), sort_keys=True), "sha256": _hash(rows)}
+    about = json.dumps({"identity": dict(identity), "sha256": _hash(rows)}, sort_keys=True)
+    whole = {name: values.contiguous() for name, values in rows.items()}
     try:
-        write_bytes(path, safetensors.torch.save({name: rows[name].contiguous() for name in rows}, metadata=about))
+        write_bytes(path, safetensors.torch.save(whole, metadata={_ABOUT: about}))
     except OSError as error:
         logger.warning("%s: cannot be written (%s); the next run computes its features anew", path, error)
 
@@ -187,9 +188,9 @@ def read_features(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] 
     problem = "is not what its name says"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        if about.get("identity") == json.dumps(dict(identity), sort_keys=True):
+        if about.get("identity") == dict(identity):
             if about.get("sha256") == _hash(rows):
                 return rows
             problem = "is damaged (its checksum does not fit)"

@@ -18,6 +18,7 @@ from ltd.denoisers import FrameTasksConfig, build_denoiser
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.denoiser import DenoiserRun, DenoiserStage
+from ltd.training.denoiser_heldout import task_sums
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "debug" / "denoiser_frames.yaml"
 TASKS = ("image_to_video", "first_last", "interpolation", "extension", "retrodiction", "inpainting")
@@ -140,15 +141,19 @@ def test_the_held_out_figure_of_a_task_is_its_loss(stage: DenoiserStage) -> None
     made = DenoiserStage(stage.run, engine, stage.layout, stage.inputs)  # type: ignore[arg-type]
     latents, weight = given["latents"], torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     error = 0.0
-    total, count = made._heldout_task("first_last", latents, weight, stage.inputs.conditioning(given), random)
+
+    def sums(latents: Tensor) -> Tensor:
+        batch = (latents, weight, stage.inputs.conditioning(given), random)
+        return task_sums("first_last", stage.run.model, made.objective, made.denoiser, batch)
+
+    total, count = sums(latents)
     frames, time = seen[0]
     assert frames.mask[0, 0, :, 0, 0].tolist() == [True, False, False, False, True]
     assert torch.equal(frames.latents[:, :, 0], latents[:, :, 0]) and time.tolist() == [0.5] * 3
     truth = random.normal(latents.shape[1:], "noise") - latents
     expected = truth[:, :, 1:4].square().flatten(1).mean(1)
     assert float(count) == 2 and float(total) == pytest.approx(float(expected[0] + expected[2]), rel=1e-5)
-    image = made._heldout_task("first_last", latents[:, :, :1], weight, stage.inputs.conditioning(given), random)
-    assert image.tolist() == [0.0, 0.0]
+    assert sums(latents[:, :, :1]).tolist() == [0.0, 0.0]
 
 
 def test_a_run_reports_each_task_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
