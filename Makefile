@@ -8,6 +8,8 @@ PIP_FLAGS ?=
 # One proof: `make proofs ONLY=resume`. Some tests: `make test TESTS='tests/data -m "not slow"'`.
 ONLY ?=
 TESTS ?=
+# Tests that run side by side, a process each; 0 runs them one by one in this process.
+JOBS ?= auto
 # Waiting threads sleep instead of spinning: beside any other busy process that is many times faster.
 export OMP_WAIT_POLICY ?= passive
 TORCH_STAMP := $(VENV)/.torch
@@ -42,7 +44,7 @@ clean-runs: ## Delete runs/ and start over.
 	rm -rf runs
 
 test: $(STAMP) ## Run the tests.
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(TESTS)
 
 proofs: $(STAMP) ## Measure the tables of docs/proofs; ONLY=name for one. Fails on a miss.
 	$(PY) -m tools.proofs $(ONLY)

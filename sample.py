@@ -6,9 +6,11 @@ Start it alone or with torchrun; the same command again makes what is missing. E
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -291,20 +293,34 @@ def read_sampler(args: argparse.Namespace) -> SamplerConfig:
         interval = (math.nan, math.nan)
     if not math.isfinite(sum(interval)):
         raise ConfigError(f"--guidance-interval: got {args.guidance_interval!r}, needed LOW,HIGH such as 0.1,0.9")
-    return SamplerConfig(
-        kind=args.solver,
-        steps=args.steps,
-        order=args.order,
-        noise=args.noise,
-        grid=args.grid,
-        shift=read_run_parts(args.run).shift if args.shift is None else ShiftConfig(factor=args.shift),
-        guidance=GuidanceConfig(
+    with _flags("--guidance-"):
+        guidance = GuidanceConfig(
             scale=args.guidance,
             interval=interval,
             channels=args.guidance_channels,
             rescale=args.guidance_rescale,
-        ),
-    )
+        )
+    with _flags("--shift "):
+        shift = None if args.shift is None else ShiftConfig(factor=args.shift)
+    with _flags("--"):
+        return SamplerConfig(
+            kind=args.solver,
+            steps=args.steps,
+            order=args.order,
+            noise=args.noise,
+            grid=args.grid,
+            shift=shift or read_run_parts(args.run).shift,
+            guidance=guidance,
+        )
+
+
+@contextlib.contextmanager
+def _flags(prefix: str) -> Iterator[None]:
+    """Name the option in the errors of a config that options fill."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def read_tiling(args: argparse.Namespace) -> TilingConfig | None:

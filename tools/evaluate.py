@@ -1,7 +1,8 @@
 """Measure an autoencoder's reconstructions and a denoiser's samples: python tools/evaluate.py RUN ...
 
 Writes RUN/evaluation.json and prints a table. `--autoencoder PATH --shards HELDOUT` gives PSNR and SSIM; `--samples DIR
---reference TRAIN` gives Frechet distances, caption retrieval and nearest training clips. A part that is not asked for
+--reference TRAIN` gives Frechet distances, caption retrieval and nearest training clips; `--metrics` adds others, from
+the network that `--features` (of frames) and `--clip-features` (of clips, for fvd) name. A part that is not asked for
 keeps the rows of an earlier call.
 """
 
@@ -28,7 +29,13 @@ from ltd.data.media import decode_cut
 from ltd.data.plan import Placement
 from ltd.data.windows import enumerate_windows
 from ltd.data.write import write_bytes
+from ltd.encoders.features import CaptionFeatures, build_features, parse_features
+from ltd.encoders.flow import DenseFlow
 from ltd.encoders.packaged import build_packaged
+from ltd.encoders.perceptual import PerceptualConfig, StLpipsConfig, VggLpipsConfig, build_perceptual
+from ltd.encoders.torchscript import I3dFeaturesConfig, InceptionFeaturesConfig
+from ltd.evaluation.distribution import DISTRIBUTION_METRICS
+from ltd.evaluation.measures import caption_rows, distribution_rows, motion_rows, outputs_of
 from ltd.evaluation.protocol import (
     ClipFeatures,
     Clips,
@@ -45,6 +52,12 @@ from ltd.rng import generator
 
 #: Frames of each clip that the image network sees.
 _FRAMES = 2
+#: Metrics of clips as a whole, and those of frames one by one; the others need neither network.
+_OF_CLIPS = ("fvd",)
+_OF_FRAMES = tuple(name for name in DISTRIBUTION_METRICS if name not in _OF_CLIPS)
+_OTHER = "not the {} of published figures"
+_OF_MOTION = ("warping_error", "motion")
+METRICS = (*_OF_FRAMES, *_OF_CLIPS, "clip_score", *_OF_MOTION, "lpips")
 _BLIND = "averaged over frames, so nearly blind to their order (see the shuffled row); frame_differences is not"
 
 
@@ -66,6 +79,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--fps", type=float, help="frames per second that training clips were cut to; theirs if left out"
     )
     parser.add_argument("--max-clips", type=int, default=64, help="samples that enter Frechet distances, at most")
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], choices=METRICS, metavar="NAME", help=f"more metrics: {', '.join(METRICS)}"
+    )
+    network = "a packaged network, inception:FILE, i3d:FILE, transformers:FOLDER or a YAML file"
+    parser.add_argument("--features", default="efficientnet_lite0", help=f"of frames, for --metrics: {network}")
+    parser.add_argument("--clip-features", default="transnetv2", help=f"of clips, for fvd: {network}")
+    parser.add_argument(
+        "--perceptual", default="st_lpips", help="for lpips: st_lpips, or a file of torchvision's VGG-16 weights"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws of real clips")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
@@ -83,6 +105,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(
                 "--reference: samples are held against training clips; give the tars they were trained on"
             )
+        check_metrics(args)
         for name in ("windows_per_clip", "max_clips"):
             if getattr(args, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
@@ -101,9 +124,26 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def check_metrics(args: argparse.Namespace) -> None:
+    """Check that the metrics asked for belong to what is measured, and that their networks are named rightly."""
+    for needed, names in (("--shards", {"lpips"}), ("--samples", set(METRICS) - {"lpips"})):
+        asked = [name for name in args.metrics if name in names]
+        if asked and getattr(args, needed.removeprefix("--")) is None:
+            raise ConfigError(f"--metrics: {asked[0]} measures what {needed} names, which is not given")
+    parse_features(args.features)
+    parse_features(args.clip_features)
+
+
 def measure_autoencoder(args: argparse.Namespace) -> list[MetricRow]:
     """Reconstruct held-out clips from the posterior's mean and compare."""
     view = _view(args.size)
+    perceptual = None
+    if "lpips" in args.metrics:
+        config: PerceptualConfig = StLpipsConfig()
+        if args.perceptual != "st_lpips":
+            config = VggLpipsConfig(backbone=args.perceptual)
+        network = build_perceptual(config, device=args.device)
+        perceptual = OnDevice(network, args.device)
     model = ltd.autoencoders.load(args.autoencoder or args.run, weights=args.weights, device=args.device)
 
     @torch.no_grad()
@@ -122,11 +162,12 @@ def measure_autoencoder(args: argparse.Namespace) -> list[MetricRow]:
                 progress.update(len(batch.keys))
 
     note = f"held-out clips {args.size}, reconstructed from the posterior's mean"
-    return autoencoder_rows(clips(), reconstruct, weights=args.weights, note=note)
+    return autoencoder_rows(clips(), reconstruct, weights=args.weights, perceptual=perceptual, note=note)
 
 
 def measure_samples(args: argparse.Namespace) -> list[MetricRow]:
     """Hold every kind of sample (clips, images) against real ones of the same size."""
+    networks = Networks(args)
     table = read_samples(args.samples, args.prompts)
     index = open_index(args.reference)
     shapes = dict.fromkeys((row["num_frames"], row["height"], row["width"]) for row in table)
@@ -136,12 +177,85 @@ def measure_samples(args: argparse.Namespace) -> list[MetricRow]:
         view = ViewConfig(num_frames=shape[0], height=shape[1], width=shape[2], fps=args.fps if shape[0] > 1 else None)
         same_kind = sum((other[0] > 1) == (shape[0] > 1) for other in shapes)
         suffix = f"_{view}" if same_kind > 1 else ""
-        measured = _measure_shape(args, load_samples(args.samples, mine), index, view)
+        measured = _measure_shape(args, networks, load_samples(args.samples, mine), index, view)
         rows += [dataclasses.replace(row, name=row.name + suffix, **_facts(mine)) for row in measured]
     return rows
 
 
-def _measure_shape(args: argparse.Namespace, samples: Clips, index: Index, view: ViewConfig) -> list[MetricRow]:
+class OnDevice:
+    """A perceptual distance whose inputs come from the CPU.
+
+    Args:
+        network: The distance.
+        device: Where it is.
+    """
+
+    def __init__(self, network: Any, device: str) -> None:
+        self._network, self._device = network, device
+        self.name, self.preprocessing = network.name, network.preprocessing
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compare ``(b, 3, t, h, w)`` in [-1, 1]; ``(b,)`` on the CPU."""
+        return self._network(x.to(self._device), y.to(self._device)).cpu()
+
+
+class Networks:
+    """Networks that ``--metrics`` needs, built before any sample is read.
+
+    Args:
+        args: Arguments of the command.
+
+    Raises:
+        ConfigError: If a network cannot be built, or lacks what a metric reads.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.of_frames = [name for name in args.metrics if name in _OF_FRAMES]
+        self.of_clips = [name for name in args.metrics if name in _OF_CLIPS]
+        self.of_motion = [name for name in args.metrics if name in _OF_MOTION]
+        self.captions: CaptionFeatures | None = None
+        self.frames: ClipFeatures | None = None
+        self.clips: ClipFeatures | None = None
+        self.flow = DenseFlow() if self.of_motion else None
+        if self.of_frames or "clip_score" in args.metrics:
+            config = parse_features(args.features)
+            features = build_features(config, device=args.device)
+            self.frames_note = "" if isinstance(config, InceptionFeaturesConfig) else _OTHER.format("Inception")
+            if "clip_score" in args.metrics:
+                if not isinstance(features, CaptionFeatures):
+                    raise ConfigError(
+                        f"--features: clip_score needs a CLIP folder (transformers:FOLDER), got {args.features}"
+                    )
+                self.captions = features
+            try:
+                self.frames = ClipFeatures(features, frames=_FRAMES, outputs=("features", *outputs_of(self.of_frames)))
+            except ValueError as error:
+                raise ConfigError(f"--features: {error}") from error
+        if self.of_clips:
+            config = parse_features(args.clip_features)
+            self.clips = ClipFeatures(build_features(config, device=args.device))
+            self.clips_note = "" if isinstance(config, I3dFeaturesConfig) else _OTHER.format("I3D")
+
+    def measure(self, samples: Clips, reference: Reference, *, seed: int) -> list[MetricRow]:
+        """Measure samples of one size; the metrics of clips only where they are clips."""
+        rows = []
+        suffix = "_frames" if samples.is_video else "_images"
+        if self.frames is not None:
+            rows += distribution_rows(
+                samples, reference, self.frames, self.of_frames, suffix=suffix, seed=seed, note=self.frames_note
+            )
+            if self.captions is not None:
+                rows += caption_rows(samples, reference, self.frames, self.captions.embed_captions, suffix=suffix)
+        if samples.is_video and self.clips is not None:
+            rows += distribution_rows(samples, reference, self.clips, self.of_clips, seed=seed, note=self.clips_note)
+        if samples.is_video and self.flow is not None:
+            rows += motion_rows(samples, reference, self.flow, self.of_motion)
+        return rows
+
+
+def _measure_shape(
+    args: argparse.Namespace, networks: Networks, samples: Clips, index: Index, view: ViewConfig
+) -> list[MetricRow]:
     """Measure samples of one size."""
     counted, reference = read_reference(samples, index, view, max_clips=args.max_clips, seed=args.seed)
     pixels = ClipFeatures(build_packaged("pixels"))
@@ -153,7 +267,9 @@ def _measure_shape(args: argparse.Namespace, samples: Clips, index: Index, view:
         video = ClipFeatures(build_packaged("transnetv2", device=args.device))
         plan += [(video, "frechet_clips", _BLIND), (motion, "frechet_motion", "")]
     rows = []
-    with Progress(len(plan) + 1, f"evaluate {view}", unit="metrics") as progress:
+    with Progress(len(plan) + 2, f"evaluate {view}", unit="metrics") as progress:
+        rows += networks.measure(counted, reference, seed=args.seed)
+        progress.update()
         for features, name, note in plan:
             rows += frechet_rows(counted, reference, features, name=name, seed=args.seed, note=note)
             progress.update()

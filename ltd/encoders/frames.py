@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ltd.config import ConfigError
@@ -30,7 +31,7 @@ class FramesConfig:
     fit: Literal["whole", "crop"] = "whole"
     #: Length of the shorter side before the crop; null for ``size``.
     shorter: int | None = None
-    #: Filter of the resizing, always antialiased; pixels are rounded to 8 bits after it, as Pillow's are.
+    #: Filter of the resizing, antialiased, on 8-bit pixels: Pillow's, which the published processors use.
     resize: Literal["bilinear", "bicubic"] = "bicubic"
     #: What 0..255 becomes: ``byte`` (0..255), ``unit`` (0..1) or ``signed`` (-1..1); mean and deviation follow.
     range: Literal["byte", "unit", "signed"] = "unit"
@@ -67,10 +68,10 @@ class FramesConfig:
         if self.size is None:
             parts.append("frames at their own size")
         elif self.fit == "whole":
-            parts.append(f"{self.resize} antialiased resize of the whole frame to {self.size}x{self.size}, 8 bits")
+            parts.append(f"Pillow's {self.resize} resize of the whole frame to {self.size}x{self.size}")
         else:
             side = self.shorter or self.size
-            parts.append(f"{self.resize} antialiased resize of the shorter side to {side}, 8 bits")
+            parts.append(f"Pillow's {self.resize} resize of the shorter side to {side}")
             parts.append(f"middle {self.size}x{self.size}")
         parts.append({"byte": "0..255", "unit": "0..1", "signed": "-1..1"}[self.range])
         if self.mean != (0, 0, 0) or self.std != (1, 1, 1):
@@ -96,9 +97,10 @@ def prepare(clips: Tensor, config: FramesConfig) -> Tensor:
     if config.num_frames is not None:
         clips = clips[:, spread(clips.shape[1], config.num_frames)]
     b, t = clips.shape[:2]
-    x = clips.flatten(0, 1).permute(0, 3, 1, 2).float()  # (b * t, 3, h, w)
+    x = clips.flatten(0, 1).permute(0, 3, 1, 2)  # (b * t, 3, h, w)
     if config.size is not None:
         x = _fit(x, config)
+    x = x.float()
     scale, shift = {"byte": (1.0, 0.0), "unit": (255.0, 0.0), "signed": (127.5, 1.0)}[config.range]
     x = x / scale - shift
     x = (x - x.new_tensor(config.mean).view(3, 1, 1)) / x.new_tensor(config.std).view(3, 1, 1)
@@ -171,8 +173,10 @@ def _fit(x: Tensor, config: FramesConfig) -> Tensor:
         short = min(height, width)
         target = (int(side * height / short), int(side * width / short))
     if target != (height, width):
-        x = F.interpolate(x, size=target, mode=config.resize, antialias=True, align_corners=False)
-        x = x.round().clamp(0, 255)
+        # Pillow itself: it rounds to 8 bits between the two directions, so that even torch's 8-bit filter differs.
+        rule = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[config.resize]
+        frames = [Image.fromarray(frame).resize(target[::-1], rule) for frame in x.permute(0, 2, 3, 1).cpu().numpy()]
+        x = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
     top, left = (target[0] - config.size) // 2, (target[1] - config.size) // 2
     return x[:, :, top : top + config.size, left : left + config.size]
 

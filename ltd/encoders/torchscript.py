@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,11 @@ from ltd.encoders.frames import FramesConfig, check_clips, in_passes
 _FORBIDDEN = re.compile(r"\b(?:torch\.(?:from_file|save|load)|ops\.(?!prim\b|aten\b|quantized\b)\w+)")
 #: I3D halves time three times and then pools over 2: fewer frames than this leave nothing to pool.
 _I3D_FRAMES = 10
-_INCEPTION_SIDE = 299
+_INCEPTION_SIDE, _INCEPTION_BATCH = 299, 32
 _SPATIAL_CHANNELS = 7
-_PROBE_TOLERANCE = 1e-3
+_PROBE_TOLERANCE = 1e-4
+#: What 0..255 is shifted by and divided by: TensorFlow's graph, and what some copies of the file have.
+_NORMALISATIONS = (128.0, 127.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +135,6 @@ class InceptionFeatures:
         ConfigError: If the file is missing, refused, or not this network.
     """
 
-    preprocessing = "the file's own: bilinear to 299x299 without antialiasing, (x-128)/128; mean over frames"
-
     def __init__(self, config: InceptionFeaturesConfig, *, device: torch.device | str = "cpu") -> None:
         self._module, digest = load_torchscript(config.path, config.sha256, device)
         self._device = device
@@ -146,7 +147,11 @@ class InceptionFeatures:
         self._weight = self._module.output.weight.detach().float()  # (classes, dim)
         self.dims = {"features": self._weight.shape[1], "logits": self._weight.shape[0]}
         self.dim = self.dims["features"]
-        self.dims["spatial"] = self._probe(config.path)
+        self._middle, self.dims["spatial"] = self._probe(config.path)
+        self.preprocessing = (
+            f"the file's own: bilinear to 299x299 without antialiasing, (x-{self._middle:g})/{self._middle:g}; "
+            "mean over frames"
+        )
 
     def __call__(self, clips: Tensor) -> Tensor:
         """Compute features of clips.
@@ -177,12 +182,17 @@ class InceptionFeatures:
         if unknown:
             raise ValueError(f"{self.name} has no output {unknown[0]!r}, needed one of {', '.join(self.dims)}")
         raw = FramesConfig(size=None, range="byte")
-        found = in_passes(clips, raw, lambda x: torch.cat([self._run(x)[name] for name in names], dim=1), batch=32)
+
+        def run(x: Tensor) -> Tensor:
+            outputs = self._run(x, self._middle)
+            return torch.cat([outputs[name] for name in names], dim=1)
+
+        found = in_passes(clips, raw, run, batch=_INCEPTION_BATCH)
         return dict(zip(names, found.split([self.dims[name] for name in names], dim=1), strict=True))
 
-    def _run(self, x: Tensor) -> dict[str, Tensor]:
+    def _run(self, x: Tensor, middle: float) -> dict[str, Tensor]:
         """Run ``(n, 3, h, w)`` in 0..255 through the layers."""
-        x = (_resize_as_tensorflow(x.to(self._device), _INCEPTION_SIDE) - 128) / 128
+        x = (_resize_as_tensorflow(x.to(self._device), _INCEPTION_SIDE) - middle) / middle
         spatial = x
         for name, layer in self._layers.items():
             if name == "mixed_6":
@@ -192,24 +202,28 @@ class InceptionFeatures:
         return {"features": features, "logits": F.linear(features, self._weight), "spatial": spatial}
 
     @torch.no_grad()
-    def _probe(self, path: str) -> int:
-        """Hold the layers, fed here, against the file's own forward; return the width of the spatial map."""
+    def _probe(self, path: str) -> tuple[float, int]:
+        """Hold the layers, fed here, against the file's own forward.
+
+        Returns:
+            The middle of its pixels, and the width of the spatial map.
+        """
         image = torch.linspace(0, 255, 3 * 40 * 48).view(1, 3, 40, 48).flip(2).round()
         try:
-            ours = self._run(image)
             theirs = self._module(image.to(self._device).to(torch.uint8), return_features=True).flatten(1)
+            tried = [(middle, self._run(image, middle)) for middle in _NORMALISATIONS]
         except RuntimeError as error:
             last = str(error).strip().splitlines()[-1]
             raise ConfigError(f"path: {path} is not the Inception of FID: it fails on an image: {last}") from error
-        scale = float(theirs.abs().max()) + 1e-6
-        if ours["features"].shape != theirs.shape or float((ours["features"] - theirs).abs().max()) > (
-            _PROBE_TOLERANCE * scale
-        ):
-            raise ConfigError(
-                f"path: {path} is not the Inception of FID: its layers, fed with (x-128)/128 at 299x299, do not give "
-                "what its forward gives; use kind: torchscript for another network"
-            )
-        return ours["spatial"].shape[1]
+        for middle, ours in tried:
+            if ours["features"].shape == theirs.shape:
+                error_share = float((ours["features"] - theirs).abs().max() / theirs.abs().max())
+                if error_share <= _PROBE_TOLERANCE:
+                    return middle, ours["spatial"].shape[1]
+        raise ConfigError(
+            f"path: {path} is not the Inception of FID: its layers, fed with (x-128)/128 at 299x299, do not give what "
+            "its forward gives; use kind: torchscript for another network"
+        )
 
 
 class I3dFeatures:
@@ -295,10 +309,12 @@ def load_torchscript(
         if found:
             raise ConfigError(f"path: {file} is refused: its program names {found.group()!r}, which reaches out of it")
     try:
-        module = torch.jit.load(str(file), map_location=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the published files are in no newer format
+            module = torch.jit.load(str(file), map_location=device)
     except RuntimeError as error:
         raise ConfigError(f"path: {file} does not load: {str(error).strip().splitlines()[-1]}") from error
-    return module.eval().requires_grad_(False), digest
+    return module.eval(), digest
 
 
 def checked_output(output: Any, num_inputs: int, dim: int, name: str) -> Tensor:

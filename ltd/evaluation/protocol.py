@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ltd.evaluation.controls import disjoint_draws, shuffle_frames
-from ltd.evaluation.fidelity import Psnr, Ssim
+from ltd.evaluation.fidelity import PairedDistance, Psnr, Ssim
 from ltd.evaluation.frechet import FeatureMoments, FrechetDistance
 from ltd.evaluation.neighbours import NearestDistances, Retrieval
 from ltd.evaluation.rows import MetricRow
 
-_REPEATS = 3
+REPEATS = 3
 _SAME_CAPTIONS = "real windows of the clips that the samples' captions describe: what a perfect copy of the data scores"
 _SHUFFLED = "real windows with their frames in random order: a metric that sees time puts this far above the floor"
 
@@ -33,6 +33,17 @@ class FeatureMap(Protocol):
 
     def __call__(self, clips: Tensor) -> Tensor:
         """Map uint8 ``(b, t, h, w, 3)`` to ``(b, dim)``."""
+        ...
+
+
+class PairedMap(Protocol):
+    """A distance between two clips, and where it comes from."""
+
+    name: str
+    preprocessing: str
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Map two ``(b, 3, t, h, w)`` in [-1, 1] to ``(b,)``."""
         ...
 
 
@@ -76,32 +87,49 @@ class ClipFeatures:
     Args:
         features: Feature map.
         frames: Show it this many frames of each clip, evenly spaced, one by one; None shows it whole clips.
+        outputs: What is computed, in one pass: ``features`` is the map itself, other names need a map with ``outputs``.
+
+    Raises:
+        ValueError: If the map lacks an output.
     """
 
-    def __init__(self, features: FeatureMap, *, frames: int | None = None) -> None:
+    def __init__(
+        self, features: FeatureMap, *, frames: int | None = None, outputs: Sequence[str] = ("features",)
+    ) -> None:
         self.name, self.dim, self.frames = features.name, features.dim, frames
         self.preprocessing = (
             features.preprocessing if frames is None else f"{frames} frames per clip; {features.preprocessing}"
         )
-        self._features = features
-        self._known: list[tuple[Tensor, Tensor]] = []  # holds the clips too, so that ``is`` cannot meet a reused id
+        self.map = features
+        self._outputs = tuple(dict.fromkeys(outputs))
+        lacking = sorted(set(self._outputs) - {"features", *getattr(features, "dims", {})})
+        if lacking:
+            raise ValueError(f"{features.name} has no output {lacking[0]!r}, which the metrics asked for need")
+        self._known: list[tuple[Tensor, dict[str, Tensor]]] = []  # holds the clips too, so that no id is reused
 
-    def vectors(self, clips: Tensor) -> Tensor:
+    def vectors(self, clips: Tensor, output: str = "features") -> Tensor:
         """Map uint8 ``(n, t, h, w, 3)`` to ``(n, k, dim)``: a vector for each frame shown, or the clip's one."""
-        for known, vectors in self._known:
+        for known, found in self._known:
             if known is clips:
-                return vectors
+                return found[output]
         if self.frames is None:
-            vectors = self._features(clips)[:, None]
+            found = {name: vectors[:, None] for name, vectors in self._compute(clips).items()}
         else:
             shown = spread_frames(clips, self.frames)
-            vectors = self._features(shown.flatten(0, 1)[:, None]).unflatten(0, shown.shape[:2])
-        self._known.append((clips, vectors))
-        return vectors
+            flat = self._compute(shown.flatten(0, 1)[:, None])
+            found = {name: vectors.unflatten(0, shown.shape[:2]) for name, vectors in flat.items()}
+        self._known.append((clips, found))
+        return found[output]
 
     def pooled(self, clips: Tensor) -> Tensor:
         """Map uint8 ``(n, t, h, w, 3)`` to ``(n, dim)``, the mean over the frames shown."""
         return self.vectors(clips).mean(dim=1)
+
+    def _compute(self, clips: Tensor) -> dict[str, Tensor]:
+        if self._outputs == ("features",):
+            return {"features": self.map(clips)}
+        found: dict[str, Tensor] = self.map.outputs(clips, self._outputs)  # type: ignore[attr-defined]
+        return found
 
 
 def autoencoder_rows(
@@ -109,6 +137,7 @@ def autoencoder_rows(
     reconstruct: Callable[[Tensor], Tensor],
     *,
     weights: str,
+    perceptual: PairedMap | None = None,
     note: str = "",
 ) -> list[MetricRow]:
     """Measure reconstructions of held-out clips.
@@ -117,33 +146,40 @@ def autoencoder_rows(
         batches: uint8 ``(b, t, h, w, 3)``, any number.
         reconstruct: Pixels to the reconstruction's pixels, the same shape and type.
         weights: Which weights ``reconstruct`` uses, as "ema".
+        perceptual: Distance that LPIPS is measured with; None leaves it out.
         note: What the clips are.
 
     Returns:
-        PSNR (mean over clips, and of all pixels) and SSIM.
+        PSNR (mean over clips, and of all pixels), SSIM and LPIPS.
     """
     psnr, similarity = Psnr(), Ssim()
+    distance = None if perceptual is None else PairedDistance(perceptual)
     for pixels in batches:
         decoded = reconstruct(pixels)
-        psnr.update(decoded, pixels)
-        similarity.update(decoded, pixels)
-    values = (
-        ("psnr", psnr.clip_mean, "dB", "mean over clips"),
-        ("psnr_overall", psnr.overall, "dB", "of the mean squared error over all pixels"),
-        ("ssim", similarity.clip_mean, "", "11x11 Gaussian window of width 1.5, mean over channels, frames and clips"),
-    )
+        for metric in (psnr, similarity, distance):
+            if metric is not None:
+                metric.update(decoded, pixels)
+    window = "11x11 Gaussian window of width 1.5, mean over channels, frames and clips"
+    values = [
+        ("psnr", psnr.clip_mean, "dB", "8-bit RGB; mean over clips", "none"),
+        ("psnr_overall", psnr.overall, "dB", "8-bit RGB; of the mean squared error over all pixels", "none"),
+        ("ssim", similarity.clip_mean, "", f"8-bit RGB; {window}", "none"),
+    ]
+    if distance is not None and perceptual is not None:
+        values.append(("lpips", distance.clip_mean, "", perceptual.preprocessing, perceptual.name))
     return [
         MetricRow(
             part="autoencoder",
             name=name,
             value=value,
             unit=unit,
-            preprocessing=f"8-bit RGB; {how}",
+            network=network,
+            preprocessing=how,
             n=psnr.num_clips,
             note=note,
             weights=weights,
         )
-        for name, value, unit, how in values
+        for name, value, unit, how, network in values
     ]
 
 
@@ -216,7 +252,7 @@ def _frechet_values(samples: Clips, reference: Reference, features: ClipFeatures
     if reference.matched is not None:
         others["_real_same_captions"] = moments(features.vectors(reference.matched.pixels))
     found: dict[str, list[float]] = {}
-    for repeat in range(_REPEATS):
+    for repeat in range(REPEATS):
         held, drawn = disjoint_draws(len(pool), len(samples), seed=seed, repeat=repeat)
         distance = FrechetDistance(moments(pool[held]))
         for suffix, other in (*others.items(), ("floor", moments(pool[drawn]))):

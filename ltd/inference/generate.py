@@ -171,6 +171,11 @@ class Generator:
                 f"autoencoder: makes {autoencoder.latent_channels} latent channels, "
                 f"the denoiser was trained with {denoiser.config.latent_channels}"
             )
+        guided = sampler.guidance.channels
+        if guided is not None and guided > autoencoder.latent_channels:
+            raise ConfigError(
+                f"guidance.channels: got {guided}, needed at most the latents' {autoencoder.latent_channels} channels"
+            )
         path = _path(denoiser).kind
         if path != "linear" and sampler.kind not in ("euler", "heun"):
             raise ConfigError(

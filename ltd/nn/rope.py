@@ -25,7 +25,10 @@ def default_rope_split(head_dim: int) -> tuple[int, int, int]:
         ValueError: If ``head_dim`` is odd or too small for three even parts.
     """
     if head_dim % 2 or head_dim < 6:
-        raise ValueError(f"3D RoPE needs an even head_dim of 6 or more, got {head_dim} (width / num_heads)")
+        raise ValueError(
+            f"num_heads: got heads of {head_dim} channels (width / num_heads), needed an even number of 6 or more "
+            "(3D RoPE splits it among time, height and width)"
+        )
     part = head_dim // 6 * 2
     return head_dim - 2 * part, part, part
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ltd.evaluation.fidelity import Psnr, Ssim, ssim
+from ltd.evaluation.fidelity import PairedDistance, Psnr, Ssim, ssim
 
 
 def _pair(noise: float = 12.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,3 +74,39 @@ def test_refusals_name_what_was_got():
         _ = Psnr().clip_mean
     with pytest.raises(ValueError, match="11 x 11 or more, got 8 x 30"):
         Ssim().update(torch.zeros(1, 2, 8, 30, 3), torch.zeros(1, 2, 8, 30, 3))
+
+
+def _mean_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x - y).abs().mean(dim=(1, 2, 3, 4))
+
+
+def test_paired_distance_sees_clips_in_signed_range_and_averages_over_them():
+    seen = []
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append((x.shape, float(x.min()), float(x.max())))
+        return _mean_error(x, y)
+
+    references = torch.zeros(3, 2, 4, 5, 3, dtype=torch.uint8)
+    clips = references.clone()
+    clips[0], clips[1] = 255, 51
+    whole, merged = PairedDistance(distance), PairedDistance(distance)
+    whole.update(clips, references)
+    assert seen == [((3, 3, 2, 4, 5), -1.0, 1.0)]
+    assert whole.clip_mean == pytest.approx((2 + 0.4 + 0) / 3, rel=1e-6)
+    for part in (slice(0, 1), slice(1, 3)):
+        shard = PairedDistance(distance)
+        shard.update(clips[part], references[part])
+        merged.merge(shard.state())
+    assert merged.clip_mean == pytest.approx(whole.clip_mean, rel=1e-12) and merged.num_clips == 3
+
+
+def test_paired_distance_names_the_clips_that_have_none():
+    clips = torch.zeros(3, 1, 4, 4, 3, dtype=torch.uint8)
+    metric = PairedDistance(lambda x, y: torch.tensor([0.0, math.nan, 1.0]))
+    with pytest.raises(ValueError, match="distances of 1 of 3 clips are NaN or infinite, of clips 1$"):
+        metric.update(clips, clips)
+    with pytest.raises(ValueError, match="differ in shape"):
+        metric.update(clips, clips[:2])
+    with pytest.raises(ValueError, match="nothing was counted yet"):
+        _ = PairedDistance(_mean_error).clip_mean

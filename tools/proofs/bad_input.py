@@ -10,71 +10,15 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import sample
-import train
-from ltd.data.synthetic import make_toy_shards
+from tools.proofs._bad_cases import DENOISER, ROOT, VIEWS, Case, Outcome, call, toy, train_toy
+from tools.proofs._bad_denoisers import CASES as DENOISER_CASES
 from tools.proofs.table import Proof
 
 NAME = "bad_input"
-ROOT = Path(__file__).resolve().parents[2]
-AUTOENCODER = str(ROOT / "configs" / "debug" / "autoencoder.yaml")
-DENOISER = str(ROOT / "configs" / "debug" / "denoiser.yaml")
-VIEWS = "data.views=[{num_frames: %d, height: 32, width: 32}]"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did."""
-
-    code: int
-    message: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """A mistake and what must come of it."""
-
-    name: str
-    act: Callable[[Path], Outcome]
-    code: int
-    #: Texts that the message must hold: what, got, needed, which field.
-    expected: tuple[str, ...]
-
-
-def call(main: Callable[[list[str]], int], *arguments: str) -> Outcome:
-    """Run a command in this process.
-
-    Args:
-        main: Entry point.
-        arguments: Its arguments.
-
-    Returns:
-        Exit code and what it wrote to standard error.
-    """
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            code = main(list(arguments))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    lines = [line for line in errors.getvalue().splitlines() if line.startswith("error:")]
-    return Outcome(code, lines[-1] if lines else "")
-
-
-def train_toy(folder: Path, *overrides: str, config: str = AUTOENCODER, steps: int = 2) -> Outcome:
-    """Train on the toy data of ``folder`` in this process."""
-    common = [f"run_dir={folder / 'run'}", f"data.shards={folder / 'train'}", f"steps={steps}", "evaluation.every=0"]
-    return call(train.main, config, *common, "parallel.engine=torch", "num_threads=null", *overrides)
-
-
-def toy(folder: Path, count: int = 8) -> Path:
-    """Make a training set of ``count`` clips of 9 frames and as many stills."""
-    make_toy_shards(folder / "train", num_videos=count, num_images=count, num_frames=9, height=32, width=32, seed=0)
-    return next((folder / "train").glob("*.tar"))
 
 
 def _damage(folder: Path, change: Callable[[str, bytes], bytes | None]) -> None:
@@ -310,6 +254,7 @@ CASES = (
     Case("loss or gradient not finite", _not_finite, 1, ("before the optimizer step", "Samples of the batch")),
     Case("missing prompt file", _no_prompts, 2, ("--prompts", "does not exist")),
     Case("sampling from something else", _not_a_run, 2, ("no whole checkpoint", "run directory")),
+    *DENOISER_CASES,
 )
 
 
@@ -331,7 +276,8 @@ def check(case: Case) -> tuple[Outcome, list[str]]:
     """
     with scratch() as folder:
         outcome = case.act(folder)
-        outcome = Outcome(outcome.code, outcome.message.replace(f"{folder}/", "").replace(str(folder), "."))
+        message = outcome.message.replace(f"{folder}/", "").replace(str(folder), ".").replace(f"{ROOT}/", "")
+        outcome = Outcome(outcome.code, message)
     wrong = [
         f"{case.name}: {text!r} is not in {outcome.message!r}" for text in case.expected if text not in outcome.message
     ]
