@@ -67,9 +67,12 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def _drop_other_kinds(tree: Any, changes: Any) -> None:
-    """Empty the sections whose ``kind`` is overridden: the fields of one kind mean nothing to another."""
+    """Empty the sections whose ``kind`` is overridden, or which become a list: their fields mean nothing there."""
     for key in changes:
         old, new = tree.get(key), changes.get(key)
+        if (OmegaConf.is_dict(old) and OmegaConf.is_list(new)) or (OmegaConf.is_list(old) and OmegaConf.is_dict(new)):
+            tree[key] = None  # one encoder becomes several, or the reverse: nothing to merge
+            continue
         if not (OmegaConf.is_dict(old) and OmegaConf.is_dict(new)):
             continue
         if "kind" in new and new.kind != old.get("kind", new.kind):

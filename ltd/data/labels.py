@@ -30,7 +30,8 @@ def parse_label(value: object) -> tuple[int, str]:
     """
     if isinstance(value, str):
         text = value.strip()
-        if not text.isascii() or not text.isdigit():
+        digits = text.removeprefix("-")
+        if not digits.isascii() or not digits.isdigit():
             return NO_LABEL, text if text.isprintable() else ""
         value = int(text) if len(text) <= 10 else _MAX_LABEL + 1
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_LABEL:

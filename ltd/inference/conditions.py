@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,9 +11,7 @@ from ltd.config import ConfigError
 from ltd.data.labels import unknown_class
 from ltd.denoisers import NULL_LABEL, Conditioning, DitConfig, stack_scalars
 from ltd.encoders.text import TextEncoder
-
-if TYPE_CHECKING:
-    from ltd.inference.generate import Request
+from ltd.inference.requests import Request
 
 
 def find_class(given: int | str, num_classes: int | None, classes: Sequence[str], field: str) -> tuple[int, str]:

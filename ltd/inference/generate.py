@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,42 +34,23 @@ from ltd.encoders.text import TextEncoder
 from ltd.inference.conditions import conditions_of
 from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames
 from ltd.inference.media import video_to_pixels
+from ltd.inference.requests import Request, batches
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
 
+__all__ = [
+    "Generator",
+    "Request",
+    "RunParts",
+    "batches",
+    "check_autoencoder",
+    "load_generator",
+    "load_guide",
+    "read_run_parts",
+]
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One image or video to make."""
-
-    prompt: str
-    #: Number of the sample among those of the same prompt and seed, from 0.
-    repetition: int
-    shape: VideoShape
-    fps: float
-    #: What is known of it; None = nothing.
-    given: Given | None = None
-    #: Class number; None = no class.
-    label: int | None = None
-    #: Name of the class, for rows and pictures.
-    class_name: str = ""
-    #: Height and width that the denoiser is told as the source's, in pixels; None = its own.
-    original: tuple[int, int] | None = None
-    #: Rows above and columns left of it that the denoiser is told were cut off, in pixels.
-    crop: tuple[int, int] = (0, 0)
-
-    @property
-    def seeds(self) -> tuple[str, ...]:
-        """What its noise is a function of besides prompt, repetition and shape."""
-        return () if self.label is None else (f"class {self.label}",)
-
-    @property
-    def title(self) -> str:
-        """What it shows, in words: its prompt, else its class."""
-        return self.prompt or self.class_name or ("" if self.label is None else f"class {self.label}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,23 +419,3 @@ def load_guide(
 def _path(denoiser: torch.nn.Module) -> PathConfig:
     """Say which path a denoiser's velocities are of."""
     return denoiser.parametrization.path if isinstance(denoiser, denoisers.Parametrized) else LinearPathConfig()
-
-
-def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """Group requests into batches of one shape, in order.
-
-    Args:
-        requests: What to make.
-        size: Largest batch.
-
-    Yields:
-        Up to ``size`` requests of equal shape.
-    """
-    batch: list[Request] = []
-    for request in requests:
-        if batch and (len(batch) == size or request.shape != batch[0].shape):
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch

@@ -13,7 +13,8 @@ from ltd.autoencoders import Autoencoder
 from ltd.config import ConfigError
 from ltd.denoisers import Dit, Parametrized
 from ltd.diffusion import ShiftConfig
-from ltd.encoders.text import TextEncoderConfig, TransformersTextConfig, resolve_folder
+from ltd.encoders.joined import TextConfig
+from ltd.encoders.text import TransformersTextConfig, resolve_folder
 from ltd.interop import wan_vae
 from ltd.interop.denoisers import export_denoiser
 from ltd.interop.folders import export_autoencoder
@@ -27,7 +28,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 def export_pipeline(
     denoiser: Dit | Parametrized,
     autoencoder: Autoencoder,
-    text: TextEncoderConfig,
+    text: TextConfig,
     directory: str | Path,
     *,
     shift: ShiftConfig,
@@ -86,9 +87,12 @@ def export_pipeline(
     return f"WanPipeline with {name} and {vae}"
 
 
-def _text_folder(text: TextEncoderConfig) -> tuple[Path, str]:
+def _text_folder(text: TextConfig) -> tuple[Path, str]:
     if not isinstance(text, TransformersTextConfig):
-        raise ConfigError(f"text.kind: got {text.kind}, WanPipeline needs a T5 or UMT5 from a folder (transformers)")
+        got = ": got none"
+        if text is not None:
+            got = f": got {len(text)} encoders" if isinstance(text, tuple) else f".kind: got {text.kind}"
+        raise ConfigError(f"text{got}, WanPipeline needs one T5 or UMT5 from a folder (transformers)")
     folder, _ = resolve_folder(text.path)
     kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type", "")
     if kind not in _TEXT_CLASSES:

@@ -135,7 +135,8 @@ def _sample_folder(folder: Path) -> list[Sample]:
         for number, line in enumerate((folder / SAMPLES).read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 row = json.loads(line)
-                listed.append(Sample(folder / row["file"], str(row["prompt"]), _how_made(row)))
+                shown = row["prompt"] or row.get("class") or (f"class {row['label']}" if "label" in row else "")
+                listed.append(Sample(folder / row["file"], str(shown), _how_made(row)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{folder / SAMPLES}, line {number}: needs 'file' and 'prompt': {error!r}") from error
     known = {sample.path for sample in listed}

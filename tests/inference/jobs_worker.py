@@ -94,10 +94,10 @@ def starve(requests: list[Request], count: int) -> None:
 def refuse_blue(rank: int) -> None:
     embed = Generator.condition
 
-    def condition(self: Generator, prompts: list[str]) -> Any:
-        if any("blue" in prompt for prompt in prompts):
+    def condition(self: Generator, requests: list[Request]) -> Any:
+        if any("blue" in request.prompt for request in requests):
             raise ValueError("text: 99 tokens, needed at most 48\nat blue")
-        return embed(self, prompts)
+        return embed(self, requests)
 
     Generator.condition = condition  # type: ignore[method-assign, assignment]
 

@@ -52,7 +52,7 @@ def generator(run: Path, scale: float = 3.0) -> Generator:
 
 def draw(made: Generator, given: Given | None, prompts: tuple[str, ...] = ("a disc", "a square")) -> torch.Tensor:
     requests = [Request(prompt=p, repetition=0, shape=SHAPE, fps=8.0, given=given) for p in prompts]
-    return made.autoencoder.normalize(made.draw_latents(requests, made.condition(list(prompts)), seed=1))
+    return made.autoencoder.normalize(made.draw_latents(requests, made.condition(requests), seed=1))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_a_batch_may_mix_given_and_free_samples(run: Path) -> None:
     made = generator(run)
     given = Given(task="image_to_video", media=(str(run / "first.png"),))
     requests = [Request(prompt=p, repetition=0, shape=SHAPE, fps=8.0, given=g) for p, g in (("x", given), ("y", None))]
-    mixed = made.draw_latents(requests, made.condition(["x", "y"]), seed=1)
-    free = made.draw_latents(requests[1:], made.condition(["y"]), seed=1)
+    mixed = made.draw_latents(requests, made.condition(requests), seed=1)
+    free = made.draw_latents(requests[1:], made.condition(requests[1:]), seed=1)
     assert torch.allclose(mixed[1:], free, atol=1e-4)
 
 
@@ -295,7 +295,7 @@ def test_the_overlap_of_a_segment_comes_back(run: Path) -> None:
     """What a segment knows are the last frames of the one before, encoded as the start of a clip: bit for bit."""
     made = generator(run)
     requests = [Request(prompt="a", repetition=0, shape=SHAPE, fps=8.0)]
-    conditions = made.condition(["a"])
+    conditions = made.condition(requests)
     kept: list[torch.Tensor] = []
 
     def draw_one(tail: Tail | None) -> torch.Tensor:

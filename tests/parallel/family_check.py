@@ -32,6 +32,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "frames beside": {"frames": "channels", "frame_mask_channels": 2, "text_dim": 5},
     "frames in place": {"frames": "times", "text_dim": 5, "modulation": "shared"},
     "frames and joint text": {**TEXT, "frames": "times", "registers": 1, "dual_depth": 1},
+    "several texts": {"text_dim": 5, "text_parts": ((1, 3), (3, 5)), "pooled_text": True},
+    "several joint texts": {**TEXT, "text_parts": ((3, 5), (1, 4)), "text_norm": False, "dual_depth": 1},
     "dropped tokens": {"mixer_depth": 1, "text_dim": 5, "registers": 1},
 }
 #: Members that work on all tokens at once: a split sequence refuses them.
