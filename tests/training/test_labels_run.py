@@ -109,7 +109,7 @@ def test_media_and_cache_give_the_same_losses(shards: Path, autoencoder: Path) -
     assert shifted == cache, "numbers stand for themselves"
     for scalars in ("[fps]", "[crop_top,height]", "[crop_top,width,height,crop_left,fps]"):
         other = heldout(LABELS, latents, *model, f"model.scalars={scalars}")
-        assert abs(other["heldout/denoise"] / cache["heldout/denoise"] - 1) > 1e-3, scalars
+        assert abs(other["eval/denoise"] / cache["eval/denoise"] - 1) > 1e-3, scalars
 
 
 def prepared(run: DenoiserRun, steps: int = 6) -> dict[str, dict[str, Any]]:
@@ -195,7 +195,7 @@ def test_two_processes_equal_one(config: str, more: tuple[str, ...], shards: Pat
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    for name in ("loss/denoise", "heldout/denoise"):
+    for name in ("loss/denoise", "eval/denoise"):
         ours, theirs = figures(one, name)[0], figures(two, name)[0]
         assert len(ours) == len(theirs) > 2 and theirs == pytest.approx(ours, rel=1e-4), name
 

@@ -39,7 +39,7 @@ CONFIG = ROOT / "configs" / "debug" / "denoiser_metrics.yaml"
 SMALL = ("toy_data.num_samples=18", "toy_data.num_heldout=2", "data.global_batch=2", "evaluation.every=0")
 SMALL += ("optim.lr=0.02", "optim.warmup_steps=0", "steps=4", "ema.decays=[0.5]", "checkpoint.every=2")
 MEASURED = ("metrics.every=2", "metrics.num_samples=7", "metrics.steps=2", "metrics.batch_size=2")
-OFF = ("metrics=null",)
+OFF = ("metrics.every=0",)
 PAIR = ("parallel.engine=deepspeed", "parallel.precision=fp32")
 
 
