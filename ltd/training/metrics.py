@@ -21,6 +21,7 @@ from ltd.data.write import write_bytes
 from ltd.encoders.features import Features, FeaturesConfig, ManyOutputs, build_features
 from ltd.evaluation.banks import FeatureBank
 from ltd.evaluation.distribution import DISTRIBUTION_METRICS, distribution_values
+from ltd.evaluation.measures import outputs_of
 from ltd.evaluation.rows import MetricRow, rows_from_json, rows_to_json
 from ltd.inference.generate import Request
 from ltd.inference.media import video_to_pixels
@@ -100,7 +101,7 @@ class Measure:
 
     def __init__(self, config: MeasureConfig, features: Features, field: str) -> None:
         self.config, self.features = config, features
-        self.outputs = sorted({DISTRIBUTION_METRICS[metric].output for metric in config.metrics})
+        self.outputs = outputs_of(config.metrics)
         self.dims = {name: features.dim if name == "features" else self._dim(name, field) for name in self.outputs}
 
     def _dim(self, output: str, field: str) -> int:
@@ -249,11 +250,12 @@ class Measuring:
         rows: list[MetricRow] = []
         try:
             for place, (measure, known) in enumerate(zip(measures, real, strict=True)):
-                banks = {name: FeatureBank(dim) for name, dim in measure.dims.items()}
-                for numbers, outputs in shares:
-                    for keys, found in zip(numbers, outputs, strict=True):
-                        for name, bank in banks.items():
-                            bank.update(found[place][name], keys)
+                keys = [number for numbers, _ in shares for batch in numbers for number in batch]
+                parts = [found[place] for _, outputs in shares for found in outputs]
+                banks = {
+                    name: FeatureBank(dim).update(torch.cat([part[name] for part in parts]), keys)
+                    for name, dim in measure.dims.items()
+                }
                 rows += self._rows(step, measure, known, banks)
         except (ValueError, ArithmeticError) as error:
             logger.warning("step %d: the samples cannot be measured: %s", step, error)
