@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from ltd.config import ConfigError, digest
-from ltd.data.batch import Batch
+from ltd.data.batch import BadSampleError, Batch
 from ltd.data.config import DataConfig
 from ltd.data.evaluation import dealt_batches
 from ltd.data.fetch import Fetcher
@@ -20,6 +22,9 @@ from ltd.data.sources import Items
 from ltd.data.windows import place_windows
 from ltd.data.workers import WorkerPool
 from ltd.rng import generator
+
+#: Clips whose bytes are part of the hash, about.
+_LOOKED = 16
 
 
 class RealClips:
@@ -53,13 +58,28 @@ class RealClips:
     def __len__(self) -> int:
         return len(self._samples)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """Hash of the data and of what is cut out of them; the same wherever the data lie."""
+        """Hash of the data and of what is cut out of them; the same wherever the data lie.
+
+        Keys and sizes in bytes of all windows' clips, and the bytes of a few: equal keys alone say little.
+        """
+        entries = self._source.entries
         backends = [source.backend for source in self._source.sources if isinstance(source, MediaSource)]
-        keys = self._source.entries.keys.pick(self._samples)
-        cuts = [list(cut) for cut in zip(keys, self._samples.tolist(), self._starts.tolist(), strict=True)]
-        return digest([self._source.digest, str(self.view), str(self.view.fps), RULES, backends, cuts])
+        columns = (entries.keys.pick(self._samples), self._samples.tolist(), self._starts.tolist())
+        cuts = [list(cut) for cut in zip(*columns, entries.columns["size"][self._samples].tolist(), strict=True)]
+        looked = range(0, len(self), max(1, len(self) // _LOOKED))
+        contents = [self._content(int(self._samples[number])) for number in looked]
+        return digest([self._source.digest, str(self.view), str(self.view.fps), RULES, backends, cuts, contents])
+
+    def _content(self, sample: int) -> str:
+        source, entry = self._source.locate(sample)
+        assert isinstance(source, MediaSource)  # nothing else has random cuts
+        row = source.entries[entry]
+        try:
+            return hashlib.sha256(source.index.read(row, row.media)).hexdigest()
+        except BadSampleError as error:
+            return error.cause
 
     def told(self, number: int, caption: float) -> tuple[str, int]:
         """Read what a denoiser is told of a window.

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -192,29 +191,6 @@ def test_a_file_of_other_features_is_not_taken(tmp_path: Path, caplog: pytest.Lo
     safetensors.torch.save_file(values, path)
     assert read_features(path, {"network": "a"}) is None
     assert read_features(tmp_path / "none", {"network": "a"}) is None
-
-
-def test_real_clips_are_drawn_once_and_shared_out(runs: dict[str, Path]) -> None:
-    data = DataConfig(shards=str(runs["plain"] / "toy_data" / "train"))
-    view = ViewConfig(num_frames=5, height=32, width=32)
-    clips = RealClips(data, view, needed=12, seed=3)
-    whole = list(clips.batches(batch_size=4, global_rank=0, world_size=1))
-    shares = [list(clips.batches(batch_size=4, global_rank=rank, world_size=2)) for rank in range(2)]
-    dealt = {draw: key for share in shares for b in share for draw, key in zip(b.draws, b.keys, strict=True) if key}
-    assert dealt == {draw: key for b in whole for draw, key in zip(b.draws, b.keys, strict=True)}
-    assert len(set(dealt.values())) == 12, "18 clips: one window of each suffices"
-    short = RealClips(data, ViewConfig(num_frames=3, height=32, width=32), needed=30, seed=0)
-    (batch,) = short.batches(batch_size=30, global_rank=0, world_size=1)
-    assert max(Counter(batch.keys).values()) == 2, "each has three, and two suffice"
-    assert clips.told(0, 0.5)[0] == whole[0].captions[0]
-    digests = {
-        clips.digest,
-        RealClips(data, view, needed=12, seed=4).digest,
-        RealClips(data, view, needed=11, seed=3).digest,
-        RealClips(data, ViewConfig(num_frames=5, height=16, width=32), needed=12, seed=3).digest,
-    }
-    assert len(digests) == 4 and RealClips(data, view, needed=12, seed=3).digest == clips.digest
-    assert len(RealClips(data, ViewConfig(num_frames=3, height=32, width=32), needed=99, seed=0)) == 54
 
 
 @pytest.mark.parametrize(
