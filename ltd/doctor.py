@@ -85,6 +85,8 @@ NETWORKS = (
         "no video Frechet distance without a network of your own",
         "pip install 'ltd[eval]'",
     ),
+    Part("cv2", "opencv-python", "no optical flow: no warping error, no motion", "pip install 'ltd[eval]'"),
+    Part("onnxruntime", "onnxruntime", "no features from ONNX files", "pip install 'ltd[onnx]'"),
     Part("stlpips_pytorch", "stlpips-pytorch", "no perceptual loss for the autoencoder", "pip install 'ltd[eval]'"),
 )
 KERNELS = {

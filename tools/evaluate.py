@@ -268,7 +268,10 @@ def _measure_shape(
         plan += [(video, "frechet_clips", _BLIND), (motion, "frechet_motion", "")]
     rows = []
     with Progress(len(plan) + 2, f"evaluate {view}", unit="metrics") as progress:
-        rows += networks.measure(counted, reference, seed=args.seed)
+        try:
+            rows += networks.measure(counted, reference, seed=args.seed)
+        except ValueError as error:
+            raise ConfigError(f"--metrics: {view}: {error}") from error
         progress.update()
         for features, name, note in plan:
             rows += frechet_rows(counted, reference, features, name=name, seed=args.seed, note=note)

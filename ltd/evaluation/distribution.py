@@ -139,7 +139,21 @@ def distribution_values(name: str, samples: FeatureBank, reference: FeatureBank,
         raise ValueError(
             f"{name}: {n} samples against {reference.num_samples} of the reference: it compares at equal n only"
         )
-    if n < metric.least:
-        caution = metric.caution(n, samples.dim)
-        raise ValueError(f"{name}: got {n} samples, needed {metric.least} or more; {caution}")
+    check_count(name, n, samples.dim)
     return metric.values(samples, reference, seed)
+
+
+def check_count(name: str, n: int, dim: int) -> None:
+    """Check that there are samples enough for a metric.
+
+    Args:
+        name: One of ``DISTRIBUTION_METRICS``.
+        n: Samples of each set.
+        dim: Width of their features.
+
+    Raises:
+        ValueError: If there are too few; it says what bias to expect of few.
+    """
+    metric = DISTRIBUTION_METRICS[name]
+    if n < metric.least:
+        raise ValueError(f"{name}: got {n} samples, needed {metric.least} or more; {metric.caution(n, dim)}")

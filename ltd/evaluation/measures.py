@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltd.evaluation.banks import FeatureBank
 from ltd.evaluation.controls import disjoint_draws
-from ltd.evaluation.distribution import DISTRIBUTION_METRICS, distribution_values
+from ltd.evaluation.distribution import DISTRIBUTION_METRICS, check_count, distribution_values
 from ltd.evaluation.motion import MotionStatistics, WarpingError
 from ltd.evaluation.protocol import REPEATS, ClipFeatures, Clips, Reference
 from ltd.evaluation.rows import MetricRow
@@ -70,6 +70,8 @@ def distribution_rows(
         ValueError: If there are too few samples for a metric, or clips and samples differ in size.
     """
     _check_sizes(samples, reference)
+    for name in metrics:
+        check_count(name, len(samples) * features.num_vectors(samples.pixels), features.dim)
     rows = []
     for name in metrics:
         metric = DISTRIBUTION_METRICS[name]

@@ -58,10 +58,15 @@ def test_known_limits():
     assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
     copies = _measure(y.clone() + 1e6, y + 1e6, 3)  # far from zero: rounding must not part copies
     assert (copies.precision, copies.recall, copies.coverage) == (1, 1, 1)
+    pairs = torch.tensor([[1.0], [1.0001], [-1.0], [-1.0001]], dtype=torch.float64)
+    apart = _measure(torch.tensor([[1.0003], [-1.0003]], dtype=torch.float64), pairs, 1)
+    assert (apart.precision, apart.coverage) == (0, 0)  # small distances are no rounding
     narrow = _measure(_features(80, 4, 0, scale=0.05), y, 3)  # one mode: precise, without recall
     assert narrow.precision == 1 and narrow.recall < 0.2 and narrow.coverage < 0.3 and narrow.density > 2
-    doubled = _measure(y.repeat(2, 1), y.repeat(2, 1), 1)  # balls of radius zero hold their own points
-    assert doubled.precision == doubled.recall == doubled.coverage == 1
+    twice = _features(83, 64, 1).repeat(2, 1)
+    order = torch.randperm(166, generator=torch.Generator().manual_seed(0))
+    doubled = _measure(twice[order], twice, 1)  # balls of radius zero hold their own two points, rounding or not
+    assert (doubled.precision, doubled.recall, doubled.coverage, doubled.density) == (1, 1, 1, 2)
 
 
 def test_refusals():

@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ltd.data.index import index_tar, open_index
 from ltd.data.plan import ViewConfig
 from ltd.data.write import encode_image, encode_video, write_image, write_video
 from ltd.evaluation.rows import rows_from_json
+from tests.encoders.standins import Inception, save
 
 _SPEC = importlib.util.spec_from_file_location("evaluate", Path(__file__).parents[2] / "tools/evaluate.py")
 assert _SPEC is not None and _SPEC.loader is not None
@@ -232,3 +234,84 @@ def test_a_sample_of_another_size_than_its_row_is_refused(data):
         evaluate.load_samples(data / "samples", [rows[0] | {"height": 64}])
     with pytest.raises(evaluate.ConfigError, match="gone.mp4 is named in samples.jsonl and does not exist"):
         evaluate.load_samples(data / "samples", [rows[0] | {"file": "gone.mp4"}])
+
+
+def _inception(path: Path) -> None:
+    """Write the stand-in for the TorchScript Inception."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        save(Inception(), path)
+
+
+def test_metrics_by_name_stand_beside_real_clips(data, light, tmp_path):
+    pytest.importorskip("cv2")
+    _inception(tmp_path / "inception.pt")
+    names = ["fid", "sfid", "inception_score", "fvd", "warping_error", "motion"]
+    network = f"inception:{tmp_path / 'inception.pt'}"
+    common = ["--samples", data / "samples", "--reference", data / "train", "--fps", 8]
+    before = _run(tmp_path / "before", *common)
+    rows = _run(
+        tmp_path / "run", *common, "--metrics", *names, "--features", network, "--clip-features", "frame_differences"
+    )
+    of_frames = {"fid", "sfid", "inception_score", "inception_score_std"}
+    new = {f"{name}_{kind}" for name in of_frames for kind in ("frames", "images")}
+    new |= {"fvd", "warping_error", "motion_magnitude", "motion_dynamic_degree", "motion_flicker"}
+    assert set(rows) - set(before) == new
+    for name in new:
+        row = rows[name]
+        assert row.floor is not None and row.network and row.preprocessing and row.n
+        assert (row.weights, row.steps, row.guidance, row.seed) == ("ema", 20, 2.0, 7)
+    assert "inception-v3 2015-12-05 (TorchScript, sha256" in rows["fid_frames"].network
+    assert "published" not in rows["fid_frames"].note and "not the I3D of published figures" in rows["fvd"].note
+    assert (rows["fid_frames"].n, rows["fid_images"].n, rows["warping_error"].n) == (6, 3, 3)
+    # clips cut from the same shots move as real ones do: 2 pixels to the left in each frame
+    assert rows["motion_magnitude"].value == pytest.approx(rows["motion_magnitude"].floor, rel=0.3)
+    assert 1 < rows["motion_magnitude"].value < 3
+
+
+def test_lpips_of_reconstructions(data, tmp_path, monkeypatch):
+    class Perceptual:
+        name, preprocessing = "stand-in", "none"
+
+        def __call__(self, x, y):
+            return (x - y).abs().mean(dim=(1, 2, 3, 4))
+
+    class Darker:
+        def encode(self, video):
+            self.mean = video
+            return self
+
+        def decode(self, latents):
+            return latents * 0.9
+
+    built = []
+    monkeypatch.setattr(evaluate, "build_perceptual", lambda config, device: built.append(config) or Perceptual())
+    monkeypatch.setattr(ltd.autoencoders, "load", lambda path, **rest: Darker())
+    heldout = ["--autoencoder", "somewhere", "--shards", data / "train", "--size", "5x32x64"]
+    rows = _run(tmp_path / "run", *heldout, "--metrics", "lpips", "--perceptual", "vgg.pth")
+    assert rows["lpips"].network == "stand-in" and rows["lpips"].n == 12
+    assert 0.02 < rows["lpips"].value < 0.1  # a tenth of the mean distance from grey
+    assert built[0].kind == "vgg_lpips" and built[0].backbone == "vgg.pth"
+    assert "lpips" not in _run(tmp_path / "plain", *heldout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "S", "--reference", "R", "--metrics", "lpips"], "--metrics: lpips measures what --shards names"),
+        (["--shards", "R", "--metrics", "fid"], "--metrics: fid measures what --samples names, which is not given"),
+        (["--samples", "S", "--reference", "R", "--features", "vgg"], "features: got 'vgg', needed efficientnet_lite0"),
+        (["--samples", "S", "--reference", "R", "--metrics", "fdd"], "invalid choice: 'fdd'"),
+        (
+            ["--samples", "S", "--reference", "R", "--metrics", "precision_recall", "--features", "pixels"],
+            "--metrics: 1x32x64: precision_recall: got 3 samples, needed 4 or more",
+        ),
+    ],
+)
+def test_mistakes_about_metrics(data, light, tmp_path, capsys, arguments, message):
+    places = {"S": str(data / "samples"), "R": str(data / "train")}
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path), *(places.get(argument, argument) for argument in arguments)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "evaluation.json").exists()

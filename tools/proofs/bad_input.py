@@ -16,6 +16,7 @@ from unittest import mock
 import sample
 from tools.proofs._bad_cases import DENOISER, ROOT, VIEWS, Case, Outcome, call, toy, train_toy
 from tools.proofs._bad_denoisers import CASES as DENOISER_CASES
+from tools.proofs._bad_metrics import CASES as METRIC_CASES
 from tools.proofs.table import Proof
 
 NAME = "bad_input"
@@ -255,6 +256,7 @@ CASES = (
     Case("missing prompt file", _no_prompts, 2, ("--prompts", "does not exist")),
     Case("sampling from something else", _not_a_run, 2, ("no whole checkpoint", "run directory")),
     *DENOISER_CASES,
+    *METRIC_CASES,
 )
 
 

@@ -33,9 +33,9 @@ _NOTES = f"""*reference*: a library's own code on the same features, or a closed
 accumulators fed in four shards (one empty), merged in another order, against the whole, relative alike, limit 1e-9.
 *wrong variant*: the mistake that the row below it makes on purpose; its difference from the reference has to exceed
 {_CAUGHT * LIMIT:g}. Precision, recall, density and coverage are counts, so that their differences are exact.
-LPIPS is summed here from a stand-in network; `tests/encoders/test_perceptual.py` holds its network against the published
-one. The networks of FID and FVD cannot be had here: `tests/encoders/test_torchscript.py` holds their input contract on small
-stand-ins."""
+LPIPS is summed here from a stand-in network; `tests/encoders/test_perceptual.py` holds its network against the
+published one. The networks of FID and FVD cannot be had here: `tests/encoders/test_torchscript.py` holds their input
+contract on small stand-ins."""
 
 
 @dataclass(frozen=True)
