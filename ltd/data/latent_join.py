@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ltd.config import ConfigError
+from ltd.data.batch import UNKNOWN_GEOMETRY
 from ltd.data.entries import KINDS, NO_LABEL, Strings
 from ltd.data.latents import DTYPES, GEOMETRY
 from ltd.data.write import write_bytes
@@ -149,9 +150,9 @@ class _Joined:
         numbers = {name: record[name] for name in ("position", "frames", "height", "width", "fps", "row")}
         numbers |= {"kind": KINDS.index(record["kind"]), "file": file, "captions": len(record["captions"])}
         # -1, 0, 1 and so on, in the order they come
-        named = self.classes.setdefault(record["class"], len(self.classes) - 1)
-        numbers |= {"label": record["label"], "class_name": named}
-        numbers |= dict(zip(GEOMETRY, record["geometry"], strict=True))
+        named = self.classes.setdefault(record.get("class", ""), len(self.classes) - 1)
+        numbers |= {"label": record.get("label", NO_LABEL), "class_name": named}  # format 2 has neither, nor cuts
+        numbers |= dict(zip(GEOMETRY, record.get("geometry", UNKNOWN_GEOMETRY), strict=True))
         for name, number in numbers.items():
             self.numbers.setdefault(name, array("d")).append(number)
         for text, weight in record["captions"]:

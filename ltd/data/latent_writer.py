@@ -128,8 +128,8 @@ class LatentCacheWriter:
             found = json.loads(marker.read_text("utf-8"))
             found.setdefault("text_parts", [])
             names = [n for n in plan if found.get(n) != json.loads(json.dumps(plan[n]))]
-            if names == ["format"] and self.complete and found["format"] in READ_FORMATS:
-                return  # finished by an earlier release, and read as it is
+            if names == ["format"] and found["format"] in READ_FORMATS:
+                return  # begun by an earlier release: it is finished, and read, in that format
             if names:
                 raise ConfigError(
                     f"out: {self.directory} holds a cache that differs in {', '.join(names)}; "

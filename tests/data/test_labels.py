@@ -248,6 +248,24 @@ def old_cache(directory: Path) -> None:
         (directory / "columns" / f"{name}.npy").unlink()
 
 
+def test_a_cache_that_the_release_before_began_is_finished(tmp_path: Path, toy: Path) -> None:
+    index = open_index(str(toy))
+    windows = enumerate_windows(index, VIEWS)
+    write(tmp_path / "c", index, windows, stop=9)
+    marker, (part,) = tmp_path / "c" / "writing.json", (tmp_path / "c" / "parts").glob("*/records.jsonl")
+    plain = json.loads(marker.read_text())
+    assert plain.pop("format") == 3 and not plain.pop("text_parts")
+    marker.write_text(json.dumps({"format": 2, **plain}))
+    records = [json.loads(line) for line in part.read_text().splitlines()]
+    new = ("label", "class", "geometry")
+    part.write_text("".join(json.dumps({k: v for k, v in r.items() if k not in new}) + "\n" for r in records))
+    write(tmp_path / "c", index, windows)
+    finish_cache(tmp_path / "c")
+    cache = LatentCache(tmp_path / "c")
+    assert cache.manifest["format"] == 2 and cache.num_windows == len(windows)
+    assert (cache.entries.columns["label"] == -1).all() and cache.load(np.arange(9)).geometry.isnan().all()
+
+
 def test_a_cache_of_the_format_before_is_read_and_knows_no_labels(tmp_path: Path, toy: Path) -> None:
     index: Index = open_index(str(toy))
     windows = enumerate_windows(index, VIEWS)

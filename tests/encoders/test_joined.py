@@ -70,6 +70,10 @@ def test_a_real_encoder_beside_another() -> None:
     assert torch.equal(text[:, :12], own) and torch.equal(mask[:, :12], kept)
     assert text_slices((mini, ONE), "channels")[1][1] == slice(own.shape[2], own.shape[2] + 6)
     assert joined.flops > 0  # type: ignore[attr-defined]
+    letters = BytesTextConfig(dim=6, max_length=12)  # more tokens than words: the mask is that of both
+    beside = build_text((letters, mini), "channels")
+    assert beside is not None and int(kept.sum()) == 5
+    assert torch.equal(beside.encode(["a red disc"])[1], build_text_encoder(letters).encode(["a red disc"])[1])
 
 
 def test_what_cannot_be_joined_is_refused() -> None:
