@@ -72,7 +72,7 @@ def evaluation_batches(
     arrangement = arrange(config, source, fill=False)
     pool = WorkerPool(max(1, config.num_workers), timeout_s=config.timeout_s)
     fetcher = Fetcher(source, pool)
-    first_draw, stride = 0, batch_size * world_size
+    first_draw = 0
     try:
         for view, ids in zip(arrangement.views, arrangement.ids, strict=True):
             chosen = _spread(ids.tolist(), max_samples)  # first, so that no list is as long as the data
@@ -81,11 +81,33 @@ def evaluation_batches(
             draws = range(first_draw, first_draw + len(cuts))
             items = Items(entries, source.entries.keys.pick(entries), draws, None, [place for _, place in cuts])
             first_draw += len(cuts)
-            mine = range(global_rank * batch_size, (global_rank + 1) * batch_size)
-            for begin in range(0, len(items), stride):
-                yield _batch(fetcher, view, items.pick(range(begin, min(begin + stride, len(items)))), mine)
+            yield from dealt_batches(
+                fetcher, view, items, batch_size=batch_size, global_rank=global_rank, world_size=world_size
+            )
     finally:
         pool.close()
+
+
+def dealt_batches(
+    fetcher: Fetcher, view: ViewConfig, items: Items, *, batch_size: int, global_rank: int, world_size: int
+) -> Iterator[Batch]:
+    """Load a process's batches of samples of one size: the same batches for any number of processes.
+
+    Args:
+        fetcher: Loads them.
+        view: What they are cut to.
+        items: All samples.
+        batch_size: Samples per batch.
+        global_rank: This process.
+        world_size: Processes; all get the same number of batches, filled up with weight 0.
+
+    Yields:
+        Batches.
+    """
+    stride = batch_size * world_size
+    mine = range(global_rank * batch_size, (global_rank + 1) * batch_size)
+    for begin in range(0, len(items), stride):
+        yield _batch(fetcher, view, items.pick(range(begin, min(begin + stride, len(items)))), mine)
 
 
 def _batch(fetcher: Fetcher, view: ViewConfig, row: Items, mine: range) -> Batch:
@@ -108,5 +130,5 @@ def _batch(fetcher: Fetcher, view: ViewConfig, row: Items, mine: range) -> Batch
         return blank
     batch, bad = fetcher.collect(fetcher.submit(own, view))
     for record in bad:
-        logger.warning("held-out sample %r of %s is left out: %s", record.key, record.shard, record.message)
+        logger.warning("evaluation sample %r of %s is left out: %s", record.key, record.shard, record.message)
     return Batch.join([batch, blank]) if blank is not None else batch

@@ -94,6 +94,18 @@ class MediaSource:
             pixels=frames,
         )
 
+    def told(self, entry: int, caption: float) -> tuple[str, int]:
+        """Read what a denoiser is told of a sample, without its medium.
+
+        Args:
+            entry: The sample.
+            caption: Chooses among its captions, in [0, 1).
+
+        Returns:
+            Caption, "" where there is none, and class number, -1 where there is none.
+        """
+        return choose_caption(self.index.captions(self.entries[entry]), caption), int(self._labels[entry])
+
     def load_batch(self, items: Items, view: ViewConfig) -> Batch:
         """Refuse: media are loaded one by one."""
         raise TypeError("media are loaded one by one")

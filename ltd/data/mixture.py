@@ -45,7 +45,8 @@ class MixedSource:
         ends = np.cumsum([len(source.entries) for source in sources]).tolist()
         self.starts = [0, *ends[:-1]]
 
-    def _at(self, entry: int) -> tuple[Source, int]:
+    def locate(self, entry: int) -> tuple[Source, int]:
+        """Find the source of a sample, and its number there."""
         number = bisect.bisect_right(self.starts, entry) - 1
         return self.sources[number], entry - self.starts[number]
 
@@ -73,7 +74,7 @@ class MixedSource:
 
     def load(self, entry: int, view: ViewConfig, placement: Placement, caption: float) -> Sample:
         """Load one sample from its source."""
-        source, own = self._at(entry)
+        source, own = self.locate(entry)
         return source.load(own, view, placement, caption)
 
     def load_batch(self, items: Items, view: ViewConfig) -> Batch:
@@ -91,12 +92,12 @@ class MixedSource:
 
     def blank(self, entry: int, view: ViewConfig) -> Sample:
         """Make the sample of zeros that stands in for a failed one."""
-        source, own = self._at(entry)
+        source, own = self.locate(entry)
         return source.blank(own, view)
 
     def shard_of(self, entry: int) -> str:
         """Name the file or directory a sample lies in."""
-        source, own = self._at(entry)
+        source, own = self.locate(entry)
         return source.shard_of(own)
 
 

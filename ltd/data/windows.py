@@ -136,7 +136,7 @@ def enumerate_windows(
     parts = []
     for number, view in enumerate(views):
         given = None if samples is None else samples[number]
-        cut, starts = _starts(index.entries, view, given, count=windows_per_clip, step=window_step)
+        cut, starts = place_windows(index.entries, view, given, count=windows_per_clip, step=window_step)
         part = np.stack([cut, np.full_like(cut, number), starts, np.zeros_like(cut)], axis=1)
         if flip:
             part = np.repeat(part, 2, axis=0)
@@ -145,10 +145,21 @@ def enumerate_windows(
     return Windows(index.entries, views, np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64))
 
 
-def _starts(
-    entries: Entries, view: ViewConfig, given: np.ndarray | None, *, count: int | None, step: int | None
+def place_windows(
+    entries: Entries, view: ViewConfig, given: np.ndarray | None, *, count: int | None, step: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """List samples and first frames of the windows of a view, both int64 ``(n,)``."""
+    """Say where the windows of one view lie.
+
+    Args:
+        entries: The samples.
+        view: What to cut samples to.
+        given: int64 ``(m,)``, the samples to cut; None takes all of its kind.
+        count: As ``windows_per_clip`` of ``enumerate_windows``.
+        step: As ``window_step`` of ``enumerate_windows``.
+
+    Returns:
+        Sample and first frame of each window, both int64 ``(n,)``.
+    """
     columns = entries.columns
     samples = np.arange(len(entries)) if given is None else given
     samples = samples[columns["kind"][samples] == KINDS.index(view.kind)]  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 class MetricRow:
     """One measured number and everything needed to read it."""
 
-    #: Which half of the evaluation made it: "autoencoder" or "samples".
+    #: Which half of the evaluation made it: "autoencoder" or "samples", or "training": samples while training.
     part: str
     name: str
     value: float
@@ -26,7 +26,7 @@ class MetricRow:
     #: The same metric of real data against real data at equal n; chance for retrieval; None where there is none.
     floor: float | None = None
     note: str = ""
-    #: Which weights made the samples: "ema" or "raw".
+    #: Which weights made the samples: "ema", the name of an average, or "raw".
     weights: str | None = None
     steps: int | None = None
     guidance: float | None = None

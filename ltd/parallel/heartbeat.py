@@ -80,6 +80,10 @@ class Heartbeat:
         """
         self._now = (self._now[0] + 1, phase, step, time.monotonic())
 
+    def again(self) -> None:
+        """Note progress inside a phase that is long; all processes note it equally often."""
+        self.enter(self._now[1], self._now[2])
+
     def __enter__(self) -> Heartbeat:
         self._training = threading.get_ident()
         if self._talk is not None:

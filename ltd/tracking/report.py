@@ -29,11 +29,13 @@ from ltd.tracking.run_record import RunRecord, flatten
 
 #: Metrics whose curves come first and are open; the others are folded away.
 MAIN = (
-    *("loss/", "heldout/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s"),
+    *("loss/", "eval/", "optim/lr", "optim/grad_norm", "time/step_s", "time/data_s"),
     *("perf/tokens_per_s", "perf/mfu"),
 )
+#: Of these, what is folded away all the same: a curve for each size of samples.
+FOLDED = ("perf/bucket/", "eval/bucket/")
 #: Groups that hold the same quantities as ``loss/``, measured on held-out data: drawn into its charts, dashed.
-HELD_OUT = ("heldout", "eval", "validation")
+HELD_OUT = ("eval", "validation")
 
 #: Choices of smoothing: over which part of a curve, one n-th; 0 is none.
 SMOOTHINGS = (("auto", "auto"), ("none", "0"), ("light", "150"), ("medium", "50"), ("strong", "12"))
@@ -192,7 +194,7 @@ def curve_controls(runs: Sequence[RunRecord]) -> str:
 
 
 def _is_main(chart: Chart) -> bool:
-    return chart.title.startswith(MAIN)
+    return chart.title.startswith(MAIN) and not chart.title.startswith(FOLDED)
 
 
 def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:

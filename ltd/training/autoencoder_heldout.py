@@ -1,10 +1,10 @@
-"""What is measured of an autoencoder on held-out samples: PSNR, artefacts, and the state of its latents and codes."""
+"""What is measured of an autoencoder on held-out samples: PSNR and its kin, artefacts, latents and codes."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from ltd.autoencoders import Autoencoder, Posterior
 from ltd.autoencoders.blocks import ResidualBlock
 from ltd.autoencoders.conv_parts import ConvBlock
 from ltd.evaluation.artifacts import Artifacts
-from ltd.evaluation.fidelity import Psnr
+from ltd.evaluation.fidelity import PairedDistance, Psnr, Ssim
 from ltd.evaluation.latent_health import ActivationProbe, CodeUsage, LatentHealth, least_positions
 from ltd.inference.media import video_to_pixels
 from ltd.parallel.layout import Layout
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 MOST_CODES = 1 << 22
 #: Frames smaller than this have no perceptual distance and no artefact diagnostics.
 LEAST_PIXELS = 32
+#: Frames smaller than its window have no SSIM.
+_SSIM_PIXELS = 11
 
 
 class Heldout:
@@ -31,16 +33,18 @@ class Heldout:
 
     Args:
         model: The autoencoder; the residual blocks of its decoder are watched for droplets.
+        perceptual: Perceptual distance of two ``(b, 3, t, h, w)`` in [-1, 1]; None measures none.
     """
 
-    def __init__(self, model: Autoencoder) -> None:
+    def __init__(self, model: Autoencoder, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         self._model = model
         self._layers = [
             name
             for name, module in model.named_modules()
             if name.startswith("decoder.") and isinstance(module, ConvBlock | ResidualBlock)
         ]
-        self._scores = {"video": Psnr(), "image": Psnr()}
+        self._perceptual = perceptual
+        self._scores = {kind: self._empty() for kind in ("video", "image")}
         self._artifacts = Artifacts()
         self._latents = LatentHealth()
         quantizer = model.quantizer
@@ -87,7 +91,13 @@ class Heldout:
         """
         if not kept.any():
             return
-        self._scores[kind].update(video_to_pixels(reconstruction).cpu()[kept], pixels[kept])
+        decoded, least = video_to_pixels(reconstruction).cpu()[kept], min(video.shape[3:])
+        scores = self._scores[kind]
+        scores["psnr"].update(decoded, pixels[kept])
+        if least >= _SSIM_PIXELS:
+            scores["ssim"].update(decoded, pixels[kept])
+        if "perceptual" in scores and least >= LEAST_PIXELS:
+            scores["perceptual"].update(decoded.to(video.device), pixels[kept].to(video.device))
         on_device = kept.to(video.device)
         if min(video.shape[3:]) >= LEAST_PIXELS:
             self._artifacts.update(reconstruction[on_device].float(), video[on_device])
@@ -113,12 +123,17 @@ class Heldout:
         values: dict[str, float] = {}
         num_seen = 0
         for kind in self._scores:
-            total = Psnr()
+            total = self._empty()
             for state in states:
-                total.merge(state[kind])
-            if total.num_clips:
-                values[f"heldout/psnr_{kind}_db"] = total.clip_mean
-                num_seen += total.num_clips
+                for name, score in total.items():
+                    score.merge(state[kind][name])
+            num_seen += total["psnr"].num_clips
+            unit = {"psnr": "_db"}
+            values |= {
+                f"eval/{name}_{kind}{unit.get(name, '')}": score.clip_mean
+                for name, score in total.items()
+                if score.num_clips
+            }
         if not num_seen:
             return values
         accumulators: dict[str, Any] = {"artifacts": Artifacts(), "latents": LatentHealth()}
@@ -135,7 +150,13 @@ class Heldout:
             values[f"latents/equivariance_error_{name}"] = sum(errors) / len(errors)
         return values
 
+    def _empty(self) -> dict[str, Psnr | Ssim | PairedDistance]:
+        scores: dict[str, Psnr | Ssim | PairedDistance] = {"psnr": Psnr(), "ssim": Ssim()}
+        return scores | ({} if self._perceptual is None else {"perceptual": PairedDistance(self._perceptual)})
+
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {kind: score.state() for kind, score in self._scores.items()}
+        state: dict[str, Any] = {
+            kind: {name: score.state() for name, score in scores.items()} for kind, scores in self._scores.items()
+        }
         state |= {"artifacts": self._artifacts.state(), "latents": self._latents.state(), "errors": self._errors}
         return state | ({} if self._codes is None else {"codes": self._codes.state()})

@@ -284,9 +284,10 @@ class AutoencoderStage:
         """Reconstruct every held-out sample from its latent mean.
 
         Returns:
-            Mean PSNR in dB over clips and over images, artefacts of both, and the state of the latents.
+            Mean PSNR in dB, SSIM and, with a perceptual term, perceptual distance over clips and over images;
+            artefacts of both, and the state of the latents.
         """
-        found = Heldout(self.model)
+        found = Heldout(self.model, self.loss.perceptual)
         self.model.eval()
         for batch in heldout_batches(self.run, self.layout):
             pixels = media_pixels(batch)

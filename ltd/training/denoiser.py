@@ -15,46 +15,42 @@ from ltd.autoencoders import AutoencoderConfig
 from ltd.config import ConfigError
 from ltd.data import Batch, MicroBatch, PackedBatch
 from ltd.denoisers import (
-    TASKS,
     Conditioning,
     Dit,
     DitConfig,
     Frames,
     FrameTasksConfig,
-    Task,
     build_denoiser,
     draw_kept,
-    draw_masks,
     draw_tasks,
-    told,
 )
 from ltd.diffusion import FlowMatching, FlowMatchingConfig, ParametrizationConfig
-from ltd.encoders.joined import TextConfig, build_text, text_slices
+from ltd.encoders.joined import TextConfig, text_slices
 from ltd.encoders.text import TransformersTextConfig
 from ltd.parallel import sequence
 from ltd.parallel.activation import checkpoint_blocks
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.interface import Engine
 from ltd.parallel.layout import Layout
-from ltd.rng import DrawRandom, derive_seed
-from ltd.shapes import VideoShape, num_tokens
+from ltd.rng import DrawRandom
 from ltd.training.condition_dropout import ConditionDropout
 from ltd.training.denoiser_alignment import DenoiserAlignmentRun
 from ltd.training.denoiser_checks import check_lineage, check_objective
+from ltd.training.denoiser_heldout import heldout_losses, with_given
 from ltd.training.denoiser_work import DenoiserWork
+from ltd.training.evaluators import build_evaluators
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
-from ltd.training.latent_inputs import LatentInputs, open_autoencoder, pack, unpack
+from ltd.training.latent_inputs import LatentInputs, pack, unpack
 from ltd.training.loop import train
-from ltd.training.run import RunConfig, heldout_batches
-from ltd.training.samples import RememberedText, SamplesConfig, Sampling, read_requests
+from ltd.training.metrics import MetricsConfig
+from ltd.training.run import RunConfig
+from ltd.training.samples import SamplesConfig
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
 from ltd.training.work import Work
 
 logger = logging.getLogger(__name__)
-
-_HELDOUT_TIMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +83,8 @@ class DenoiserRun(RunConfig):
     frame_tasks: FrameTasksConfig | None = None
     #: Samples of fixed prompts while training; null makes none.
     samples: SamplesConfig | None = None
+    #: Metrics of samples against real clips while training; null measures none.
+    metrics: MetricsConfig | None = None
     #: Tokens are drawn towards a vision network's features (REPA); null leaves them alone.
     alignment: DenoiserAlignmentRun | None = None
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
@@ -116,6 +114,9 @@ class DenoiserRun(RunConfig):
                 f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
             )
         kinds = self.objective.path.kind, self.objective.prediction.kind
+        for name in ("samples", "metrics"):
+            if getattr(self, name) is not None:
+                getattr(self, name).check(self.ema, name)
         if self.model.prediction == "data" and kinds != ("linear", "velocity"):
             raise ConfigError(
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
@@ -230,7 +231,7 @@ class DenoiserStage:
             mask, _ = draw_tasks(run.frame_tasks, shape, run.model.patch, random)
             mask = mask.to(latents.device)
             cells = (~mask[:, 0]).float()
-            cond = self._given(cond, latents, mask)
+            cond = with_given(cond, latents, mask, run.model)
         if run.token_dropping:
             kept, weight = draw_kept(shape, run.model.patch, run.token_dropping, random)
             cond, weight = dataclasses.replace(cond, kept=kept.to(latents.device)), weight.to(latents.device)
@@ -250,11 +251,6 @@ class DenoiserStage:
         frames = tuple(given.frames for given, _ in alone if isinstance(given.frames, Frames))
         return dataclasses.replace(cond, frames=frames), [cells[0] for _, cells in alone if cells is not None]
 
-    def _given(self, cond: Conditioning, latents: Tensor, mask: Tensor) -> Conditioning:
-        """Tell the denoiser the latents where the mask ``(b, 1, t, h, w)`` is True."""
-        model = self.run.model
-        return dataclasses.replace(cond, frames=told(Frames(latents, mask), model.frames, model.frame_mask_channels))
-
     def work(self) -> Work:
         """Count what the last call of ``terms`` amounted to."""
         assert self._work is not None, "terms comes first"
@@ -264,50 +260,9 @@ class DenoiserStage:
         """Count the operations of autoencoder and text encoder so far, on this process."""
         return self.inputs.encoder_flops
 
-    @torch.no_grad()
     def heldout(self) -> dict[str, float]:
-        """Evaluate the loss at fixed time quantiles on every held-out sample, with its caption and nothing else given.
-
-        Returns:
-            Mean over samples and quantiles, of all samples and by kind; and the mean of each frame task that is
-            trained, at the middle quantile, over the samples that are long enough for it.
-        """
-        seed = derive_seed(self.run.seed, "heldout")
-        names = [name for name in TASKS if getattr(self.run.frame_tasks, name, 0)]
-        sums = torch.zeros(2 + len(names), 2, dtype=torch.float64, device=self.layout.device)
-        for batch in heldout_batches(self.run, self.layout):
-            prepared = self.inputs.prepare(batch.to(self.layout.device), DrawRandom(seed, batch.draws))
-            for tensors in sequence.exchange(prepared, self.layout):
-                random = DrawRandom(seed, tensors["draws"].tolist())
-                cond = self.inputs.conditioning(tensors)
-                latents, weight = tensors["latents"], tensors["weight"].double()
-                channels, cells = latents.shape[1], latents[0, 0].numel()
-                for time in self.objective.evaluation_times(_HELDOUT_TIMES, cells, channels).tolist():
-                    losses = self.objective.loss_at(self.denoiser, latents, cond, random, time).double()
-                    sums[int(latents.shape[2] == 1)] += torch.stack([(losses * weight).sum(), weight.sum()])
-                for row, name in enumerate(names, start=2):
-                    sums[row] += self._heldout_task(name, latents, weight, cond, random)
-        self.layout.sum_(sums)
-        (video, videos), (image, images), *tasks = sums.tolist()
-        result = {"heldout/denoise": (video + image) / max(videos + images, 1.0)}
-        result |= {"heldout/denoise_video": video / videos} if videos else {}
-        result |= {"heldout/denoise_image": image / images} if images else {}
-        found = zip(names, tasks, strict=True)
-        return result | {f"heldout/denoise_{name}": total / count for name, (total, count) in found if count}
-
-    def _heldout_task(
-        self, task: Task, latents: Tensor, weight: Tensor, cond: Conditioning, random: DrawRandom
-    ) -> Tensor:
-        """Sum a task's loss over a batch, and the weights of its samples, ``(2,)``; zeros if they are too short."""
-        shape = (latents.shape[2], latents.shape[3], latents.shape[4])
-        mask = draw_masks(task, shape, self.run.model.patch, random)
-        if mask is None:
-            return weight.new_zeros(2)
-        mask = mask.to(latents.device)
-        (time,) = self.objective.evaluation_times(1, latents[0, 0].numel(), latents.shape[1]).tolist()
-        cond = self._given(cond, latents, mask)
-        losses = self.objective.loss_at(self.denoiser, latents, cond, random, time, cell_weight=~mask[:, 0])
-        return torch.stack([(losses.double() * weight).sum(), weight.sum()])
+        """Evaluate the held-out loss: ``ltd.training.denoiser_heldout``."""
+        return heldout_losses(self.run, self.layout, self.inputs, self.objective, self.denoiser)
 
 
 def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session, DenoiserStage] | None:
@@ -341,38 +296,10 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     session = start_session(found, layout, beat, build, accept=accept)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
-    if config.samples is not None and config.samples.every:
-        session.evaluators.append(_sampling(config, config.samples, session, stage.inputs))
+    session.evaluators += build_evaluators(config, session, stage.inputs)
     if origin is not None:
         session.lineage["init_from"] = origin.record
     return session, stage
-
-
-def _sampling(config: DenoiserRun, samples: SamplesConfig, session: Session, inputs: LatentInputs) -> Sampling:
-    """Prepare sampling while training; the text encoder is let go when the prompts are embedded."""
-    fixed = config.data.batching.kind == "fixed"
-    views = [(VideoShape(v.num_frames, v.height, v.width), v.fps) for v in config.data.views] if fixed else []
-    requests = read_requests(samples, views, config.model, inputs.classes)
-    if samples.decay not in (None, 0, *config.ema.decays):
-        raise ConfigError(f"samples.decay: got {samples.decay}, needed null, 0 or one of ema.decays")
-    for shape in {request.shape for request in requests}:
-        try:
-            num_tokens(inputs.compression.latent(shape), config.model.patch)
-        except ValueError as error:
-            raise ConfigError(f"samples.shapes: {shape}: {error}") from None
-    encoder = inputs.encoder or build_text(config.text, config.model.text_join, device=session.layout.device)
-    prompts = [*(request.prompt for request in requests), samples.negative]
-    text = None if encoder is None else RememberedText(encoder, prompts)
-    network: Any = session.engine.module
-    return Sampling(
-        samples,
-        (network, _parametrization(config), session.ema),
-        (requests, text),
-        lambda: inputs.autoencoder or open_autoencoder(config).to(session.layout.device),
-        config.objective.shift,
-        session.layout,
-        lambda: session.tracker,
-    )
 
 
 def run(config: DenoiserRun) -> None:

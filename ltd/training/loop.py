@@ -6,6 +6,7 @@ stops all processes together.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
@@ -213,15 +214,8 @@ class _Loop:
             row["perf/compiled_graphs"] = session.compiled.num_graphs()
         if session.guards.num_discarded:
             row["guards/discarded"] = session.guards.num_discarded
-        evaluated = _evaluation_due(session, done)
-        if evaluated:
-            session.beat.enter("evaluate", done)
-            row |= stage.heldout()
-        for evaluator in session.evaluators:
-            if every(done, evaluator.every) or (evaluator.every and done == session.run.steps):
-                session.beat.enter("evaluate", done)
-                row |= evaluator.run(done)
-                evaluated = True
+        evaluated = _evaluate(session, stage, done)
+        row |= evaluated
         if evaluated or result.skipped or every(done, session.run.log_every) or done == session.run.steps:
             row |= self.accounting.row()
             session.tracker.log(done, {**row, "data/keys_hash": info.keys_hash})
@@ -242,7 +236,23 @@ class _Loop:
             session.saver.wait()
 
 
-def _evaluation_due(session: Session, done: int) -> bool:
+def _evaluate(session: Session, stage: Stage, done: int) -> dict[str, float]:
+    """Evaluate what is due after a step; gives the figures and the seconds they took, nothing where nothing is due."""
+    began = time.perf_counter()
+    calls: list[Callable[[], dict[str, float]]] = [stage.heldout] if _heldout_due(session, done) else []
+    calls += [
+        functools.partial(evaluator.run, done)
+        for evaluator in session.evaluators
+        if every(done, evaluator.every) or (evaluator.every and done == session.run.steps)
+    ]
+    row: dict[str, float] = {}
+    for call in calls:
+        session.beat.enter("evaluate", done)
+        row |= call()
+    return row | ({"time/evaluate_s": time.perf_counter() - began} if calls else {})
+
+
+def _heldout_due(session: Session, done: int) -> bool:
     interval = session.run.evaluation.every
     return (
         interval > 0

@@ -56,7 +56,7 @@ def make_run(run_dir: Path, *, lr: float = 1e-3, media: bool = False) -> Path:
         if step == 7:
             values["loss/denoise"] = math.nan
         if step % 35 == 0:
-            values["heldout/denoise"] = 3.0 / step
+            values["eval/denoise"] = 3.0 / step
         if step == 9:
             record = {"key": "k9", "shard": "a.tar", "cause": "truncated", "message": "<i>short</i>"}
             track.quarantine(step, [record])

@@ -96,7 +96,7 @@ def test_held_out_loss_shares_the_training_loss_chart(tmp_path: Path) -> None:
     train, held_out = charts[0].series
     assert (train.label, train.dashed) == ("loss/denoise", False)
     assert (held_out.label, held_out.dashed, held_out.points) == (
-        "heldout/denoise",
+        "eval/denoise",
         True,
         [(35.0, 3 / 35), (70.0, 3 / 70)],
     )

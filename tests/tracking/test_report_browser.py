@@ -115,8 +115,8 @@ def test_curves_follow_the_pointer_and_the_choices(browser: Browser) -> None:
     assert lines == [
         "a at 70: 0.028571",
         "b at 70: 0.028571",
-        "a: heldout/denoise at 70: 0.042857",
-        "b: heldout/denoise at 70: 0.042857",
+        "a: eval/denoise at 70: 0.042857",
+        "b: eval/denoise at 70: 0.042857",
     ], "the last step's values"
     plot = f"{FIRST}.querySelector('.plot').innerHTML"
     kind = f"{FIRST}.querySelector('.kind').textContent"

@@ -279,7 +279,7 @@ def test_diagnostics_are_logged_and_the_same_on_two_processes(shards: Path, tmp_
     assert run(shards, tmp_path / "one", *held, steps=2) == 0
     launch(shards, tmp_path / "two", *held, "parallel.zero=1", steps=2)
     one, two = rows(tmp_path / "one")[0], rows(tmp_path / "two")[0]
-    names = {key for key in one if key.startswith(("heldout/", "artifacts/", "latents/"))}
+    names = {key for key in one if key.startswith(("eval/", "artifacts/", "latents/"))}
     assert {
         "artifacts/color_shift_levels",
         "artifacts/grid_ratio",
@@ -288,7 +288,8 @@ def test_diagnostics_are_logged_and_the_same_on_two_processes(shards: Path, tmp_
         "latents/spectrum_slope",
         "latents/dead_channels",
         "latents/equivariance_error_turned",
-        "heldout/psnr_video_db",
+        "eval/psnr_video_db",
+        "eval/ssim_video",
     } <= names
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-4)
 

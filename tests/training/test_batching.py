@@ -42,7 +42,7 @@ def test_accumulation_and_resume_change_nothing(tmp_path: Path, name: str, overr
     metrics = {"data/epochs", "data/padding_share", "data/rank_imbalance", "data/samples", "data/units_seen"}
     assert all(metrics <= row.keys() for row in whole)
     assert len({row["data/samples"] for row in whole}) > 1
-    assert "heldout/denoise_video" in whole[-1] and "heldout/denoise_image" in whole[-1]
+    assert "eval/denoise_video" in whole[-1] and "eval/denoise_image" in whole[-1]
     first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 <= first["perf/data_wait_share"] <= 1
 

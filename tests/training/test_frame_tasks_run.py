@@ -18,6 +18,7 @@ from ltd.denoisers import FrameTasksConfig, build_denoiser
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.denoiser import DenoiserRun, DenoiserStage
+from ltd.training.denoiser_heldout import task_sums
 from ltd.training.latent_inputs import pack
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "debug" / "denoiser_frames.yaml"
@@ -169,15 +170,19 @@ def test_the_held_out_figure_of_a_task_is_its_loss(stage: DenoiserStage) -> None
     made = DenoiserStage(stage.run, engine, stage.layout, stage.inputs)  # type: ignore[arg-type]
     latents, weight = given["latents"], torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     error = 0.0
-    total, count = made._heldout_task("first_last", latents, weight, stage.inputs.conditioning(given), random)
+
+    def sums(latents: Tensor) -> Tensor:
+        batch = (latents, weight, stage.inputs.conditioning(given), random)
+        return task_sums("first_last", stage.run.model, made.objective, made.denoiser, batch)
+
+    total, count = sums(latents)
     frames, time = seen[0]
     assert frames.mask[0, 0, :, 0, 0].tolist() == [True, False, False, False, True]
     assert torch.equal(frames.latents[:, :, 0], latents[:, :, 0]) and time.tolist() == [0.5] * 3
     truth = random.normal(latents.shape[1:], "noise") - latents
     expected = truth[:, :, 1:4].square().flatten(1).mean(1)
     assert float(count) == 2 and float(total) == pytest.approx(float(expected[0] + expected[2]), rel=1e-5)
-    image = made._heldout_task("first_last", latents[:, :, :1], weight, stage.inputs.conditioning(given), random)
-    assert image.tolist() == [0.0, 0.0]
+    assert sums(latents[:, :, :1]).tolist() == [0.0, 0.0]
 
 
 def test_a_run_reports_each_task_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -188,7 +193,7 @@ def test_a_run_reports_each_task_and_goes_on_where_it_stopped(tmp_path: Path) ->
 
     start("stopped", 2)
     rows, whole = start("stopped", 4), start("whole", 4)
-    names = ["train/loss", "heldout/denoise", *(f"heldout/denoise_{task}" for task in TASKS)]
+    names = ["train/loss", "eval/denoise", *(f"eval/denoise_{task}" for task in TASKS)]
     found = [[row[name] for row in rows if name in row] for name in names]
     assert [len(values) for values in found[1:]] == [3] * 7, "at steps 0, 2 and 4"
     assert found == [[row[name] for row in whole if name in row] for name in names]

@@ -63,7 +63,7 @@ def test_rows_are_one_per_step_with_the_promised_names(whole: Path) -> None:
     assert [row["step"] for row in table] == [1, 2, 3, 4, 5, 6]
     needed = {"loss/autoencoder", "optim/grad_norm", "optim/lr", "time/step_s", "time/data_s", "perf/tokens_per_s"}
     assert all(needed | {"data/keys_hash"} <= row.keys() for row in table)
-    assert [row["step"] for row in table if "heldout/psnr_video_db" in row] == [1, 4, 6]
+    assert [row["step"] for row in table if "eval/psnr_video_db" in row] == [1, 4, 6]
     assert len({row["data/keys_hash"] for row in table}) == 6
 
 
@@ -151,7 +151,7 @@ def test_resume_never_refuses_to_write_over_a_run(
 def test_shards_alone_are_enough_for_the_debug_config(shards: Path, tmp_path: Path) -> None:
     common = [f"run_dir={tmp_path}", f"data.shards={shards / 'train'}", "steps=2"]
     assert train.main([CONFIG, *common]) == 0
-    assert len(rows(tmp_path)) == 2 and "heldout/psnr_video_db" not in rows(tmp_path)[-1]
+    assert len(rows(tmp_path)) == 2 and "eval/psnr_video_db" not in rows(tmp_path)[-1]
 
 
 def test_refused_resume_leaves_the_run_as_it_was(shards: Path, whole: Path) -> None:

@@ -92,7 +92,7 @@ def test_training_and_heldout_compare_what_the_network_predicts(tmp_path: Path) 
     assert start(tmp_path / "run", *chosen, steps=1) == 0
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["loss/denoise"] == pytest.approx(1.0, abs=0.1)
-    assert row["heldout/denoise"] == pytest.approx(1.0, abs=0.1)
+    assert row["eval/denoise"] == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize(

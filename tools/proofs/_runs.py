@@ -185,9 +185,18 @@ def has_row(run_dir: Path, step: int) -> bool:
     return file.is_file() and f'"step": {step},' in file.read_text()
 
 
-def different_rows(a: Path, b: Path) -> list[int]:
-    """List the steps whose rows differ between two runs in anything but clocks, or which only one has."""
-    first, second = ({row["step"]: _timeless(row) for row in rows(run_dir)} for run_dir in (a, b))
+def different_rows(a: Path, b: Path, *, aside: tuple[str, ...] = ()) -> list[int]:
+    """List the steps whose rows differ between two runs, or which only one has.
+
+    Args:
+        a: A run.
+        b: Another.
+        aside: Beginnings of the names that are not compared, besides clocks.
+
+    Returns:
+        The steps, in order.
+    """
+    first, second = ({row["step"]: _without(row, _CLOCKS + aside) for row in rows(run_dir)} for run_dir in (a, b))
     return sorted(step for step in first.keys() | second.keys() if first.get(step) != second.get(step))
 
 
@@ -211,5 +220,5 @@ def different_shards(a: Path, b: Path, step: int) -> tuple[list[str], int]:
     return [name for name, x, y in zip(names, *digests, strict=True) if x != y], len(names)
 
 
-def _timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if not key.startswith(_CLOCKS)}
+def _without(row: dict[str, Any], aside: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.startswith(aside)}

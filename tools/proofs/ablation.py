@@ -206,7 +206,7 @@ def _train(arm: Arm, seed: int) -> dict[str, float]:
         cpu_s.write_text(str(usage.ru_utime + usage.ru_stime))
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     return {
-        "PSNR of clips, dB": last.get("heldout/psnr_video_db", math.nan),
+        "PSNR of clips, dB": last.get("eval/psnr_video_db", math.nan),
         "grid ratio": last["artifacts/grid_ratio"],
         "spectrum ratio": 1 - last["artifacts/blur_share"],
         "equivariance error, shrunk": last["latents/equivariance_error_shrunk"],

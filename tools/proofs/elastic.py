@@ -184,7 +184,7 @@ def _part(leg: Leg, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> Part:
         [row["step"] for row, true in pairs if row["data/keys_hash"] != true["data/keys_hash"]],
         largest("loss/") or 0.0,
         largest("optim/grad_norm") or 0.0,
-        largest("heldout/"),
+        largest("eval/"),
     )
 
 

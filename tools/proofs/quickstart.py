@@ -25,7 +25,7 @@ def measure() -> Proof:
     results = json.loads((root / "denoiser" / "evaluation.json").read_text())
     rows: list[list[Any]] = [["wall time of " + name, value / 60, "min", "", ""] for name, value in seconds.items()]
     rows.append(["wall time in all", sum(seconds.values()) / 60, "min", "", f"at most {MINUTES:g}"])
-    heldout = [row["heldout/denoise"] for row in metrics if "heldout/denoise" in row]
+    heldout = [row["eval/denoise"] for row in metrics if "eval/denoise" in row]
     rows += [
         ["held-out denoise loss, first", heldout[0], "", "", ""],
         ["held-out denoise loss, last", heldout[-1], "", "", ""],
