@@ -82,6 +82,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--shift", type=float, help="factor of the time shift; the training's if left out")
     parser.add_argument("--negative", default="", help="prompt to lead away from")
+    parser.add_argument(
+        "--cut-prompts", action="store_true", help="cut prompts that the text encoder cannot read whole, or refuse them"
+    )
     parser.add_argument("--weights", default="ema", help="ema, raw, or the name of one average")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the denoiser")
     parser.add_argument("--autoencoder", help="where the autoencoder is, if not where the run's config says")
@@ -235,6 +238,7 @@ def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, Tiling
         columns={name: getattr(args, name) for name in columns},
         segments=args.segments,
         overlap=args.overlap,
+        cut_prompts=args.cut_prompts,
     )
     return job, read_sampler(args), read_tiling(args)
 

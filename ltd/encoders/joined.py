@@ -147,6 +147,10 @@ class JoinedTextEncoder:
         self.encoders = tuple(encoder.to(device) for encoder in self.encoders)
         return self
 
+    def excess(self, caption: str) -> int:
+        """Count the tokens beyond the limit of the encoder that reads most of a caption; 0 if one reads it whole."""
+        return min(encoder.excess(caption) for encoder in self.encoders)
+
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embed captions.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -42,6 +42,10 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embed captions: ``(b, max_length, dim)`` float32 on the CPU, zero beyond each caption, and a bool mask."""
+        ...
+
+    def excess(self, caption: str) -> int:
+        """Count the tokens that a caption has beyond ``max_length``; 0 if it is read whole."""
         ...
 
     def to(self, device: torch.device | str) -> TextEncoder:
@@ -106,6 +110,28 @@ def build_text_encoder(config: TextEncoderConfig, *, device: torch.device | str 
             return TransformersTextEncoder(config).to(device)
         case BytesTextConfig():
             return BytesTextEncoder(config)
+
+
+def check_lengths(encoder: TextEncoder, prompts: Iterable[str], field: str, hint: str = "") -> None:
+    """Refuse prompts that an encoder would cut.
+
+    Args:
+        encoder: It.
+        prompts: Any number.
+        field: Where they are from, for the message.
+        hint: What else can be done, for its end.
+
+    Raises:
+        ConfigError: If one is too long; names it and by how much.
+    """
+    for prompt in dict.fromkeys(prompts):
+        excess = encoder.excess(prompt)
+        if excess:
+            shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
+            raise ConfigError(
+                f"{field}: {shown!r} is {excess} tokens longer than the {encoder.max_length} that the text encoder "
+                f"{encoder.name} reads; shorten it{hint}"
+            )
 
 
 def text_encoder_hash(config: TextEncoderConfig) -> str:
@@ -192,8 +218,16 @@ class TransformersTextEncoder:
         order = [numbers[caption] for caption in captions]
         return embeddings[order], mask[order]
 
+    def excess(self, caption: str) -> int:
+        """Count the tokens beyond ``max_length``."""
+        return max(0, len(self._whole(caption)) - self.max_length)
+
+    def _whole(self, caption: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(caption, truncation=False, verbose=False)["input_ids"]
+        return tokens
+
     def _tokenize(self, caption: str) -> list[int]:
-        full: list[int] = self.tokenizer(caption, truncation=False, verbose=False)["input_ids"]
+        full = self._whole(caption)
         if len(full) > self.max_length:
             _count_truncated(self, len(full), "tokens")
             full = self.tokenizer(caption, truncation=True, max_length=self.max_length)["input_ids"]
@@ -225,6 +259,10 @@ class BytesTextEncoder:
         """Stay on the CPU: a table look-up is all there is."""
         del device
         return self
+
+    def excess(self, caption: str) -> int:
+        """Count the bytes beyond ``max_length``."""
+        return max(0, 1 + len(caption.encode()) - self.max_length)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embed captions.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from ltd.diffusion import (
     with_known,
 )
 from ltd.encoders.joined import TextConfig, build_text
-from ltd.encoders.text import TextEncoder
+from ltd.encoders.text import TextEncoder, check_lengths
 from ltd.inference.conditions import conditions_of
 from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames
 from ltd.inference.media import video_to_pixels
@@ -173,6 +173,19 @@ class Generator:
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
+
+    def check_prompts(self, prompts: Iterable[str]) -> None:
+        """Refuse prompts, the negative one too, that the text encoder would cut.
+
+        Args:
+            prompts: What is to be sampled.
+
+        Raises:
+            ConfigError: If one is too long; names it and by how much.
+        """
+        if self.text is not None:
+            check_lengths(self.text, prompts, "--prompts", ", or have it cut by --cut-prompts")
+            check_lengths(self.text, [self.negative], "--negative", ", or have it cut by --cut-prompts")
 
     def check(self, shape: VideoShape, given: Given | None = None) -> None:
         """Say before any work whether samples of a shape can be made.

@@ -65,6 +65,8 @@ class SampleJob:
     segments: int = 1
     #: Latent frames (in patches) of that end.
     overlap: int = 1
+    #: Whether prompts that the text encoder cannot read whole are cut; else they are refused.
+    cut_prompts: bool = False
 
     def batches(self) -> list[list[Numbered]]:
         """Cut the requests into batches, in order."""
@@ -153,6 +155,8 @@ def agree(layout: Layout, work: Callable[[], T]) -> T:
 def _prepare(load: Callable[[], Generator], job: SampleJob, kinds: Iterable[Request], layout: Layout) -> Generator:
     """Load the generator, check what it is to make, and share its tokens out over the sequence group."""
     generator = load()
+    if not job.cut_prompts:
+        generator.check_prompts(request.prompt for request in job.requests)
     for request in sorted(kinds, key=str):
         shape = request.shape
         try:

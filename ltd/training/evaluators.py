@@ -18,6 +18,7 @@ from ltd.data.real_clips import RealClips
 from ltd.denoisers import DitConfig
 from ltd.diffusion import ParametrizationConfig
 from ltd.encoders.joined import build_text
+from ltd.encoders.text import check_lengths
 from ltd.inference.generate import Request
 from ltd.parallel.layout import Layout
 from ltd.rng import generator
@@ -26,7 +27,7 @@ from ltd.training.drawing import DrawConfig, Drawer, RememberedText, deal
 from ltd.training.latent_inputs import LatentInputs, open_autoencoder
 from ltd.training.metrics import Making, Measuring, MetricsConfig, build_measures, warn_of_few
 from ltd.training.reference import ReferenceFeatures
-from ltd.training.samples import Sampling, read_requests
+from ltd.training.samples import SamplesConfig, Sampling, read_requests
 from ltd.training.session import Evaluator, Session
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def _drawer(
     layout = session.layout
     encoder = inputs.encoder or build_text(run.text, run.model.text_join, device=layout.device)
     own = [requests[number].prompt for numbers, _ in deal(requests, config.batch_size, layout) for number in numbers]
+    if isinstance(config, SamplesConfig) and encoder is not None:
+        check_lengths(encoder, [request.prompt for request in requests], "samples.prompts")
+        check_lengths(encoder, [config.negative], "samples.negative")
     text = None if encoder is None else RememberedText(encoder, [*own, config.negative])
     network: Any = session.engine.module
     parametrization = ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)

@@ -7,7 +7,14 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ltd.config import ConfigError
-from ltd.encoders.text import BytesTextConfig, TransformersTextConfig, build_text_encoder, resolve_folder
+from ltd.encoders.joined import JoinedTextEncoder
+from ltd.encoders.text import (
+    BytesTextConfig,
+    TransformersTextConfig,
+    build_text_encoder,
+    check_lengths,
+    resolve_folder,
+)
 
 CAPTIONS = ["a big rabbit wakes up", "", "a rabbit", "a bird flies over the green meadow in the morning"]
 VOCABULARY = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "a", "big", "rabbit", "bird", "flies"))}
@@ -76,6 +83,18 @@ def test_long_captions_are_cut_counted_and_told_once(minilm, caplog):
     assert mask.sum(dim=1).tolist() == [8, 8, 3]
     assert embeddings.shape == (3, 8, 384)
     assert encoder.hash != minilm.hash  # another length, another cache
+
+
+def test_a_prompt_that_would_be_cut_is_refused_with_its_excess(minilm):
+    long = "a rabbit " * 20  # 40 words and two special tokens
+    assert minilm.excess("a rabbit") == 0 and minilm.excess(long) == 42 - 32
+    small, large = (build_text_encoder(BytesTextConfig(max_length=n)) for n in (10, 40))
+    assert small.excess("123456789") == 0 and small.excess("1234567890") == 1
+    both = JoinedTextEncoder([small, large], "tokens")
+    assert both.excess("1234567890") == 0 and both.excess("x" * 45) == 6  # one encoder that reads all is enough
+    check_lengths(minilm, CAPTIONS, "prompts")
+    with pytest.raises(ConfigError, match=r"--prompts: 'a rabbit.*is 10 tokens longer than the 32.*shorten it, or not"):
+        check_lengths(minilm, [*CAPTIONS, long], "--prompts", ", or not")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -76,6 +76,10 @@ def _interval(folder: Path) -> Outcome:
     return _sample(folder, "--guidance-interval", "0.8,0.2")
 
 
+def _long_prompt(folder: Path) -> Outcome:
+    return _sample(folder, prompt="a disc " * 20)
+
+
 def _channels(folder: Path) -> Outcome:
     return _sample(folder, "--guidance-channels", "99")
 
@@ -122,6 +126,7 @@ CASES = (
     Case("unknown preset", _no_preset, 2, ("wan_2b.yaml", "no such config file", "wan_1.3b.yaml")),
     Case("text mask of another shape", _mask, 2, ("text_mask", "(2, 6)", "(2, 7, 8)")),
     Case("guidance interval reversed", _interval, 2, ("--guidance-interval", "(0.8, 0.2)", "low <= high")),
+    Case("prompt longer than the encoder's limit", _long_prompt, 2, ("--prompts", "'a disc", "48", "--cut-prompts")),
     Case("more guided channels than there are", _channels, 2, ("guidance.channels", "99", "8")),
     Case("an average that the run does not keep", _other_weights, 2, ("ema_0.5", "ema_0.95")),
     Case("imported weights lack a key", _missing_key, 2, ("blocks.1.ffn.net.2.weight",)),
