@@ -292,8 +292,9 @@ def no_thread_survives() -> Iterator[None]:
     """Every loader that a test closed must let its threads end."""
     import threading
 
+    before = set(threading.enumerate())  # another file's tests may have left some in this process
     yield
     deadline = time.monotonic() + 3
-    while any(thread.name == "ltd-data" for thread in threading.enumerate()):
+    while any(thread.name == "ltd-data" for thread in set(threading.enumerate()) - before):
         assert time.monotonic() < deadline, "loading threads outlive their loader"
         time.sleep(0.02)

@@ -340,7 +340,9 @@ def test_conditions_that_do_not_fit_are_refused() -> None:
         member("joint")(x_t, t, Conditioning(frames=cond.frames))
     with pytest.raises(ValueError, match=r"frames: got latents .* and mask"):
         Frames(x_t, x_t[:1])
-    with pytest.raises(ValueError, match="frames: cannot be given with samples of several sizes"):
+    with pytest.raises(
+        ValueError, match="frames: needed one for a batch of latents, and a tuple of one per sample of several sizes"
+    ):
         model(list(x_t), t, cond)
     with pytest.raises(ValueError, match=r"text: got 9 tokens, the model reads at most model.text_length = 6"):
         text = Conditioning(text=torch.zeros(2, 9, 5), text_mask=torch.ones(2, 9, dtype=torch.bool))

@@ -195,7 +195,7 @@ def test_compiled_blocks_of_a_split_sequence(results: dict[str, Any], zero: int)
 def test_packed_samples_equal_one_by_one_in_a_plain_process(results: dict[str, Any], degree: int, zero: int) -> None:
     found = get(results, f"packed-{degree}-{zero}")
     figures = {name: figure for name, figure in found.items() if name != "seconds"}
-    assert len(figures) == 6
+    assert len(figures) == 8
     assert max(figures.values()) < 1e-5, figures
 
 
