@@ -25,7 +25,14 @@ from ltd.denoisers.blocks import (
 from ltd.denoisers.checks import check_inputs
 from ltd.denoisers.conditioning import Conditioning, Frames, Prepared
 from ltd.denoisers.config import DitConfig
-from ltd.denoisers.embeddings import BlockEmbedding, WideHead, text_embedding, time_embedding
+from ltd.denoisers.embeddings import (
+    BlockEmbedding,
+    WideHead,
+    place_embedding,
+    rotations,
+    text_embedding,
+    time_embedding,
+)
 from ltd.denoisers.modulation import BlockModulation, TableModulation, of_tokens
 from ltd.denoisers.steps import Tables, step_conditions
 from ltd.denoisers.tokens import (
@@ -50,14 +57,11 @@ from ltd.nn.embed import (
     ScalarEmbedding,
     TextPartsEmbedding,
     TimeEmbedding,
-    grid_sinusoid,
     masked_mean,
-    position_sinusoid,
 )
 from ltd.nn.moe import ExpertChoice
 from ltd.nn.packing import Packing, Segments, mean_by_sample, pack_latents, pack_text, unpack_latents
 from ltd.nn.patch import grid_positions, patchify, token_grid, unpatchify
-from ltd.nn.rope import rope_tables
 from ltd.shapes import VideoShape
 
 Tap = Callable[[Tensor], None]
@@ -323,7 +327,7 @@ class Dit(nn.Module):
             tokens = tokens.map(self.shard_tokens)
         x = self.patch_embedding(tokens.x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        places = self._kept(tokens, wide, self._places)
+        places = self._kept(tokens, wide, place_embedding)
         x = x if places is None else x + places.to(x.dtype)
         tokens = dataclasses.replace(tokens, x=x)
         if whole:
@@ -331,7 +335,7 @@ class Dit(nn.Module):
             tokens = tokens.map(self.shard_tokens)
         cos = sin = None
         if config.rotary:
-            cos, sin = self._kept(tokens, wide, self._rotations)
+            cos, sin = self._kept(tokens, wide, rotations)
         packing = None
         if tokens.lengths is not None:
             local = self.shard_lengths(tokens.lengths)
@@ -342,27 +346,13 @@ class Dit(nn.Module):
             cos, sin, levels=tokens.levels, key_mask=tokens.key_mask, packing=packing, streams=streams
         )
 
-    def _kept(self, tokens: Tokens, dtype: torch.dtype, make: Callable[[Tokens, torch.dtype], Any]) -> Any:
+    def _kept(self, tokens: Tokens, dtype: torch.dtype, make: Callable[..., Any]) -> Any:
         """Make a table of the positions once per grid of tokens; in a pack, each time."""
         key = None
         if tokens.grid is not None and type(tokens.positions) is Tensor:  # a tracer's stand-in must not stay
             device = tokens.positions.device
             key = (make.__name__, tokens.grid, tokens.prefix, dtype, device, self.shard_tokens)
-        return self._tables(key, lambda: make(tokens, dtype))
-
-    def _rotations(self, tokens: Tokens, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return rope_tables(tokens.positions, self.config.head_split, theta=self.config.rope_theta, dtype=dtype)
-
-    def _places(self, tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
-        """Embed positions ``(b or 1, n, 3)`` as the configuration says, ``(b or 1, n, d)``."""
-        positions = tokens.positions if tokens.places is None else tokens.places
-        match self.config.position_embedding:
-            case "sincos":
-                return position_sinusoid(positions, self.config.width, dtype)
-            case "sincos_2d":
-                return grid_sinusoid(positions, self.config.width, dtype)
-            case _:
-                return None
+        return self._tables(key, lambda: make(self.config, tokens, dtype))
 
     def _modulation_inputs(self, embedded: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Make what the blocks, one or each, and the last layer are modulated by of what ``_condition`` gave."""

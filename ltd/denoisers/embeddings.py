@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from ltd.denoisers.blocks import DitBlock, TokenContext
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.tokens import Tokens
-from ltd.nn.embed import LabelEmbedding, TextEmbedding, TextPartsEmbedding, TimeEmbedding
+from ltd.nn.embed import (
+    LabelEmbedding,
+    TextEmbedding,
+    TextPartsEmbedding,
+    TimeEmbedding,
+    grid_sinusoid,
+    position_sinusoid,
+)
 from ltd.nn.rope import default_rope_split, rope_tables
 
 
@@ -32,6 +39,23 @@ def text_embedding(config: DitConfig) -> TextEmbedding | TextPartsEmbedding | No
     if config.text_parts:
         return TextPartsEmbedding(config.text_parts, config.width, norm=config.text_norm)
     return TextEmbedding(config.text_dim, config.width, norm=config.text_norm)
+
+
+def rotations(config: DitConfig, tokens: Tokens, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Make the tables of RoPE for tokens, cos and sin."""
+    return rope_tables(tokens.positions, config.head_split, theta=config.rope_theta, dtype=dtype)
+
+
+def place_embedding(config: DitConfig, tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
+    """Embed positions ``(b or 1, n, 3)`` as the configuration says, ``(b or 1, n, d)``."""
+    positions = tokens.positions if tokens.places is None else tokens.places
+    match config.position_embedding:
+        case "sincos":
+            return position_sinusoid(positions, config.width, dtype)
+        case "sincos_2d":
+            return grid_sinusoid(positions, config.width, dtype)
+        case _:
+            return None
 
 
 class BlockEmbedding(nn.Module):

@@ -114,7 +114,7 @@ def test_samples_while_training_are_those_of_the_command(folder: Path, tmp_path:
         ours, theirs = (decode_image((path / name).read_bytes())[0].astype(int) for path in (made, tmp_path / "x"))
         assert abs(ours - theirs).max() <= 1
     media = [json.loads(line) for line in (folder / "run" / "media.jsonl").read_text().splitlines()]
-    assert [row["caption"] for row in media] == ["disc left", "square right"]
+    assert [row["caption"] for row in media] == ["disc left", "square right", "grid"]
 
 
 def test_prompts_and_labels_together(folder: Path, tmp_path: Path) -> None:
