@@ -157,7 +157,7 @@ class Guided:
         if not acts:
             return self.denoiser(x_t, t, cond.own if isinstance(cond, _Step) else self._once("own", cond))
         v_cond, v_null = self._both(x_t, t, cond)
-        v = torch.lerp(v_null, v_cond, self.config.scale)
+        v = v_null + self.config.scale * (v_cond - v_null)
         if self.config.rescale:
             v = _rescaled(v, v_cond, self.config.rescale)
         if self.config.channels is not None:

@@ -49,7 +49,7 @@ class Euler:
 
     def step(self, velocity: Velocity, x: Tensor, now: float, after: float) -> Tensor:
         """Go one step; see ``Solver.step``."""
-        return torch.add(x, velocity(x, now), alpha=after - now)
+        return x + (after - now) * velocity(x, now)
 
 
 class Heun:

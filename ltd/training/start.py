@@ -66,11 +66,11 @@ def find_start(run: R, layout: Layout) -> Start[R] | None:
         ConfigError: If ``resume`` or ``fork`` names no checkpoint, or one of another kind or with too many steps, or
             ``fork`` one of another model; or if a W&B sweep set fields that did not reach the run.
     """
-    if run.tracking.wandb != "disabled":
-        check_sweep(config_io.to_dict(run))
     found: Start[R] | Exception | None = None
     if layout.is_main:
         try:
+            if run.tracking.wandb != "disabled":
+                check_sweep(config_io.to_dict(run))
             found = _locate_start(run)
         except (ConfigError, storage.StorageError) as error:
             found = error

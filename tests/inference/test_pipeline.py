@@ -201,8 +201,8 @@ def test_solvers_follow_the_path_of_the_denoiser(pipeline: Path, kind: Literal["
     drawn = {}
     for name, denoiser in (("linear", made.denoiser), ("gvp", other)):
         generator = Generator(denoiser, made.autoencoder, made.text, sampler=sampler)
-        drawn[name] = generator.draw_latents(requests, generator.condition(["a red ball"]), seed=0)
-    conditions = made.condition(["a red ball"])
+        drawn[name] = generator.draw_latents(requests, generator.condition(requests), seed=0)
+    conditions = made.condition(requests)
     size = made.autoencoder.compression.latent(shape)
     cells = (made.autoencoder.latent_channels, size.num_frames, size.height, size.width)
     random = DrawRandom(0, [derive_seed(0, "a red ball", 0, str(shape))])

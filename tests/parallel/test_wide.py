@@ -40,5 +40,5 @@ def test_condition_of_every_token_with_text(results: dict[str, Any], degree: int
 @pytest.mark.parametrize(("degree", "zero", "heads"), PACKED)
 def test_packs_equal_their_samples_one_by_one(results: dict[str, Any], degree: int, zero: int, heads: int) -> None:
     found = get(results, f"packed-{degree}-{zero}-{heads}")
-    assert len(found) == 6
+    assert len(found) == 8
     assert max(found.values()) < 1e-5, found
