@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -244,6 +245,25 @@ def test_batches_keep_order_and_split_by_shape() -> None:
     shapes = [VideoShape(9, 32, 32)] * 3 + [VideoShape(1, 32, 32)] * 2
     requests = [Request(prompt=str(i), repetition=0, shape=shape, fps=8.0) for i, shape in enumerate(shapes)]
     assert [[r.prompt for r in batch] for batch in batches(requests, 2)] == [["0", "1"], ["2"], ["3", "4"]]
+
+
+def test_long_prompts_are_refused_or_cut(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def made(prompt: str, *options: str) -> bytes:
+        (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        files = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(out), "--shapes", "1x64x96", "--steps", "2"]
+        assert sample.main([str(pipeline / "denoiser"), *files, *options]) == 0
+        return (out / "0000.png").read_bytes()
+
+    assert made("a red ball") == made("a red ball", "--cut-prompts")
+    assert made("x" * 60, "--cut-prompts")
+    with pytest.raises(SystemExit):
+        made("x" * 60)
+    assert "--prompts: 'xxx" in (error := capsys.readouterr().err) and "13 tokens longer than the 48" in error
+    with pytest.raises(SystemExit):
+        made("a red ball", "--negative", "x" * 60)
+    assert "--negative" in capsys.readouterr().err
 
 
 def test_shape_off_the_rule_is_refused(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
