@@ -66,12 +66,30 @@ class Psnr:
         self._num_values += state["num_values"]
 
 
-class Ssim:
-    """Structural similarity: the mean over clips of the mean over frames and channels."""
+class _ClipMean:
+    """Mean over clips of one number of each."""
 
     def __init__(self) -> None:
         self.num_clips = 0
         self._clip_sum = 0.0
+
+    @property
+    def clip_mean(self) -> float:
+        """Mean over clips."""
+        return self._clip_sum / _needed(self.num_clips)
+
+    def state(self) -> dict[str, Any]:
+        """Give what ``merge`` of another accumulator needs: plain numbers."""
+        return {"num_clips": self.num_clips, "clip_sum": self._clip_sum}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add what another accumulator has counted."""
+        self.num_clips += state["num_clips"]
+        self._clip_sum += state["clip_sum"]
+
+
+class Ssim(_ClipMean):
+    """Structural similarity: the mean over clips of the mean over frames and channels, 1 for equal clips."""
 
     def update(self, clips: Tensor, references: Tensor) -> None:
         """Count clips.
@@ -90,32 +108,17 @@ class Ssim:
             self._clip_sum += float(ssim(clip.permute(0, 3, 1, 2), reference.permute(0, 3, 1, 2)).mean())
             self.num_clips += 1
 
-    @property
-    def clip_mean(self) -> float:
-        """Mean over clips, 1 for equal clips."""
-        return self._clip_sum / _needed(self.num_clips)
 
-    def state(self) -> dict[str, Any]:
-        """Give what ``merge`` of another accumulator needs: plain numbers."""
-        return {"num_clips": self.num_clips, "clip_sum": self._clip_sum}
-
-    def merge(self, state: Mapping[str, Any]) -> None:
-        """Add what another accumulator has counted."""
-        self.num_clips += state["num_clips"]
-        self._clip_sum += state["clip_sum"]
-
-
-class PairedDistance:
-    """Mean over clips of a distance between a clip and its reference, as LPIPS.
+class PairedDistance(_ClipMean):
+    """Mean over clips of a distance between a clip and its reference, as LPIPS; 0 for equal clips.
 
     Args:
         distance: Maps two ``(b, 3, t, h, w)`` in [-1, 1] to ``(b,)``.
     """
 
     def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.num_clips = 0
+        super().__init__()
         self._distance = distance
-        self._clip_sum = 0.0
 
     @torch.no_grad()
     def update(self, clips: Tensor, references: Tensor) -> None:
@@ -139,20 +142,6 @@ class PairedDistance:
             raise ValueError(f"distances of {len(bad)} of {len(clips)} clips are NaN or infinite, of clips {named}")
         self._clip_sum += float(distances.sum())
         self.num_clips += len(clips)
-
-    @property
-    def clip_mean(self) -> float:
-        """Mean over clips, 0 for equal clips."""
-        return self._clip_sum / _needed(self.num_clips)
-
-    def state(self) -> dict[str, Any]:
-        """Give what ``merge`` of another accumulator needs: plain numbers."""
-        return {"num_clips": self.num_clips, "clip_sum": self._clip_sum}
-
-    def merge(self, state: Mapping[str, Any]) -> None:
-        """Add what another accumulator has counted."""
-        self.num_clips += state["num_clips"]
-        self._clip_sum += state["clip_sum"]
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
