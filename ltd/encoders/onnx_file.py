@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,29 +11,17 @@ import torch
 from torch import Tensor
 
 from ltd.config import ConfigError
-from ltd.encoders.frames import FramesConfig, in_passes
-from ltd.encoders.torchscript import checked_output
+from ltd.encoders.frames import in_passes
+from ltd.encoders.torchscript import NetworkFileConfig, checked_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxFeaturesConfig:
+class OnnxFeaturesConfig(NetworkFileConfig):
     """An ONNX network with one input and an output of ``(n, dim)``."""
 
     kind: Literal["onnx"] = "onnx"
-    #: The file.
-    path: str
-    #: Width of its output.
-    dim: int
-    #: SHA-256 that it must have, in hex; null takes any.
-    sha256: str | None = None
-    #: What it wants to see.
-    frames: FramesConfig = field(default_factory=FramesConfig)
     #: Name of the output; null for the first.
     output: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ConfigError(f"dim: got {self.dim}, needed the width of the network's output")
 
 
 class OnnxFeatures:

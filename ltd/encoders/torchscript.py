@@ -57,10 +57,9 @@ class I3dFeaturesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchScriptFeaturesConfig:
-    """Any network that torch.jit.save wrote and that maps one tensor to one of ``(n, dim)``."""
+class NetworkFileConfig:
+    """A file that holds a network of any kind, and what it takes and gives."""
 
-    kind: Literal["torchscript"] = "torchscript"
     #: The file.
     path: str
     #: Width of its output.
@@ -69,12 +68,19 @@ class TorchScriptFeaturesConfig:
     sha256: str | None = None
     #: What it wants to see.
     frames: FramesConfig = field(default_factory=FramesConfig)
-    #: Further arguments of its forward, by name.
-    arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise ConfigError(f"dim: got {self.dim}, needed the width of the network's output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchScriptFeaturesConfig(NetworkFileConfig):
+    """Any network that torch.jit.save wrote and that maps one tensor to one of ``(n, dim)``."""
+
+    kind: Literal["torchscript"] = "torchscript"
+    #: Further arguments of its forward, by name.
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class TorchScriptFeatures:
