@@ -74,34 +74,20 @@ def guided(
     return Guided(denoiser, null_cond, config, guide=guide, stack=stack, prepare=prepare, prepare_steps=prepare_steps)
 
 
+@dataclass(eq=False)
 class Guided:
-    """A denoiser with guidance, as ``guided`` makes it.
+    """A denoiser with guidance, as ``guided`` makes it; the fields are its arguments."""
 
-    Args:
-        denoiser: As in ``guided``.
-        null_cond: As in ``guided``.
-        config: As in ``guided``.
-        guide: As in ``guided``.
-        stack: As in ``guided``.
-        prepare: As in ``guided``.
-        prepare_steps: As in ``guided``.
-    """
+    denoiser: Denoiser
+    null_cond: Any
+    config: GuidanceConfig
+    guide: Denoiser | None = None
+    stack: Callable[[list[Any]], Any] | None = None
+    prepare: Callable[[Any], Any] | None = None
+    prepare_steps: PrepareSteps | None = None
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        null_cond: Any,
-        config: GuidanceConfig,
-        *,
-        guide: Denoiser | None = None,
-        stack: Callable[[list[Any]], Any] | None = None,
-        prepare: Callable[[Any], Any] | None = None,
-        prepare_steps: PrepareSteps | None = None,
-    ) -> None:
-        self.denoiser, self.null_cond, self.config = denoiser, null_cond, config
-        self.guide, self.stack = guide, stack
-        self.prepare, self.prepare_steps = prepare, prepare_steps
-        self._once = _Once(prepare)
+    def __post_init__(self) -> None:
+        self._once = _Once(self.prepare)
 
     def ready(self, cond: Any, times: Tensor) -> list[Any]:
         """Make conditions ready for all steps of a sampler at once.
