@@ -63,14 +63,16 @@ class ConditionDropout:
         """Put the null caption's embeddings of single encoders in the place of theirs."""
         text, mask, null = cond.text, cond.text_mask, self.null
         assert text is not None and mask is not None and null.text is not None and null.text_mask is not None
+        rates = self.run.text_dropout if self.parts else ()
+        if not any(rates):
+            return cond
+        text, mask = text.clone(), mask.clone()
         for number, (tokens, channels) in enumerate(self.parts):
-            rate = self.run.text_dropout[number]
-            if not rate:
+            if not rates[number]:
                 continue
-            gone = (random.uniform((), f"text{number}") < rate).to(text.device)
-            text, mask = text.clone(), mask.clone()
+            gone = (random.uniform((), f"text{number}") < rates[number]).to(text.device)
             rows = torch.where(gone[:, None, None], null.text[:, tokens, channels].to(text), text[:, tokens, channels])
             text[:, tokens, channels] = rows
             if tokens != slice(None):  # along channels all encoders share the mask
                 mask[:, tokens] = torch.where(gone[:, None], null.text_mask[:, tokens], mask[:, tokens])
-        return cond if text is cond.text else dataclasses.replace(cond, text=text, text_mask=mask)
+        return dataclasses.replace(cond, text=text, text_mask=mask)
