@@ -45,7 +45,7 @@ from ltd.evaluation.protocol import (
     nearest_rows,
     retrieval_rows,
 )
-from ltd.evaluation.rows import MetricRow, format_table, rows_from_json, rows_to_json
+from ltd.evaluation.rows import MetricRow, format_table, replace_parts, rows_from_json, rows_to_json
 from ltd.inference.media import pixels_to_video, video_to_pixels
 from ltd.progress import Progress
 from ltd.rng import generator
@@ -118,8 +118,7 @@ def main(arguments: list[str]) -> int:
             new += measure_samples(args)
         path = args.run / "evaluation.json"
         old = rows_from_json(path.read_text()) if path.is_file() else []
-        parts = {row.part for row in new}
-        write_bytes(path, rows_to_json([*(row for row in old if row.part not in parts), *new]).encode())
+        write_bytes(path, rows_to_json(replace_parts(old, new)).encode())
         print(format_table(new))
     return 0
 

@@ -86,3 +86,17 @@ def _plain(value: Any) -> Any:
 
 def _parsed(value: Any) -> Any:
     return math.inf if value == "inf" else value
+
+
+def replace_parts(old: Sequence[MetricRow], new: Sequence[MetricRow]) -> list[MetricRow]:
+    """Put new rows in the place of all old ones of the same parts.
+
+    Args:
+        old: Rows of any parts.
+        new: Rows of one part or more.
+
+    Returns:
+        The other parts' rows, then the new ones.
+    """
+    parts = {row.part for row in new}
+    return [*(row for row in old if row.part not in parts), *new]

@@ -22,7 +22,7 @@ from ltd.encoders.features import Features, FeaturesConfig, ManyOutputs, build_f
 from ltd.evaluation.banks import FeatureBank
 from ltd.evaluation.distribution import DISTRIBUTION_METRICS, distribution_values
 from ltd.evaluation.measures import outputs_of
-from ltd.evaluation.rows import MetricRow, rows_from_json, rows_to_json
+from ltd.evaluation.rows import MetricRow, replace_parts, rows_from_json, rows_to_json
 from ltd.inference.generate import Request
 from ltd.inference.media import video_to_pixels
 from ltd.shapes import VideoShape
@@ -309,8 +309,7 @@ def write_rows(run_dir: Path, rows: Sequence[MetricRow]) -> None:
     except ValueError as error:
         logger.warning("%s is replaced: %s", path, error)
         old = []
-    parts = {row.part for row in rows}
-    write_bytes(path, rows_to_json([*(row for row in old if row.part not in parts), *rows]).encode())
+    write_bytes(path, rows_to_json(replace_parts(old, rows)).encode())
 
 
 def warn_of_few(measures: Sequence[Measure], num_samples: int) -> None:
