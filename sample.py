@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from ltd import storage
-from ltd.command import command_line
+from ltd.command import command_line, leave
 from ltd.config import ConfigError
 from ltd.denoisers import TASKS
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
@@ -357,4 +357,4 @@ def _shape(text: str) -> VideoShape:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from ltd import config
-from ltd.command import command_line
+from ltd.command import command_line, leave
 from ltd.parallel.interface import ProcessLostError
 from ltd.training import autoencoder, denoiser
 from ltd.training.guards import GuardError
@@ -32,4 +32,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

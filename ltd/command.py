@@ -1,11 +1,15 @@
-"""What every command does around its work: set up logging, and turn a user's mistake into one line and an exit code."""
+"""What every command does around its work: set up logging, turn a user's mistake into one line, and end."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import os
 import sys
+import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 from ltd.config import ConfigError
 from ltd.storage import StorageError, StorageWriteError
@@ -43,6 +47,24 @@ def command_line(*fatal: type[Exception]) -> Iterator[None]:
         if not isinstance(error, (StorageWriteError, *fatal)):
             raise
         _end(error, 1)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process once its work is done: a native thread that is torn down must not make a failure of it.
+
+    Python's threads that are no daemons are waited for, functions registered with ``atexit`` run, and what is buffered
+    is written. The interpreter itself is not torn down: gloo's threads, and Python threads inside torch's code, may
+    abort the process there (``terminate called without an active exception``), for which a launcher ends the others.
+
+    Args:
+        code: Exit code.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # ends the threads of pools, too
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _end(error: Exception, code: int) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from ltd.command import command_line
 from ltd.config import ConfigError
 from ltd.storage import StorageError, StorageWriteError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Fatal(RuntimeError):
@@ -29,3 +35,35 @@ def test_anything_else_is_a_bug_and_stays_one() -> None:
         raise ValueError("bug")
     with pytest.raises(Fatal), command_line():
         raise Fatal
+
+
+_TORN = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from ltd.command import leave
+
+def multiply():
+    factor = torch.ones(300, 300)
+    while True:
+        factor @ factor
+
+def last():
+    time.sleep(0.3)
+    print("thread")
+
+for _ in range(3):
+    threading.Thread(target=multiply, daemon=True).start()
+ThreadPoolExecutor(1).submit(last)
+threading.Thread(target=last).start()
+atexit.register(lambda: print("atexit"))
+print("main")
+leave(3)
+"""
+
+
+def test_leaving_ends_orderly_and_tears_no_thread_out_of_native_code() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _TORN], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "main\nthread\nthread\natexit\n", "")

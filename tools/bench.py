@@ -93,7 +93,8 @@ def header(command: str, busy: float, modules: Sequence[ModuleType]) -> list[str
     sizes = [f"{what} ({one.NAME}): {text}" for one in modules for what, text in _said(one)]
     return [
         f"Command: `{command}`",
-        f"Machine: {hardware()}, {psutil.virtual_memory().total / 1e9:.0f} GB of memory, {platform.system()}",
+        f"Machine: {hardware()} ({torch.backends.cpu.get_cpu_capability()}), "
+        f"{psutil.virtual_memory().total / 1e9:.0f} GB of memory, {platform.system()}",
         f"Versions: Python {platform.python_version()}, {', '.join(_version(package) for package in _PACKAGES)}",
         f"Commit: {_commit()}",
         f"Threads: torch {torch.get_num_threads()}, decoders 1, loader 1",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from ltd import config
-from ltd.command import command_line
+from ltd.command import command_line, leave
 from ltd.inference.cache import CacheConfig, build_caches
 
 
@@ -24,4 +24,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

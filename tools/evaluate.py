@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import ltd.autoencoders
-from ltd.command import command_line
+from ltd.command import command_line, leave
 from ltd.config import ConfigError
 from ltd.data import DataConfig, ViewConfig, evaluation_batches
 from ltd.data.decode import decode_clip, decode_image
@@ -426,4 +426,4 @@ def _view(size: str) -> ViewConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

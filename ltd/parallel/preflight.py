@@ -91,6 +91,11 @@ def check(layout: Layout, digests: Mapping[str, str], *, storage_dir: Path) -> d
     return _rates(times, _product_flops(layout.device))
 
 
+def has_fast_bf16() -> bool:
+    """Tell whether the processor multiplies bf16 matrices by oneDNN; torch's own loops are many times slower."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+
+
 def compare(
     layout: Layout, values: Mapping[str, str], *, details: Mapping[str, Mapping[str, str]] | None = None
 ) -> None:

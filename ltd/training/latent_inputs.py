@@ -138,8 +138,8 @@ class LatentInputs:
             random: Random numbers of the batch; stream ``"posterior"``.
 
         Returns:
-            ``latents`` (b, c, t, h, w) drawn from the posterior, ``weight`` (b,) and ``draws`` (b,); of a model that
-            takes them also ``text`` (b, n, d) and ``text_mask`` (b, n), ``label`` (b,), ``scalars`` (b, k).
+            ``latents`` (b, c, t, h, w) drawn from the posterior, ``weight`` (b,) and, on the CPU, ``draws`` (b,); of a
+            model that takes them also ``text`` (b, n, d) and ``text_mask`` (b, n), ``label`` (b,), ``scalars`` (b, k).
         """
         if batch.pixels is not None:
             assert self.autoencoder is not None
@@ -153,7 +153,7 @@ class LatentInputs:
             mean, logvar = batch.mean.float(), batch.logvar.float()
         noise = random.normal(mean.shape[1:], "posterior").to(mean.device)
         latents = self.norm.normalize(mean + torch.exp(0.5 * logvar) * noise)
-        draws = torch.tensor(batch.draws, device=self.device)
+        draws = torch.tensor(batch.draws)  # on the CPU: reading it there waits for no device
         prepared = {"latents": latents}
         if self.null.text is not None:
             prepared["text"], prepared["text_mask"] = self._text(batch)

@@ -372,6 +372,11 @@ def _announce(run: RunConfig, layout: Layout, module: nn.Module, loader: Loader)
             engine,
             parallel.precision,
         )
+    if parallel.precision == "bf16" and layout.device.type == "cpu" and not preflight.has_fast_bf16():
+        logger.warning(
+            "parallel.precision: bf16, for which this processor has no instructions: products take many times as long "
+            "as in fp32; set it to fp32"
+        )
     for dataset, (units_seen, epochs) in zip(run.data.sets, loader.plan.progress(run.steps), strict=True):
         what = "epochs" if run.data.mode == "epochs" else "times its size, with replacement,"
         logger.info("%d steps see %.4g %s of %s (%d units)", run.steps, epochs, what, dataset.shards, units_seen)

@@ -127,7 +127,7 @@ class _Sums:
 
     terms: dict[str, Tensor] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
-    #: (draws, loss) of each backward pass, on the device; read only when something is wrong.
+    #: (draws, loss) of each backward pass, the loss on the device; read only when something is wrong.
     losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     #: Whether the discriminator had a loss.
     criticized: bool = False
@@ -316,7 +316,7 @@ def _discard(
 def _at_fault(session: Session, micro_batches: Sequence[MicroBatch], sums: _Sums) -> list[str]:
     """List the samples whose own loss is not finite; all of the batch where no loss says which."""
     mine = {draw: key for batch in micro_batches for draw, key in zip(batch.draws, batch.ids, strict=True)}
-    broken = {int(draw) for draws, loss in sums.losses for draw in draws[~torch.isfinite(loss)].tolist()}
+    broken = {int(draw) for draws, loss in sums.losses for draw in draws[~torch.isfinite(loss).cpu()].tolist()}
     gathered = session.layout.gather_objects((mine, broken))
     keys = {draw: key for known, _ in gathered for draw, key in known.items()}
     at_fault = set().union(*(found for _, found in gathered)) or set(keys)

@@ -25,7 +25,7 @@ from ltd.autoencoders import (
 )
 from ltd.config import ConfigError
 from ltd.data.synthetic import make_toy_shards
-from ltd.parallel import Layout, ParallelConfig
+from ltd.parallel import Layout, ParallelConfig, preflight
 from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.autoencoder_heldout import Heldout
 from tools import convert_checkpoint
@@ -246,6 +246,23 @@ def test_two_processes_equal_one_with_a_discriminator(zero: int, shards: Path, t
         assert {key: b[key] for key in a if key.startswith("loss/")} == pytest.approx(
             {key: value for key, value in a.items() if key.startswith("loss/")}, rel=1e-4, abs=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "warns"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_bf16_without_its_instructions_is_warned_of(
+    shards: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    fast: bool,
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(preflight, "has_fast_bf16", lambda: fast)
+    assert run(shards, tmp_path / "run", "adversarial=null", f"parallel.precision={precision}", steps=1) == 0
+    assert ("parallel.precision: bf16, for which this processor" in caplog.text) == warns
 
 
 def test_two_processes_equal_one_with_a_codebook(shards: Path, tmp_path: Path) -> None:
