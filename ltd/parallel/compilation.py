@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 
 from ltd.config import ConfigError
@@ -52,7 +52,7 @@ class Compiled:
                 "compiled. Use fewer sizes (data.batching: buckets, no packs), or set parallel.compile to none",
                 MAX_GRAPHS,
             )
-        compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)
+        compiled: Callable[..., Any] = _dynamo().lookup_backend("inductor")(graph, inputs, **options)
         return compiled
 
 
@@ -82,11 +82,16 @@ def compile_blocks(model: nn.Module, config: ParallelConfig) -> Compiled:
             "parallel.compile: blocks needs parallel.zero of 0, 1 or 2, got 3: DeepSpeed gathers weights inside the "
             "blocks there, which leaves next to nothing to compile; set parallel.compile to none or lower parallel.zero"
         )
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, max(MAX_GRAPHS, getattr(torch._dynamo.config, limit)))
+    settings = _dynamo().config
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+    setattr(settings, limit, max(MAX_GRAPHS, getattr(settings, limit)))
     names = {id(module): name for name, module in model.named_modules()}
     compiled = Compiled(tuple(names[id(block)] for block in blocks))
     for block in blocks:
         # The forward pass alone, not the module: hooks that an engine puts on the block stay outside of the graph.
         block.forward = torch.compile(block.forward, backend=compiled.compile_graph)
     return compiled
+
+
+def _dynamo() -> Any:
+    return importlib.import_module("torch._dynamo")  # takes seconds: for those who compile
