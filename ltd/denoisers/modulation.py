@@ -53,10 +53,17 @@ def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 def of_tokens(vectors: Sequence[Tensor], levels: Tensor | None) -> list[Tensor]:
-    """Give every token ``(b, n)`` its level's row of each of the vectors ``(b, k, d)``; as they are without levels."""
-    if levels is None:
-        return list(vectors)
-    return [torch.take_along_dim(vector, levels.unsqueeze(-1), 1) for vector in vectors]
+    """Give tokens ``(b, n)`` their levels' rows of vectors ``(b or 1, k, d)``, or the vectors as they are."""
+    return list(vectors) if levels is None else [_rows_of(vector, levels) for vector in vectors]
+
+
+def _rows_of(vector: Tensor, levels: Tensor) -> Tensor:
+    """Take rows ``levels (b, n)`` of ``(b or 1, k, d)``, without writing out an index for every channel."""
+    if vector.device.type == "cpu" and vector.dtype in (torch.float32, torch.float64):
+        # Copies and adds whole rows, in the order of a gather: the same bits, several times as fast.
+        firsts = vector.shape[1] * torch.arange(len(vector)).unsqueeze(1)
+        return F.embedding(levels + firsts, vector.flatten(0, 1))
+    return vector.expand(len(levels), -1, -1).gather(1, levels.unsqueeze(-1).expand(-1, -1, vector.shape[-1]))
 
 
 def vectors_of(modulation: nn.Module, condition: Condition) -> Sequence[Tensor]:

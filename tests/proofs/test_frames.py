@@ -33,3 +33,8 @@ def test_errors_are_distances_in_cells(monkeypatch: pytest.MonkeyPatch, task: Ta
     assert exact is True and (not told or 0.8 < median < 1.4)
     monkeypatch.setattr(frames, "complete", lambda model, x0, mask: shifted)
     assert frames.evaluate(None, clips, centres, task, known, told)[0][0] is False  # type: ignore[arg-type]
+
+
+def test_every_task_that_is_measured_is_trained_and_so_are_free_clips() -> None:
+    assert all(getattr(frames.RATES, task) > 0 for task, *_ in frames.CASES.values())
+    assert frames.RATES.total < 1, "by chance: samples of which nothing is given"
