@@ -114,7 +114,8 @@ class ReferenceFeatures:
             made = self._compute([extractors[number] for number in missing]) if missing else []
             for number, rows in zip(missing, made, strict=True) if self.layout.is_main else ():
                 found[number] = rows
-                write_features(*files[number], rows)
+                path, identity = files[number]
+                write_features(path, identity, rows)
         if self.layout.is_main:
             self._kept = [self._split(rows) for rows in found]
         self.numbers = self.layout.broadcast_object(self._kept[0].reference.numbers if self._kept else [])

@@ -147,14 +147,6 @@ def test_one_and_two_processes_find_the_same_bits(clip: Path, tmp_path: Path) ->
     assert same(state(one, 3), state(trunk, 2)) is False, "a step was taken"
 
 
-def test_two_processes_train_on_bit_for_bit(clip: Path, tmp_path: Path) -> None:
-    for name, overrides in {"plain": ("metrics.every=0",), "measured": (measures(clip),)}.items():
-        metric_runs.launch(CONFIG, tmp_path / name, *SMALL, "steps=3", "parallel.zero=2", *overrides)
-    assert same(state(tmp_path / "plain", 3), state(tmp_path / "measured", 3))
-    assert metric_runs.trained(tmp_path / "plain") == metric_runs.trained(tmp_path / "measured")
-    assert list(measured(tmp_path / "measured")) == [2, 3]
-
-
 class Colours:
     """Mean colours, and captions as the colours they name."""
 

@@ -31,7 +31,7 @@ from tests.training.metric_runs import measured, same, state, trained
 DEBUG = metric_runs.ROOT / "configs" / "debug"
 CONFIG = DEBUG / "autoencoder_metrics.yaml"
 SMALL = ("toy_data.num_samples=6", "toy_data.num_heldout=18", "data.global_batch=2", "evaluation.every=0")
-SMALL += ("optim.lr=0.02", "optim.warmup_steps=0", "steps=4", "ema.decays=[0.5]", "checkpoint.every=2")
+SMALL += ("optim.lr=0.002", "optim.warmup_steps=0", "steps=4", "ema.decays=[0.5]", "checkpoint.every=2")
 SMALL += ("statistics_from=2",)
 MEASURED = ("metrics.every=2", "metrics.num_samples=7", "metrics.batch_size=3")
 OFF = ("metrics.every=0",)
@@ -163,7 +163,7 @@ def test_a_worse_autoencoder_is_farther_away(tmp_path: Path) -> None:
     "{name: motion, features: {kind: packaged, name: frame_differences}, metrics: [fvd]},"
     "{metrics: [warping_error, motion]}]")  # fmt: skip
     found = []
-    for noise in (0.0, 0.02, 0.1, 0.4):
+    for noise in (0.0, 0.05, 0.4):
         with pytest.MonkeyPatch.context() as patch:
             spoil(patch, noise)
             found.append(measured(run(tmp_path / f"run{noise}", *MEASURED, *overrides))[2])
@@ -178,7 +178,7 @@ def test_a_worse_autoencoder_is_farther_away(tmp_path: Path) -> None:
     originals = real_clips(tmp_path / "run0.0")[7:14]
     flow = motion_figures(motion_vectors(originals, DenseFlow(), ["motion"]))
     assert perfect["eval/motion_flicker"] == pytest.approx(flow["motion_flicker"].value, rel=1e-9)
-    assert found[3]["eval/motion_flicker"] > 5 * perfect["eval/motion_flicker"]
+    assert found[2]["eval/motion_flicker"] > 5 * perfect["eval/motion_flicker"]
     rows = {row.name: row for row in rows_from_json((tmp_path / "run0.4" / "evaluation.json").read_text())}
     assert "floor: originals" in rows["motion_flicker"].note and "floor" not in rows["fvd_motion"].note
 
@@ -190,12 +190,11 @@ def test_the_clips_are_those_that_the_configuration_names(runs: dict[str, Path],
     "[{features: {kind: packaged, name: pixels}, metrics: [fid]}]")  # fmt: skip
     choices = {
         "heldout": (f"evaluation.shards={data / 'heldout'}",),
-        "named": (f"metrics.reference={data / 'heldout'}",),
         "train": (f"evaluation.shards={data / 'heldout'}", f"metrics.reference={data / 'train'}"),
         "null": ("evaluation.shards=null",),
     }
     found = {name: measured(run(tmp_path / name, *common, *chosen))[5] for name, chosen in choices.items()}
-    assert found["heldout"] == found["named"] != found["train"] == found["null"]
+    assert found["heldout"] != found["train"] == found["null"]
 
 
 def test_reconstructions_that_are_not_finite_give_no_figure(
