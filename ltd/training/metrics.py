@@ -197,6 +197,9 @@ class Measuring:
         """Compute all metrics and write their rows; on the main process."""
         rows: list[MetricRow] = []
         numbers = [number for own, _ in shares for batch in own for number in batch]
+        if not numbers:
+            logger.warning("step %d: none of the real clips can be read: no %s are measured", step, self.making.what)
+            return []
         for place, (measure, known) in enumerate(zip(measures, real, strict=True)):
             parts = [found[place] for _, outputs in shares for found in outputs]
             try:

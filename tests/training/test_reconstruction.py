@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from ltd import autoencoders, storage
 from ltd import config as config_io
 from ltd.autoencoders import CausalVae
 from ltd.config import ConfigError
-from ltd.data import DataConfig, ViewConfig
+from ltd.data import Batch, DataConfig, ViewConfig
 from ltd.data.real_clips import RealClips
 from ltd.encoders.features import build_features
 from ltd.encoders.flow import DenseFlow
@@ -204,6 +206,22 @@ def test_reconstructions_that_are_not_finite_give_no_figure(
     run(tmp_path / "run", *MEASURED, "steps=2")
     assert not measured(tmp_path / "run") and "the reconstructions cannot be measured" in caplog.text
     assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_clips_that_can_no_longer_be_read_give_no_figure(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RealClips.batches
+
+    def batches(clips: RealClips, *, numbers: list[int] | None = None, **kwargs: int) -> Iterator[Batch]:
+        for batch in whole(clips, numbers=numbers, **kwargs):
+            unread = batch.weight * 0 if numbers else batch.weight
+            yield dataclasses.replace(batch, weight=unread)
+
+    monkeypatch.setattr(RealClips, "batches", batches)
+    data = [f"{field}.shards={runs['plain'] / 'toy_data' / 'heldout'}" for field in ("data", "evaluation")]
+    run(tmp_path / "run", *MEASURED, *data, "steps=2")
+    assert not measured(tmp_path / "run") and "none of the real clips can be read" in caplog.text
 
 
 @pytest.mark.parametrize(
