@@ -223,7 +223,9 @@ class Measuring:
     ) -> list[MetricRow]:
         found, suffix, making = measure.figures(metric, clips, against), measure.config.suffix, self.making
         originals = making.paired and metric not in DISTRIBUTION_METRICS
-        floor_note = "floor: originals" if originals else ""
+        paired_note = "floor: originals" if originals else ""
+        if making.paired and metric == "kid":
+            paired_note = "clips and originals are pairs, not independent: biased downwards, below 0 for equal ones"
         if not {name + suffix for name in found} <= self._floors.keys():  # the same at every step
             floor = real.reference if originals else real.floor
             floors = measure.figures(metric, ClipSet.of(floor.numbers, floor.outputs), against)
@@ -238,7 +240,7 @@ class Measuring:
                 preprocessing="; ".join(filter(None, (measure.preprocessing(metric), figure.how))),
                 n=figure.n,
                 floor=self._floors[name + suffix].value,
-                note="; ".join(filter(None, (f"{making.what} after step {step}", figure.note, floor_note))),
+                note="; ".join(filter(None, (f"{making.what} after step {step}", figure.note, paired_note))),
                 weights=making.weights,
                 steps=making.steps,
                 guidance=making.guidance,

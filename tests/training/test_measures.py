@@ -106,6 +106,7 @@ def test_values_are_those_of_the_evaluation_tool(clip: Path, tmp_path: Path, mon
         assert (found.network, found.preprocessing, found.n, found.unit) == (
             *(row.network, row.preprocessing, row.n, row.unit),
         )
+    assert min(table["clip_score_clip"].value, table["clip_score_clip"].floor or 0) > 10
     assert table["motion_magnitude"].value > 0.5 and table["warping_error"].value > 0
     assert "7 of 7 clips" in table["warping_error"].note and "after step 2" in table["clip_score_clip"].note
 

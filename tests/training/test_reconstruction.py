@@ -32,7 +32,7 @@ from tests.training.metric_runs import measured, same, state, trained
 
 DEBUG = metric_runs.ROOT / "configs" / "debug"
 CONFIG = DEBUG / "autoencoder_metrics.yaml"
-SMALL = ("toy_data.num_samples=6", "toy_data.num_heldout=18", "data.global_batch=2", "evaluation.every=0")
+SMALL = ("toy_data.num_samples=16", "toy_data.num_heldout=18", "data.global_batch=2", "evaluation.every=0")
 SMALL += ("optim.lr=0.002", "optim.warmup_steps=0", "steps=4", "ema.decays=[0.5]", "checkpoint.every=2")
 SMALL += ("statistics_from=2",)
 MEASURED = ("metrics.every=2", "metrics.num_samples=7", "metrics.batch_size=3")
@@ -114,7 +114,7 @@ def test_values_are_those_of_the_averaged_weights_against_the_originals(runs: di
 
 def test_rows_say_how_the_numbers_were_made(runs: dict[str, Path]) -> None:
     table = {row.name: row for row in rows_from_json((runs["measured"] / "evaluation.json").read_text())}
-    assert set(table) == {"fvd_motion", "kid_pixels", "kid_std_pixels", "precision_pixels", "recall_pixels"}
+    assert set(table) == {"fvd_motion", "fid_pixels", "precision_pixels", "recall_pixels"}
     row, values = table["fvd_motion"], measured(runs["measured"])[4]
     assert (row.value, row.floor) == (values["eval/fvd_motion"], values["eval/fvd_motion_floor"])
     assert (row.part, row.weights, row.steps, row.guidance, row.seed, row.n) == (
@@ -140,7 +140,7 @@ def test_one_and_two_processes_find_the_same_bits(runs: dict[str, Path], tmp_pat
     still += (f"evaluation.shards={runs['measured'] / 'toy_data' / 'heldout'}",)
     one = run(tmp_path / "one", *still, f"metrics.cache={tmp_path / 'cache1'}")
     two = launch(tmp_path / "two", *still, f"metrics.cache={tmp_path / 'cache2'}", "parallel.zero=2")
-    assert measured(one)[5] == measured(two)[5] and len(measured(one)[5]) == 10
+    assert measured(one)[5] == measured(two)[5] and len(measured(one)[5]) == 8
     files = [sorted((tmp_path / name).iterdir()) for name in ("cache1", "cache2")]
     assert [f.name for f in files[0]] == [f.name for f in files[1]] and len(files[0]) == 2
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
@@ -161,7 +161,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
 
 
 def test_a_worse_autoencoder_is_farther_away(tmp_path: Path) -> None:
-    overrides = ("steps=2", "metrics.measures=[{features: {kind: packaged, name: pixels}, metrics: [fid]},"
+    overrides = ("steps=2", "metrics.measures=[{features: {kind: packaged, name: pixels}, metrics: [fid, kid]},"
     "{name: motion, features: {kind: packaged, name: frame_differences}, metrics: [fvd]},"
     "{metrics: [warping_error, motion]}]")  # fmt: skip
     found = []
@@ -183,6 +183,7 @@ def test_a_worse_autoencoder_is_farther_away(tmp_path: Path) -> None:
     assert found[2]["eval/motion_flicker"] > 5 * perfect["eval/motion_flicker"]
     rows = {row.name: row for row in rows_from_json((tmp_path / "run0.4" / "evaluation.json").read_text())}
     assert "floor: originals" in rows["motion_flicker"].note and "floor" not in rows["fvd_motion"].note
+    assert perfect["eval/kid"] < 0 and "biased downwards" in rows["kid"].note
 
 
 def test_the_clips_are_those_that_the_configuration_names(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_mistakes_in_the_file_name_the_field() -> None:
 
     with pytest.raises(ConfigError, match="metrics.decay: got 0.9"):
         load("metrics.decay=0.9")
-    with pytest.raises(ConfigError, match="metrics.num_samples: got 3, kid needs 4"):
+    with pytest.raises(ConfigError, match="metrics.num_samples: got 3, precision_recall needs 4"):
         load("metrics.num_samples=3")
     score = "metrics.measures=[{features: {kind: transformers, path: clip}, metrics: [clip_score]}]"
     with pytest.raises(ConfigError, match=r"metrics.measures\[0\].metrics: clip_score .* reconstructions have none"):
