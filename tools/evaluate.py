@@ -35,6 +35,7 @@ from ltd.encoders.packaged import build_packaged
 from ltd.encoders.perceptual import PerceptualConfig, StLpipsConfig, VggLpipsConfig, build_perceptual
 from ltd.encoders.torchscript import I3dFeaturesConfig, InceptionFeaturesConfig
 from ltd.evaluation.distribution import DISTRIBUTION_METRICS
+from ltd.evaluation.figures import FRAMES_SHOWN, MOTION_METRICS
 from ltd.evaluation.measures import caption_rows, distribution_rows, motion_rows, outputs_of
 from ltd.evaluation.protocol import (
     ClipFeatures,
@@ -50,14 +51,11 @@ from ltd.inference.media import pixels_to_video, video_to_pixels
 from ltd.progress import Progress
 from ltd.rng import generator
 
-#: Frames of each clip that the image network sees.
-_FRAMES = 2
 #: Metrics of clips as a whole, and those of frames one by one; the others need neither network.
 _OF_CLIPS = ("fvd",)
 _OF_FRAMES = tuple(name for name in DISTRIBUTION_METRICS if name not in _OF_CLIPS)
 _OTHER = "not the {} of published figures"
-_OF_MOTION = ("warping_error", "motion")
-METRICS = (*_OF_FRAMES, *_OF_CLIPS, "clip_score", *_OF_MOTION, "lpips")
+METRICS = (*_OF_FRAMES, *_OF_CLIPS, "clip_score", *MOTION_METRICS, "lpips")
 _BLIND = "averaged over frames, so nearly blind to their order (see the shuffled row); frame_differences is not"
 
 
@@ -211,7 +209,7 @@ class Networks:
     def __init__(self, args: argparse.Namespace) -> None:
         self.of_frames = [name for name in args.metrics if name in _OF_FRAMES]
         self.of_clips = [name for name in args.metrics if name in _OF_CLIPS]
-        self.of_motion = [name for name in args.metrics if name in _OF_MOTION]
+        self.of_motion = [name for name in args.metrics if name in MOTION_METRICS]
         self.captions: CaptionFeatures | None = None
         self.frames: ClipFeatures | None = None
         self.clips: ClipFeatures | None = None
@@ -227,7 +225,9 @@ class Networks:
                     )
                 self.captions = features
             try:
-                self.frames = ClipFeatures(features, frames=_FRAMES, outputs=("features", *outputs_of(self.of_frames)))
+                self.frames = ClipFeatures(
+                    features, frames=FRAMES_SHOWN, outputs=("features", *outputs_of(self.of_frames))
+                )
             except ValueError as error:
                 raise ConfigError(f"--features: {error}") from error
         if self.of_clips:
@@ -258,7 +258,7 @@ def _measure_shape(
     """Measure samples of one size."""
     counted, reference = read_reference(samples, index, view, max_clips=args.max_clips, seed=args.seed)
     pixels = ClipFeatures(build_packaged("pixels"))
-    frames = ClipFeatures(build_packaged("efficientnet_lite0", device=args.device), frames=_FRAMES)
+    frames = ClipFeatures(build_packaged("efficientnet_lite0", device=args.device), frames=FRAMES_SHOWN)
     kind = "clip" if samples.is_video else "image"
     plan = [(frames, "frechet_frames" if samples.is_video else "frechet_images", "")]
     if samples.is_video:

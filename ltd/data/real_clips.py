@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -98,13 +98,16 @@ class RealClips:
         assert isinstance(source, MediaSource)  # nothing else has random cuts
         return source.told(entry, caption)
 
-    def batches(self, *, batch_size: int, global_rank: int, world_size: int) -> Iterator[Batch]:
+    def batches(
+        self, *, batch_size: int, global_rank: int, world_size: int, numbers: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """Load a process's share.
 
         Args:
             batch_size: Windows per batch.
             global_rank: This process.
             world_size: Processes; all get the same number of batches.
+            numbers: Windows to load, in this order; None loads all.
 
         Yields:
             Batches; ``draws`` are the numbers of the windows, those that cannot be read have weight 0.
@@ -116,6 +119,7 @@ class RealClips:
         ]
         keys = self._source.entries.keys.pick(self._samples)
         items = Items(self._samples, keys, range(len(self)), None, places)
+        items = items if numbers is None else items.pick(numbers)
         pool = WorkerPool(max(1, self._config.num_workers), timeout_s=self._config.timeout_s)
         try:
             yield from dealt_batches(

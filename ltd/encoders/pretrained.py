@@ -26,6 +26,8 @@ _KNOWN: dict[str, dict[str, Any]] = {
 }
 #: Networks whose first token is the class token, after the last normalisation.
 _CLASS_TOKEN = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+#: Files of a CLIP's tokenizer, one of which holds the vocabulary.
+_TOKENIZERS = ("tokenizer.json", "vocab.json")
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
@@ -110,6 +112,11 @@ class ImageTextFeatures(TransformersFeatures):
         """
         import transformers
 
+        if not any((self._folder / name).is_file() for name in _TOKENIZERS):
+            # transformers makes one without a vocabulary, which reads all captions alike.
+            raise ConfigError(
+                f"path: {self._folder} holds no tokenizer ({' or '.join(_TOKENIZERS)}), captions need one"
+            )
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
         except (OSError, ValueError) as error:

@@ -14,10 +14,10 @@ from torch import Tensor
 from ltd.evaluation.banks import FeatureBank
 from ltd.evaluation.controls import disjoint_draws
 from ltd.evaluation.distribution import DISTRIBUTION_METRICS, check_count, distribution_values
-from ltd.evaluation.motion import MotionStatistics, WarpingError
+from ltd.evaluation.figures import MOTION_METRICS, caption_figures, motion_figures
+from ltd.evaluation.motion import motion_statistics, warping_errors
 from ltd.evaluation.protocol import REPEATS, ClipFeatures, Clips, Reference
 from ltd.evaluation.rows import MetricRow
-from ltd.evaluation.scores import ClipScore
 
 #: Clips whose flow is computed at once.
 _FLOW_BATCH = 4
@@ -125,30 +125,48 @@ def caption_rows(
         One row.
     """
     real = reference.matched or reference.pool.take(range(len(samples)))
-    values = []
-    for clips in (samples, real):
-        score = ClipScore()
-        frames = features.vectors(clips.pixels)  # (n, k, dim)
-        texts = embed_captions(clips.captions)[:, None].expand_as(frames)
-        score.update(frames.flatten(0, 1), texts.flatten(0, 1))
-        values.append(score)
+    (found,), (floor,) = (
+        caption_figures(features.vectors(clips.pixels), embed_captions(clips.captions)).values()
+        for clips in (samples, real)
+    )
     return [
         MetricRow(
             part="samples",
-            name="clip_score" + suffix,
-            value=values[0].value,
-            unit="",
+            name=found.name + suffix,
+            value=found.value,
+            unit=found.unit,
             network=features.name,
-            preprocessing=f"{features.preprocessing}; 100 times the mean cosine",
-            n=values[0].num_pairs,
-            floor=values[1].value,
-            note="floor: real clips with their own captions; more is better",
+            preprocessing=f"{features.preprocessing}; {found.how}",
+            n=found.n,
+            floor=floor.value,
+            note=f"floor: real clips with their own captions; {found.note}",
         )
     ]
 
 
+def motion_vectors(clips: Tensor, flow: FlowMap, metrics: Sequence[str]) -> dict[str, Tensor]:
+    """Compute what metrics of motion read of each clip.
+
+    Args:
+        clips: uint8 ``(n, t, h, w, 3)``, 2 frames or more.
+        flow: Optical flow.
+        metrics: ``warping_error``, ``motion`` or both.
+
+    Returns:
+        ``(n, 3)`` float64 by metric: ``warping_errors`` and ``motion_statistics``.
+    """
+    found: dict[str, list[Tensor]] = {metric: [] for metric in metrics}
+    for part in clips.split(_FLOW_BATCH):
+        forward, backward = flow(part)
+        if "warping_error" in found:
+            found["warping_error"].append(warping_errors(part, forward, backward))
+        if "motion" in found:
+            found["motion"].append(motion_statistics(part, forward))
+    return {metric: torch.cat(parts) for metric, parts in found.items()}
+
+
 def motion_rows(
-    samples: Clips, reference: Reference, flow: FlowMap, metrics: Sequence[str] = ("warping_error", "motion")
+    samples: Clips, reference: Reference, flow: FlowMap, metrics: Sequence[str] = MOTION_METRICS
 ) -> list[MetricRow]:
     """Measure how samples move and flicker, beside as many real clips.
 
@@ -166,41 +184,21 @@ def motion_rows(
     """
     _check_sizes(samples, reference)
     real = reference.matched or reference.pool.take(range(len(samples)))
-    (error, motion), (real_error, real_motion) = (_move(clips.pixels, flow) for clips in (samples, real))
-    rows = []
-    if "warping_error" in metrics:
-        note = (
-            f"{error.num_followed} of {error.num_clips} samples and {error.visible_share:.0%} of pixels can be "
-            "followed; floor: real clips"
-        )
-        rows.append(("warping_error", error.value, real_error.value, "squared, of [0, 1]", note))
-    if "motion" in metrics:
-        for name, unit in (("magnitude", "pixels per frame"), ("dynamic_degree", "share"), ("flicker", "of [0, 1]")):
-            note = "floor: real clips; samples should come near it, not below"
-            rows.append((f"motion_{name}", getattr(motion, name), getattr(real_motion, name), unit, note))
+    found, floors = (motion_figures(motion_vectors(clips.pixels, flow, metrics)) for clips in (samples, real))
     return [
         MetricRow(
             part="samples",
             name=name,
-            value=value,
-            unit=unit,
+            value=figure.value,
+            unit=figure.unit,
             network=flow.name,
             preprocessing=flow.preprocessing,
-            n=motion.num_clips,
-            floor=floor,
-            note=note,
+            n=figure.n,
+            floor=floors[name].value,
+            note=f"{figure.note}; floor: real clips",
         )
-        for name, value, floor, unit, note in rows
+        for name, figure in found.items()
     ]
-
-
-def _move(pixels: Tensor, flow: FlowMap) -> tuple[WarpingError, MotionStatistics]:
-    error, motion = WarpingError(), MotionStatistics()
-    for part in pixels.split(_FLOW_BATCH):
-        forward, backward = flow(part)
-        error.update(part, forward, backward)
-        motion.update(part, forward)
-    return error, motion
 
 
 def _bank(vectors: Tensor) -> FeatureBank:

@@ -70,6 +70,36 @@ def visible(forward: Tensor, backward: Tensor) -> Tensor:
     return inside & agree & smooth
 
 
+def warping_errors(clips: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+    """Compute each clip's temporal warping error; see ``WarpingError``.
+
+    Args:
+        clips: ``(b, t, h, w, c)`` pixels in 0..255, any type, 2 frames or more.
+        forward: ``(b, t - 1, h, w, 2)`` flow from each frame to the next.
+        backward: ``(b, t - 1, h, w, 2)`` flow from each next frame back.
+
+    Returns:
+        ``(b, 3)`` float64: 1 where some pixel could be followed, else 0; the error, 0 where none could; the share of
+        pixels that were visible.
+
+    Raises:
+        ValueError: If the shapes do not fit or a flow is not finite.
+    """
+    _check(clips, forward, backward)
+    rows = []
+    for index, clip in enumerate(clips):  # one by one: float64 frames are large
+        frames = clip.double() / 255
+        seen = visible(forward[index], backward[index])  # (t - 1, h, w)
+        moved, _ = warp(frames[1:], forward[index])
+        errors = (moved - frames[:-1]).square().mean(dim=-1)  # (t - 1, h, w)
+        counts = seen.sum(dim=(1, 2))
+        error = 0.0
+        if counts.any():
+            error = float(((errors * seen).sum(dim=(1, 2))[counts > 0] / counts[counts > 0]).mean())
+        rows.append([float(counts.any()), error, float(seen.double().mean())])
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 3)
+
+
 class WarpingError:
     """Temporal warping error: how a frame differs from the next one, moved back along the flow, where it is visible.
 
@@ -87,29 +117,20 @@ class WarpingError:
         self._visible = 0.0
 
     def update(self, clips: Tensor, forward: Tensor, backward: Tensor) -> None:
-        """Count clips.
+        """Count clips; arguments and errors are those of ``warping_errors``."""
+        self.count(warping_errors(clips, forward, backward))
+
+    def count(self, rows: Tensor) -> None:
+        """Count clips by their own numbers.
 
         Args:
-            clips: ``(b, t, h, w, c)`` pixels in 0..255, any type, 2 frames or more.
-            forward: ``(b, t - 1, h, w, 2)`` flow from each frame to the next.
-            backward: ``(b, t - 1, h, w, 2)`` flow from each next frame back.
-
-        Raises:
-            ValueError: If the shapes do not fit or a flow is not finite.
+            rows: ``(b, 3)`` of ``warping_errors``.
         """
-        _check(clips, forward, backward)
-        for index, clip in enumerate(clips):  # one by one: float64 frames are large
-            frames = clip.double() / 255
-            seen = visible(forward[index], backward[index])  # (t - 1, h, w)
-            moved, _ = warp(frames[1:], forward[index])
-            errors = (moved - frames[:-1]).square().mean(dim=-1)  # (t - 1, h, w)
-            counts = seen.sum(dim=(1, 2))
+        for followed, error, seen in rows.tolist():
             self.num_clips += 1
-            self._visible += float(seen.double().mean())
-            if counts.any():
-                pairs = (errors * seen).sum(dim=(1, 2))[counts > 0] / counts[counts > 0]
-                self._sum += float(pairs.mean())
-                self.num_followed += 1
+            self.num_followed += int(followed)
+            self._sum += error
+            self._visible += seen
 
     @property
     def value(self) -> float:
@@ -140,6 +161,33 @@ class WarpingError:
         self._visible += state["visible"]
 
 
+def motion_statistics(clips: Tensor, forward: Tensor) -> Tensor:
+    """Compute how each clip moves and flickers; see ``MotionStatistics``.
+
+    Args:
+        clips: ``(b, t, h, w, c)`` pixels in 0..255, any type, 2 frames or more.
+        forward: ``(b, t - 1, h, w, 2)`` flow from each frame to the next.
+
+    Returns:
+        ``(b, 3)`` float64: mean length of the flow in pixels per frame; 1 for a clip that moves, else 0; mean absolute
+        difference of consecutive frames, as a share of 255.
+
+    Raises:
+        ValueError: If the shapes do not fit or a flow is not finite.
+    """
+    _check(clips, forward)
+    height, width = clips.shape[2:4]
+    lengths = forward.double().norm(dim=-1).flatten(2)  # (b, t - 1, h * w)
+    largest = lengths.topk(max(1, int(_LARGEST * height * width)), dim=2).values.mean(dim=2)  # (b, t - 1)
+    moving = (largest > 6 * min(height, width) / 256).sum(dim=1)
+    dynamic = moving >= max(1, round(clips.shape[1] / 4))
+    flicker = []
+    for clip in clips:  # one by one: float64 frames are large
+        frames = clip.double()
+        flicker.append((frames[1:] - frames[:-1]).abs().mean() / 255)
+    return torch.stack((lengths.mean(dim=(1, 2)).cpu(), dynamic.double().cpu(), torch.stack(flicker).cpu()), dim=1)
+
+
 class MotionStatistics:
     """How much clips move and flicker; means over clips, inspired by VBench's measures of the same names.
 
@@ -157,26 +205,20 @@ class MotionStatistics:
         self._flicker = 0.0
 
     def update(self, clips: Tensor, forward: Tensor) -> None:
-        """Count clips.
+        """Count clips; arguments and errors are those of ``motion_statistics``."""
+        self.count(motion_statistics(clips, forward))
+
+    def count(self, rows: Tensor) -> None:
+        """Count clips by their own numbers.
 
         Args:
-            clips: ``(b, t, h, w, c)`` pixels in 0..255, any type, 2 frames or more.
-            forward: ``(b, t - 1, h, w, 2)`` flow from each frame to the next.
-
-        Raises:
-            ValueError: If the shapes do not fit or a flow is not finite.
+            rows: ``(b, 3)`` of ``motion_statistics``.
         """
-        _check(clips, forward)
-        height, width = clips.shape[2:4]
-        lengths = forward.double().norm(dim=-1).flatten(2)  # (b, t - 1, h * w)
-        largest = lengths.topk(max(1, int(_LARGEST * height * width)), dim=2).values.mean(dim=2)  # (b, t - 1)
-        moving = (largest > 6 * min(height, width) / 256).sum(dim=1)
-        self._num_dynamic += int((moving >= max(1, round(clips.shape[1] / 4))).sum())
-        self._magnitude += float(lengths.mean(dim=(1, 2)).sum())
-        for clip in clips:
-            frames = clip.double()
-            self._flicker += float((frames[1:] - frames[:-1]).abs().mean() / 255)
-        self.num_clips += len(clips)
+        for magnitude, dynamic, flicker in rows.tolist():
+            self.num_clips += 1
+            self._magnitude += magnitude
+            self._num_dynamic += int(dynamic)
+            self._flicker += flicker
 
     @property
     def magnitude(self) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 class MetricRow:
     """One measured number and everything needed to read it."""
 
-    #: Which half of the evaluation made it: "autoencoder" or "samples", or "training": samples while training.
+    #: Which half of the evaluation made it: "autoencoder" or "samples"; or, while training, "training" (of samples) or
+    #: "reconstruction".
     part: str
     name: str
     value: float

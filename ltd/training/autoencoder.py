@@ -46,6 +46,7 @@ from ltd.training.autoencoder_stage import (
     media_pixels,
 )
 from ltd.training.loop import train
+from ltd.training.reconstruction import ReconstructionMetricsConfig, build_reconstruction
 from ltd.training.run import RunConfig, check_views
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.stages import at_step
@@ -86,6 +87,8 @@ class AutoencoderRun(RunConfig):
     latent_scale: Literal["channel", "shared", "pixels"] = "channel"
     #: Training samples per view from which the exported latent mean and std are computed.
     statistics_from: int = 512
+    #: Metrics of reconstructions against their originals while training; null measures none.
+    metrics: ReconstructionMetricsConfig | None = None
     #: Synthetic data to make when ``data.shards`` is null; null refuses.
     toy_data: ToyDataConfig | None = None
 
@@ -98,6 +101,8 @@ class AutoencoderRun(RunConfig):
         if self.statistics_from < 1:
             raise ConfigError(f"statistics_from: must be at least 1, got {self.statistics_from}")
         self._check_parts()
+        if self.metrics is not None:
+            self.metrics.check(self.ema, "metrics")
         if self.parallel.activation_checkpointing != "none":
             raise ConfigError(
                 "parallel.activation_checkpointing: is for denoisers; set it to none, and frames_per_chunk instead"
@@ -216,6 +221,7 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
         critic=None if session.critic is None else session.critic.engine,
         frames_per_chunk=config.frames_per_chunk,
     )
+    session.evaluators += build_reconstruction(config, session)
     return session, stage
 
 

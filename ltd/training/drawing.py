@@ -6,12 +6,13 @@ belongs to a sample. Knows neither files nor metrics.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltd import autoencoders
 from ltd.config import ConfigError
@@ -25,33 +26,24 @@ from ltd.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawConfig:
-    """When samples are made while training, from which weights, and how."""
+class EvaluatorConfig:
+    """When clips are made while training, and from which weights."""
 
-    #: Steps between samplings, and at the last step; 0 is never.
+    #: Steps between evaluations, and at the last step; 0 is never.
     every: int = 1000
-    #: Seed of the noise: the same at every step.
+    #: Seed of what is drawn: the same at every step.
     seed: int = 0
-    #: Solver.
-    solver: Literal["euler", "heun", "dpmpp_2m", "unipc"] = "euler"
-    #: Solver steps; the shift of their times is the objective's.
-    steps: int = 20
-    #: Scale of classifier-free guidance; 1 is off.
-    guidance: float = 4.0
-    #: Prompt to lead away from.
-    negative: str = ""
-    #: Decay of the average to sample from; null is the first of ``ema.decays``, 0 the raw weights.
+    #: Decay of the average to make clips from; null is the first of ``ema.decays``, 0 the raw weights.
     decay: float | None = None
-    #: Most samples made at once on a process.
+    #: Most clips made at once on a process.
     batch_size: int = 4
 
     def __post_init__(self) -> None:
         for name in ("every", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, needed 0 or more")
-        for name in ("batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, needed 1 or more")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size: got {self.batch_size}, needed 1 or more")
 
     def check(self, ema: EmaConfig, field: str) -> None:
         """Refuse an average that the run does not keep.
@@ -67,8 +59,46 @@ class DrawConfig:
             raise ConfigError(f"{field}.decay: got {self.decay}, needed null, 0 or one of ema.decays")
 
     def weights(self, ema: EmaConfig) -> str:
-        """Name the weights that are sampled from: ``raw``, or ``ema_`` and the decay."""
+        """Name the weights that clips are made from: ``raw``, or ``ema_`` and the decay."""
         return "raw" if self.decay == 0 else f"ema_{self.decay or ema.decays[0]}"
+
+    @contextlib.contextmanager
+    def evaluating(self, network: nn.Module, ema: Ema) -> Iterator[None]:
+        """Put a network under training into evaluation mode, with these weights; called by all processes.
+
+        Args:
+            network: The module that the averages are of.
+            ema: Its averages.
+
+        Yields:
+            Nothing; mode and weights come back exactly.
+        """
+        training = network.training
+        network.eval()
+        try:
+            with contextlib.nullcontext() if self.decay == 0 else ema.applied(self.decay):
+                yield
+        finally:
+            network.train(training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig(EvaluatorConfig):
+    """When samples are made while training, from which weights, and how."""
+
+    #: Solver.
+    solver: Literal["euler", "heun", "dpmpp_2m", "unipc"] = "euler"
+    #: Solver steps; the shift of their times is the objective's.
+    steps: int = 20
+    #: Scale of classifier-free guidance; 1 is off.
+    guidance: float = 4.0
+    #: Prompt to lead away from.
+    negative: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ConfigError(f"steps: got {self.steps}, needed 1 or more")
 
 
 class RememberedText:
@@ -166,18 +196,10 @@ class Drawer:
         denoiser = self.network
         if self.parametrization != ParametrizationConfig():
             denoiser = Parametrized(self.network, self.parametrization)  # type: ignore[assignment]
-        training = self.network.training
-        self.network.eval()
-        try:
-            decoder = self.decoder()
+        decoder = self.decoder()
+        with self.config.evaluating(self.network, self.ema):
             generator = Generator(denoiser, decoder, self.text, sampler=self.sampler, negative=self.config.negative)
-            if self.config.decay == 0:
-                self._draw(generator, requests, take)
-            else:
-                with self.ema.applied(self.config.decay):
-                    self._draw(generator, requests, take)
-        finally:
-            self.network.train(training)
+            self._draw(generator, requests, take)
 
     def _draw(
         self, generator: Generator, requests: Sequence[Request], take: Callable[[list[int], Tensor], None]

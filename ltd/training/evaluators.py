@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ltd.config import ConfigError
-from ltd.data import ViewConfig
 from ltd.data.batch import BadSampleError
 from ltd.data.entries import NO_LABEL
 from ltd.data.real_clips import RealClips
@@ -25,8 +22,14 @@ from ltd.rng import generator
 from ltd.shapes import VideoShape, num_tokens
 from ltd.training.drawing import DrawConfig, Drawer, RememberedText, deal
 from ltd.training.latent_inputs import LatentInputs, open_autoencoder
-from ltd.training.metrics import Making, Measuring, MetricsConfig, build_measures, warn_of_few
-from ltd.training.reference import ReferenceFeatures
+from ltd.training.metrics import (
+    Making,
+    Measuring,
+    MetricsConfig,
+    build_measuring,
+    draw_real_clips,
+    measured_view,
+)
 from ltd.training.samples import SamplesConfig, Sampling, read_requests
 from ltd.training.session import Evaluator, Session
 
@@ -107,61 +110,31 @@ def _drawer(
 
 
 def _measuring(run: DenoiserRun, config: MetricsConfig, session: Session, inputs: LatentInputs) -> Measuring:
-    layout = session.layout
-    view = _view(run, config)
+    view = measured_view(run, config)
     _check_shape(view.shape, run, inputs, "metrics.shape")
-    measures = build_measures(config, view.shape, layout.device)
-    if layout.is_main:
-        warn_of_few(measures, config.num_samples)
-    clips = _real_clips(run, config, view)
-    requests = draw_requests(clips, config, run.model, inputs.classes, layout)
-    reference = ReferenceFeatures(
-        clips,
-        config.num_samples,
-        Path(config.cache) if config.cache else Path(run.run_dir).absolute().parent / "reference_features",
-        batch_size=config.batch_size,
-        layout=layout,
-        moved=session.beat.again,
+    clips = draw_real_clips(run.data, config.reference, config, view)
+    requests = draw_requests(clips, config, run.model, inputs.classes, session.layout)
+    captions = tuple(request.prompt for request in requests)
+    for place in config.places("clip_score"):
+        field = f"metrics.measures[{place}].metrics: clip_score holds samples against their captions, and"
+        if run.model.text_dim is None:
+            raise ConfigError(f"{field} the model takes none (model.text_dim is null); leave it out")
+        if not any(captions):
+            raise ConfigError(
+                f"{field} the {len(captions)} real clips that were drawn have none; leave it out, or name tars with "
+                "captions in metrics.reference"
+            )
+    drawer = _drawer(run, config, requests, session, inputs)
+    making = Making(
+        "training",
+        "samples",
+        config.weights(run.ema),
+        config.seed,
+        steps=config.steps,
+        guidance=config.guidance,
+        captions=captions,
     )
-    return Measuring(
-        _drawer(run, config, requests, session, inputs),
-        requests,
-        reference,
-        lambda: build_measures(config, view.shape, layout.device),
-        Making(config.weights(run.ema), config.steps, config.guidance, config.seed),
-        Path(run.run_dir),
-    )
-
-
-def _view(run: DenoiserRun, config: MetricsConfig) -> ViewConfig:
-    """Say what size is measured."""
-    if config.shape is not None:
-        frames, height, width = config.shape
-        return ViewConfig(num_frames=frames, height=height, width=width, fps=config.fps)
-    if run.data.batching.kind != "fixed":
-        raise ConfigError("metrics.shape: got null, and the run has no views; needed [frames, height, width]")
-    view = run.data.views[0]
-    return dataclasses.replace(view, fps=config.fps or view.fps)
-
-
-def _real_clips(run: DenoiserRun, config: MetricsConfig, view: ViewConfig) -> RealClips:
-    """Draw the real clips of both sets, and a few for those that cannot be read."""
-    data = dataclasses.replace(run.data, read_features=False)
-    if config.reference is not None:
-        data = dataclasses.replace(data, shards=config.reference, datasets=())
-    needed = 2 * config.num_samples
-    spare = max(2, needed // 50)
-    try:
-        clips = RealClips(data, view, needed=needed + spare, seed=config.seed)
-    except ConfigError as error:
-        raise ConfigError(f"metrics.reference: {error}") from None
-    if len(clips) < needed:
-        raise ConfigError(
-            f"metrics.num_samples: got {config.num_samples}, which needs {needed} real clips of {view} (samples are "
-            f"held against one set, another is the floor); got {len(clips)}: needed at most {len(clips) // 2}, or more "
-            "data in metrics.reference"
-        )
-    return clips
+    return build_measuring(run, config, session, clips, lambda _, take: drawer.draw(requests, take), making)
 
 
 def draw_requests(

@@ -1,73 +1,62 @@
-"""Metrics of samples against real clips on a schedule while training: FVD, FID, KID and their kin.
+"""Metrics of clips that a run makes against real clips, on a schedule while training: FVD, FID, KID and their kin.
 
-Samples are made from averaged weights, and their features computed, by all processes; the main one compares them with
-those of real clips. Values do not depend on the number of processes, and training goes on as if nothing had been done.
+Clips (a denoiser's samples, an autoencoder's reconstructions) are made from averaged weights, and their features
+computed, by all processes; the main one compares them with those of real clips. Values do not depend on the number of
+processes, and training goes on as if nothing had been done. How clips are made is not known here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ltd.config import ConfigError
+from ltd.data import DataConfig, ViewConfig
+from ltd.data.real_clips import RealClips
 from ltd.data.write import write_bytes
-from ltd.encoders.features import Features, FeaturesConfig, ManyOutputs, build_features
-from ltd.evaluation.banks import FeatureBank
-from ltd.evaluation.distribution import DISTRIBUTION_METRICS, distribution_values
-from ltd.evaluation.measures import outputs_of
+from ltd.evaluation.distribution import DISTRIBUTION_METRICS
+from ltd.evaluation.figures import Figure
 from ltd.evaluation.rows import MetricRow, replace_parts, rows_from_json, rows_to_json
-from ltd.inference.generate import Request
 from ltd.inference.media import video_to_pixels
-from ltd.shapes import VideoShape
-from ltd.training.drawing import DrawConfig, Drawer
+from ltd.training.drawing import DrawConfig, EvaluatorConfig
+from ltd.training.measures import (
+    Against,
+    Captions,
+    ClipSet,
+    Measure,
+    MeasureConfig,
+    NetworkMeasure,
+    build_measures,
+)
 from ltd.training.reference import RealFeatures, ReferenceFeatures
+from ltd.training.run import RunConfig
+from ltd.training.session import Session
 
 logger = logging.getLogger(__name__)
 
-MetricName: TypeAlias = Literal["fid", "sfid", "fvd", "kid", "inception_score", "precision_recall", "density_coverage"]
-#: Which rows of evaluation.json these are.
-_PART = "training"
+#: Is given the numbers of a batch's clips and the clips ``(b, 3, t, h, w)``, about [-1, 1]; it must not communicate.
+Take: TypeAlias = Callable[[list[int], Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """Metrics of the features of one network."""
-
-    #: The network.
-    features: FeaturesConfig
-    #: What is computed of its features.
-    metrics: tuple[MetricName, ...]
-    #: Put behind the metrics' names, as in ``eval/fvd_NAME``; needed where two networks share a metric.
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.metrics:
-            raise ConfigError(f"metrics: got none, needed some of {', '.join(DISTRIBUTION_METRICS)}")
-        if self.name and not self.name.replace("_", "").isalnum():
-            raise ConfigError(f"name: got {self.name!r}, needed letters, digits and _")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricsConfig(DrawConfig):
-    """Metrics of samples against real clips while training."""
+class ComparedConfig(EvaluatorConfig):
+    """Metrics of clips that a run makes against real clips."""
 
     #: What is measured.
     measures: tuple[MeasureConfig, ...]
-    #: Samples, and real clips in each of two sets: what samples are held against, and the floor.
+    #: Clips that are made, and real clips in each of two sets: what clips are held against, and the floor.
     num_samples: int = 2048
     #: Frames, height and width in pixels; null takes the first training view. Needed with buckets and packs.
     shape: tuple[int, int, int] | None = None
     #: Frames per second that real clips are cut to; null takes every frame, or with ``shape`` null the view's rate.
     fps: float | None = None
-    #: Tars of real clips, with the captions and labels that are sampled; null takes the training data.
-    reference: str | tuple[str, ...] | None = None
     #: Folder of the features of real clips, which runs share; null is ``reference_features`` beside the run directory.
     cache: str | None = None
 
@@ -82,151 +71,98 @@ class MetricsConfig(DrawConfig):
             if named.count((metric, name)) > 1:
                 raise ConfigError(f"measures: got {metric} twice under one name; give the networks a name each")
         for metric, _ in named:
-            least = DISTRIBUTION_METRICS[metric].least
+            least = DISTRIBUTION_METRICS[metric].least if metric in DISTRIBUTION_METRICS else 1
             if self.num_samples < least:
                 raise ConfigError(f"num_samples: got {self.num_samples}, {metric} needs {least} or more")
 
-
-class Measure:
-    """A network, ready to be run, and what is computed of its outputs.
-
-    Args:
-        config: Network and metrics.
-        features: The network.
-        field: Name of the section, for messages.
-
-    Raises:
-        ConfigError: If the network lacks an output that a metric reads.
-    """
-
-    def __init__(self, config: MeasureConfig, features: Features, field: str) -> None:
-        self.config, self.features = config, features
-        self.outputs = outputs_of(config.metrics)
-        self.dims = {name: features.dim if name == "features" else self._dim(name, field) for name in self.outputs}
-
-    def _dim(self, output: str, field: str) -> int:
-        if isinstance(self.features, ManyOutputs) and output in self.features.dims:
-            return self.features.dims[output]
-        needing = next(metric for metric in self.config.metrics if DISTRIBUTION_METRICS[metric].output == output)
-        raise ConfigError(f"{field}.metrics: {needing} reads {output}, which {self.features.name} does not give")
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Network, preprocessing and widths of the outputs."""
-        return {"network": self.features.name, "preprocessing": self.features.preprocessing, "dims": self.dims}
-
-    def __call__(self, clips: Tensor) -> dict[str, Tensor]:
-        """Compute the outputs that the metrics read.
-
-        Args:
-            clips: uint8 ``(b, t, h, w, 3)``.
-
-        Returns:
-            ``(b, dim)`` on the CPU by name.
-        """
-        if self.outputs == ["features"]:
-            return {"features": self.features(clips).cpu()}
-        assert isinstance(self.features, ManyOutputs)  # ``_dim`` looked
-        return {name: rows.cpu() for name, rows in self.features.outputs(clips, self.outputs).items()}
+    def places(self, metric: str) -> list[int]:
+        """List the places of the measures that have a metric."""
+        return [place for place, measure in enumerate(self.measures) if metric in measure.metrics]
 
 
-def build_measures(config: MetricsConfig, shape: VideoShape, device: torch.device) -> list[Measure]:
-    """Load the networks and show them a clip.
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig(DrawConfig, ComparedConfig):
+    """Metrics of samples against real clips while training."""
 
-    Args:
-        config: Which.
-        shape: Size of the clips they will see.
-        device: Where they run.
-
-    Returns:
-        The networks.
-
-    Raises:
-        ConfigError: If one cannot be loaded, takes no such clip, or lacks an output.
-    """
-    found = []
-    clip = torch.arange(3 * shape.num_frames * shape.height * shape.width).remainder(251).to(torch.uint8)
-    clip = clip.view(1, shape.num_frames, shape.height, shape.width, 3)
-    for number, measure in enumerate(config.measures):
-        where = f"metrics.measures[{number}]"
-        try:
-            network = Measure(measure, build_features(measure.features, device=device), where)
-            outputs = network(clip)
-        except ConfigError as error:
-            message = str(error)
-            inside = f"{where}." if message.startswith("features") else f"{where}.features."
-            raise ConfigError(message if message.startswith(where) else inside + message) from None
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"{where}.features: fails on a clip of {shape}: {error}") from error
-        for name, rows in outputs.items():
-            if rows.shape != (1, network.dims[name]):
-                raise ConfigError(f"{where}.features: {name} is {tuple(rows.shape)}, needed (1, {network.dims[name]})")
-        found.append(network)
-    return found
+    #: Tars of real clips, with the captions and labels that are sampled; null takes the training data.
+    reference: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Making:
-    """How the samples were made, as rows of results tell it."""
+    """How the clips that are measured are made, as rows of results tell it."""
 
+    part: str  #: Which rows of ``evaluation.json`` these are.
+    what: str  #: The clips, in words.
     weights: str
-    steps: int
-    guidance: float
     seed: int
+    steps: int | None = None
+    guidance: float | None = None
+    #: Whether clip ``i`` is made of real clip ``i`` of the reference, which is then the floor of what compares no sets.
+    paired: bool = False
+    #: Captions of the clips, in the order of their numbers; empty where there are none.
+    captions: tuple[str, ...] = ()
 
 
 @dataclass
 class _Own:
-    """Outputs of this process's samples, batch by batch."""
+    """Outputs of this process's clips, batch by batch."""
 
     numbers: list[list[int]] = field(default_factory=list)
     outputs: list[list[dict[str, Tensor]]] = field(default_factory=list)
 
 
 class Measuring:
-    """Make samples, and measure them; an evaluator of the loop.
+    """Make clips, and measure them; an evaluator of the loop.
 
     Args:
-        drawer: Makes the samples.
-        requests: What is made, ``n`` of them.
-        reference: Features of real clips.
+        make: Makes this process's share of the clips; called by all processes, after the features of real clips are
+            there.
+        making: How they are made.
+        reference: Features of real clips; it has the processes that share the work.
         networks: Loads the networks; they are kept only while a step is measured.
-        making: How the samples are made.
         run_dir: Gets the rows of the latest step in ``evaluation.json``.
+        every: Steps between measurements.
     """
 
     def __init__(
         self,
-        drawer: Drawer,
-        requests: Sequence[Request],
+        make: Callable[[Take], None],
+        making: Making,
         reference: ReferenceFeatures,
         networks: Callable[[], list[Measure]],
-        making: Making,
         run_dir: Path,
+        *,
+        every: int,
     ) -> None:
-        self.drawer, self.requests, self.reference = drawer, list(requests), reference
-        self.networks, self.making, self.run_dir = networks, making, run_dir
-        self.layout = drawer.layout
-        self._floors: dict[str, float] = {}
+        self.make, self.making, self.reference = make, making, reference
+        self.networks, self.run_dir, self._every = networks, run_dir, every
+        self.layout = reference.layout
+        self._floors: dict[str, Figure] = {}
+        self._captions: dict[int, Captions] = {}
 
     @property
     def every(self) -> int:
         """Steps between measurements."""
-        return self.drawer.config.every
+        return self._every
 
     @torch.no_grad()
     def run(self, step: int) -> dict[str, float]:
-        """Sample and measure; called by all processes after a step.
+        """Make clips and measure them; called by all processes after a step.
 
         Args:
             step: Steps done.
 
         Returns:
-            ``eval/METRIC`` and ``eval/METRIC_floor``, the same on all processes; none, with a warning, if samples or
-            their features are not finite.
+            ``eval/METRIC`` and ``eval/METRIC_floor``, the same on all processes; without those, with a warning, that
+            cannot be computed: none, if clips or their features are not finite.
         """
         measures = self.networks()
         real = self.reference.get(measures)
+        for place, measure in enumerate(measures):
+            if "clip_score" in measure.config.metrics and place not in self._captions:
+                assert isinstance(measure, NetworkMeasure)  # the only one that takes the metric
+                self._captions[place] = self._embed(measure)
         own = _Own()
 
         def take(numbers: list[int], video: Tensor) -> None:
@@ -235,7 +171,7 @@ class Measuring:
             own.numbers.append(numbers)
             own.outputs.append([_only(finite, measure(pixels)) for measure in measures])
 
-        self.drawer.draw(self.requests, take)
+        self.make(take)
         rows: list[MetricRow] = []
         shares = self.layout.gather_objects((own.numbers, own.outputs))
         if self.layout.is_main:
@@ -243,57 +179,178 @@ class Measuring:
         values: dict[str, float] = self.layout.broadcast_object(_values(rows))
         return values
 
+    def _embed(self, measure: NetworkMeasure) -> Captions:
+        """Embed the captions, batch by batch on all processes; whole on all of them."""
+        numbers = [number for number, caption in enumerate(self.making.captions) if caption]
+        layout, size = self.layout, self.reference.batch_size
+        own = []
+        for first in range(layout.global_rank * size, len(numbers), layout.world_size * size):
+            self.reference.moved()
+            batch = [self.making.captions[number] for number in numbers[first : first + size]]
+            own.append((first, measure.embed_captions(batch)))
+        shares = sorted((pair for share in layout.gather_objects(own) for pair in share), key=lambda pair: pair[0])
+        return Captions(numbers, torch.cat([texts for _, texts in shares]))
+
     def _measure(
         self, step: int, measures: Sequence[Measure], real: Sequence[RealFeatures], shares: Sequence[Any]
     ) -> list[MetricRow]:
         """Compute all metrics and write their rows; on the main process."""
         rows: list[MetricRow] = []
-        try:
-            for place, (measure, known) in enumerate(zip(measures, real, strict=True)):
-                keys = [number for numbers, _ in shares for batch in numbers for number in batch]
-                parts = [found[place] for _, outputs in shares for found in outputs]
-                banks = {
-                    name: FeatureBank(dim).update(torch.cat([part[name] for part in parts]), keys)
-                    for name, dim in measure.dims.items()
-                }
-                rows += self._rows(step, measure, known, banks)
-        except (ValueError, ArithmeticError) as error:
-            logger.warning("step %d: the samples cannot be measured: %s", step, error)
+        numbers = [number for own, _ in shares for batch in own for number in batch]
+        if not numbers:
+            logger.warning("step %d: none of the real clips can be read: no %s are measured", step, self.making.what)
             return []
-        write_rows(self.run_dir, rows)
+        for place, (measure, known) in enumerate(zip(measures, real, strict=True)):
+            parts = [found[place] for _, outputs in shares for found in outputs]
+            try:
+                clips = ClipSet.of(numbers, {name: torch.cat([part[name] for part in parts]) for name in measure.dims})
+            except ValueError as error:
+                logger.warning("step %d: the %s cannot be measured: %s", step, self.making.what, error)
+                continue
+            reference = ClipSet.of(known.reference.numbers, known.reference.outputs)
+            against = Against(reference, self._captions.get(place), self.making.seed)
+            for metric in measure.config.metrics:
+                try:
+                    rows += self._rows(step, measure, metric, clips, known, against)
+                except (ValueError, ArithmeticError) as error:
+                    logger.warning("step %d: %s of the %s is left out: %s", step, metric, self.making.what, error)
+        if rows:
+            write_rows(self.run_dir, rows)
         return rows
 
     def _rows(
-        self, step: int, measure: Measure, real: RealFeatures, samples: Mapping[str, FeatureBank]
+        self, step: int, measure: Measure, metric: str, clips: ClipSet, real: RealFeatures, against: Against
     ) -> list[MetricRow]:
-        rows = []
-        n, seed = len(self.requests), self.making.seed
-        for metric in measure.config.metrics:
-            what = DISTRIBUTION_METRICS[metric]
-            dim, bank = measure.dims[what.output], samples[what.output]
-            reference = FeatureBank(dim).update(real.reference[what.output])
-            values = _named(measure, distribution_values(metric, bank, reference, seed=seed))
-            if not values.keys() <= self._floors.keys():  # real clips against real clips: the same at every step
-                floor = FeatureBank(dim).update(real.floor[what.output])
-                self._floors |= _named(measure, distribution_values(metric, floor, reference, seed=seed))
-            preprocessing = "; ".join(filter(None, (measure.features.preprocessing, what.how(n))))
-            note = "; ".join(filter(None, (f"after step {step}", what.caution(n, dim))))
-            rows += [
-                MetricRow(
-                    part=_PART,
-                    name=name,
-                    value=value,
-                    unit="",
-                    network=measure.features.name,
-                    preprocessing=preprocessing,
-                    n=n,
-                    floor=self._floors[name],
-                    note=note,
-                    **dataclasses.asdict(self.making),
-                )
-                for name, value in values.items()
-            ]
-        return rows
+        found, suffix, making = measure.figures(metric, clips, against), measure.config.suffix, self.making
+        originals = making.paired and metric not in DISTRIBUTION_METRICS
+        paired_note = "floor: originals" if originals else ""
+        if making.paired and metric == "kid":
+            paired_note = "clips and originals are pairs, not independent: biased downwards, below 0 for equal ones"
+        if not {name + suffix for name in found} <= self._floors.keys():  # the same at every step
+            floor = real.reference if originals else real.floor
+            floors = measure.figures(metric, ClipSet.of(floor.numbers, floor.outputs), against)
+            self._floors |= {name + suffix: figure for name, figure in floors.items()}
+        return [
+            MetricRow(
+                part=making.part,
+                name=name + suffix,
+                value=figure.value,
+                unit=figure.unit,
+                network=measure.network,
+                preprocessing="; ".join(filter(None, (measure.preprocessing(metric), figure.how))),
+                n=figure.n,
+                floor=self._floors[name + suffix].value,
+                note="; ".join(filter(None, (f"{making.what} after step {step}", figure.note, paired_note))),
+                weights=making.weights,
+                steps=making.steps,
+                guidance=making.guidance,
+                seed=making.seed,
+            )
+            for name, figure in found.items()
+        ]
+
+
+def build_measuring(
+    run: RunConfig,
+    config: ComparedConfig,
+    session: Session,
+    clips: RealClips,
+    make: Callable[[ReferenceFeatures, Take], None],
+    making: Making,
+) -> Measuring:
+    """Build the evaluator of a run whose clips are known; called by all processes before the first step.
+
+    Args:
+        run: The run.
+        config: Its section.
+        session: Processes and heartbeat.
+        clips: Real clips (``draw_real_clips``).
+        make: Makes clips; given the features of real clips too, whose ``numbers`` say which are the reference.
+        making: How they are made.
+
+    Returns:
+        The evaluator.
+
+    Raises:
+        ConfigError: If a network cannot be had, or does not take such clips.
+    """
+    layout, shape = session.layout, clips.view.shape
+    measures = build_measures(config.measures, shape, layout.device)
+    if layout.is_main:
+        warn_of_few(measures, config.num_samples)
+    reference = ReferenceFeatures(
+        clips,
+        config.num_samples,
+        Path(config.cache) if config.cache else Path(run.run_dir).absolute().parent / "reference_features",
+        batch_size=config.batch_size,
+        layout=layout,
+        moved=session.beat.again,
+    )
+    return Measuring(
+        lambda take: make(reference, take),
+        making,
+        reference,
+        lambda: build_measures(config.measures, shape, layout.device),
+        Path(run.run_dir),
+        every=config.every,
+    )
+
+
+def measured_view(run: RunConfig, config: ComparedConfig) -> ViewConfig:
+    """Say what size a run measures.
+
+    Args:
+        run: The run.
+        config: Its section.
+
+    Returns:
+        The size.
+
+    Raises:
+        ConfigError: If neither the section nor the run names one.
+    """
+    if config.shape is not None:
+        frames, height, width = config.shape
+        return ViewConfig(num_frames=frames, height=height, width=width, fps=config.fps)
+    if run.data.batching.kind != "fixed":
+        raise ConfigError("metrics.shape: got null, and the run has no views; needed [frames, height, width]")
+    view = run.data.views[0]
+    return dataclasses.replace(view, fps=config.fps or view.fps)
+
+
+def draw_real_clips(
+    data: DataConfig, shards: str | tuple[str, ...] | None, config: ComparedConfig, view: ViewConfig
+) -> RealClips:
+    """Draw the real clips of both sets, and a few for those that cannot be read.
+
+    Args:
+        data: The run's data section.
+        shards: Tars to take the place of its own; None takes those.
+        config: How many, and the seed.
+        view: Their size.
+
+    Returns:
+        The clips.
+
+    Raises:
+        ConfigError: If there are too few, or no pixels.
+    """
+    data = dataclasses.replace(data, read_features=False)
+    if shards is not None:
+        data = dataclasses.replace(data, shards=shards, datasets=())
+    needed = 2 * config.num_samples
+    spare = max(2, needed // 50)
+    try:
+        clips = RealClips(data, view, needed=needed + spare, seed=config.seed)
+    except ConfigError as error:
+        raise ConfigError(f"metrics.reference: {error}") from None
+    if len(clips) < needed:
+        raise ConfigError(
+            f"metrics.num_samples: got {config.num_samples}, which needs {needed} real clips of {view} (one set that "
+            f"clips are held against, another as the floor); got {len(clips)}: needed at most {len(clips) // 2}, or "
+            "more data in metrics.reference"
+        )
+    return clips
 
 
 def write_rows(run_dir: Path, rows: Sequence[MetricRow]) -> None:
@@ -316,19 +373,16 @@ def warn_of_few(measures: Sequence[Measure], num_samples: int) -> None:
     """Say what to expect of few samples, once, before the run begins."""
     for measure in measures:
         for metric in measure.config.metrics:
+            if metric not in DISTRIBUTION_METRICS:
+                continue
             what = DISTRIBUTION_METRICS[metric]
             caution = what.caution(num_samples, measure.dims[what.output])
             if caution:
-                logger.warning("metrics.num_samples: %s of %s: %s", metric, measure.features.name, caution)
-
-
-def _named(measure: Measure, values: Mapping[str, float]) -> dict[str, float]:
-    suffix = f"_{measure.config.name}" if measure.config.name else ""
-    return {name + suffix: value for name, value in values.items()}
+                logger.warning("metrics.num_samples: %s of %s: %s", metric, measure.network, caution)
 
 
 def _only(finite: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mark the rows of samples that are not finite, which pixels do not show."""
+    """Mark the rows of clips that are not finite, which pixels do not show."""
     return {name: rows.masked_fill(~finite[:, None], torch.nan) for name, rows in outputs.items()}
 
 

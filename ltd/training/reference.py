@@ -45,13 +45,21 @@ class Extractor(Protocol):
 
 
 @dataclass(frozen=True)
-class RealFeatures:
-    """Outputs of a network for two sets of real clips of equal size, by name of the output."""
+class RealSet:
+    """Outputs of a network for a set of real clips."""
 
-    #: ``(n, dim)``: what samples are held against.
-    reference: Mapping[str, Tensor]
-    #: ``(n, dim)``: real clips in the place of samples.
-    floor: Mapping[str, Tensor]
+    numbers: list[int]  #: Of the clips among all that were drawn, ascending.
+    outputs: Mapping[str, Tensor]  #: ``(n, dim)`` by name.
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """Outputs of a network for two sets of real clips of equal size."""
+
+    #: What clips are held against.
+    reference: RealSet
+    #: Real clips in the place of what is measured.
+    floor: RealSet
 
 
 class ReferenceFeatures:
@@ -78,6 +86,8 @@ class ReferenceFeatures:
     ) -> None:
         self.clips, self.num_samples, self.directory = clips, num_samples, directory
         self.batch_size, self.layout, self.moved = batch_size, layout, moved
+        #: Numbers of the clips of the reference, once ``get`` was called; the same on all processes.
+        self.numbers: list[int] = []
         self._kept: list[RealFeatures] = []
 
     def get(self, extractors: Sequence[Extractor]) -> list[RealFeatures]:
@@ -92,22 +102,23 @@ class ReferenceFeatures:
         Raises:
             ConfigError: If too few clips can be read; on all processes.
         """
-        if self.layout.broadcast_object(bool(self._kept)):
+        if self.numbers:
             return self._kept
-        found: list[dict[str, Tensor] | None] = [None] * len(extractors)
+        found: list[dict[str, Tensor]] = [{} for _ in extractors]
         files: list[tuple[Path, dict[str, Any]]] = []
         if self.layout.is_main:
             files = [self._file(extractor) for extractor in extractors]
-            found = [read_features(path, identity) for path, identity in files]
-        missing = self.layout.broadcast_object([number for number, rows in enumerate(found) if rows is None])
-        if missing:
-            made = self._compute([extractors[number] for number in missing])
+            found = [read_features(path, identity) or {} for path, identity in files]
+        for _ in range(2):  # what was missing may turn out to be of other clips than the files
+            missing = self.layout.broadcast_object(_missing(found))
+            made = self._compute([extractors[number] for number in missing]) if missing else []
             for number, rows in zip(missing, made, strict=True) if self.layout.is_main else ():
                 found[number] = rows
                 path, identity = files[number]
                 write_features(path, identity, rows)
         if self.layout.is_main:
-            self._kept = [self._split(rows) for rows in found if rows is not None]
+            self._kept = [self._split(rows) for rows in found]
+        self.numbers = self.layout.broadcast_object(self._kept[0].reference.numbers if self._kept else [])
         return self._kept
 
     def _file(self, extractor: Extractor) -> tuple[Path, dict[str, Any]]:
@@ -141,7 +152,7 @@ class ReferenceFeatures:
             {
                 _NUMBERS: numbers[order],
                 **{
-                    name: torch.cat([outputs[place][name] for _, outputs in parts])[order].float()
+                    name: _plain(torch.cat([outputs[place][name] for _, outputs in parts])[order])
                     for name in parts[0][1][place]
                 },
             }
@@ -150,11 +161,26 @@ class ReferenceFeatures:
 
     def _split(self, rows: Mapping[str, Tensor]) -> RealFeatures:
         n = self.num_samples
-        outputs = {name: values for name, values in rows.items() if name != _NUMBERS}
-        return RealFeatures(
-            reference={name: values[n : 2 * n] for name, values in outputs.items()},
-            floor={name: values[:n] for name, values in outputs.items()},
+        numbers, outputs = rows[_NUMBERS].tolist(), {name: x for name, x in rows.items() if name != _NUMBERS}
+        reference, floor = (
+            RealSet(numbers[part], {name: values[part] for name, values in outputs.items()})
+            for part in (slice(n, 2 * n), slice(n))
         )
+        return RealFeatures(reference, floor)
+
+
+def _missing(found: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """List the networks whose features are to be computed: those without any, or all if they are not of the same clips.
+
+    A clip that a slow disk gave at one time only is in one file and not in another.
+    """
+    numbers = {tuple(rows[_NUMBERS].tolist()) for rows in found if rows}
+    return [place for place, rows in enumerate(found) if not rows or len(numbers) > 1]
+
+
+def _plain(rows: Tensor) -> Tensor:
+    """Keep float64, and make float32 of the rest."""
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def write_features(path: Path, identity: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:

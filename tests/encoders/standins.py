@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 #: Width, classes and side of the spatial map of the Inception stand-in.
 WIDTH, CLASSES, SIDE = 24, 11, 7
+#: Of a transformer in a transformers folder.
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 class _Mixed(nn.Module):
@@ -79,4 +83,41 @@ def save(network: nn.Module, path: Path) -> nn.Module:
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.3)
     torch.jit.save(torch.jit.script(network.eval()), str(path))
+    return network
+
+
+def save_folder(network: Any, folder: Path, **preprocessor: Any) -> Any:
+    """Give a network of transformers random weights and save its folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    network.eval().save_pretrained(folder)
+    if preprocessor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return network
+
+
+def save_clip(folder: Path) -> Any:
+    """Save the folder of a CLIP with random weights that knows six words and reads captions of five tokens."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    words = ["<pad>", "<end>", "a", "red", "blue", "box"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>"
+    ).save_pretrained(folder)
+    config = transformers.CLIPConfig(
+        text_config={**SIZES, "vocab_size": 6, "max_position_embeddings": 5, "eos_token_id": 1, "pad_token_id": 0},
+        vision_config={**SIZES, "image_size": 32, "patch_size": 16},
+        projection_dim=12,
+    )
+    network = save_folder(transformers.CLIPModel(config), folder)
+    # As drawn, all pictures and captions point away from each other, which a CLIP score counts as 0.
+    network.text_projection.weight.data.neg_()
+    network.save_pretrained(folder)
     return network

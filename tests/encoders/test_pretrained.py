@@ -7,25 +7,13 @@ import torch
 from ltd.config import ConfigError
 from ltd.encoders.features import CaptionFeatures, build_features
 from ltd.encoders.pretrained import TransformersFeaturesConfig
+from tests.encoders.standins import SIZES, save_clip, save_folder
 
 transformers = pytest.importorskip("transformers")
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def _clips(b: int = 2, t: int = 4, h: int = 50, w: int = 70) -> torch.Tensor:
     return torch.randint(0, 256, (b, t, h, w, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-
-
-def _save(network, folder, **preprocessor):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    network.eval().save_pretrained(folder)
-    if preprocessor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return network
 
 
 def _features(folder):
@@ -53,7 +41,7 @@ def _seen(features, clips):
 def dinov2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dinov2")
     config = transformers.Dinov2Config(**SIZES, image_size=28, patch_size=14)
-    return folder, _save(transformers.Dinov2Model(config), folder)
+    return folder, save_folder(transformers.Dinov2Model(config), folder)
 
 
 def test_dinov2_gives_its_class_token_of_processed_frames(dinov2):
@@ -78,7 +66,7 @@ def test_dinov2_gives_its_class_token_of_processed_frames(dinov2):
 def test_preprocessor_config_overrules_what_is_known(dinov2, tmp_path):
     config = transformers.Dinov2Config(**SIZES, image_size=28, patch_size=14)
     stated = {"size": {"height": 42, "width": 42}, "do_center_crop": False, "resample": 2}
-    _save(transformers.Dinov2Model(config), tmp_path, **stated, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    save_folder(transformers.Dinov2Model(config), tmp_path, **stated, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     clips, features = _clips(), _features(tmp_path)
     processor = transformers.BitImageProcessorPil(
         size={"height": 42, "width": 42}, do_center_crop=False, resample=2, image_mean=[0.5] * 3, image_std=[0.25] * 3
@@ -93,7 +81,7 @@ def test_preprocessor_config_overrules_what_is_known(dinov2, tmp_path):
 
 def test_videomae_gives_the_mean_of_its_tokens_of_16_frames(tmp_path):
     config = transformers.VideoMAEConfig(**SIZES, image_size=32, patch_size=16, num_frames=4, tubelet_size=2)
-    network = _save(transformers.VideoMAEModel(config), tmp_path)
+    network = save_folder(transformers.VideoMAEModel(config), tmp_path)
     clips, features = _clips(t=8), _features(tmp_path)
     chosen = clips[:, [1, 3, 5, 7]]
     processor = transformers.VideoMAEImageProcessorPil(
@@ -112,24 +100,8 @@ def test_videomae_gives_the_mean_of_its_tokens_of_16_frames(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("clip")
-    words = ["<pad>", "<end>", "a", "red", "blue", "box"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>"
-    ).save_pretrained(folder)
-    config = transformers.CLIPConfig(
-        text_config={**SIZES, "vocab_size": 6, "max_position_embeddings": 5, "eos_token_id": 1, "pad_token_id": 0},
-        vision_config={**SIZES, "image_size": 32, "patch_size": 16},
-        projection_dim=12,
-    )
-    return folder, _save(transformers.CLIPModel(config), folder)
+    return folder, save_clip(folder)
 
 
 def test_clip_embeds_frames_and_captions_in_one_space(clip):

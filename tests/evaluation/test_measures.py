@@ -115,7 +115,7 @@ def test_motion_rows():
     pool = Clips(torch.cat((frames, frames)), ("a",) * 12, ("a",) * 12)
     rows = {row.name: row for row in motion_rows(samples, Reference(pool, None), Still())}
     assert rows["warping_error"].value == pytest.approx(0.04) and rows["warping_error"].floor == 0
-    assert "6 of 6 samples and 100% of pixels can be followed" in rows["warping_error"].note
+    assert "6 of 6 clips and 100% of pixels can be followed" in rows["warping_error"].note
     assert rows["motion_flicker"].value == pytest.approx(0.2) and rows["motion_flicker"].floor == 0
     assert rows["motion_magnitude"].value == rows["motion_dynamic_degree"].value == 0
     assert all(row.n == 6 and row.network == "still" for row in rows.values())

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,7 +11,6 @@ import torch
 
 import train
 from ltd import config as config_io
-from ltd import storage
 from ltd.config import ConfigError
 from ltd.data import DataConfig, ViewConfig
 from ltd.data.real_clips import RealClips
@@ -31,54 +25,25 @@ from ltd.inference.generate import Generator, Request
 from ltd.shapes import VideoShape
 from ltd.training.denoiser import DenoiserRun
 from ltd.training.latent_inputs import open_autoencoder
-from ltd.training.metrics import MeasureConfig, MetricsConfig
+from ltd.training.measures import MeasureConfig
+from ltd.training.metrics import MetricsConfig
 from ltd.training.reference import read_features, write_features
+from tests.training import metric_runs
+from tests.training.metric_runs import measured, same, state, trained
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "debug" / "denoiser_metrics.yaml"
+CONFIG = metric_runs.ROOT / "configs" / "debug" / "denoiser_metrics.yaml"
 SMALL = ("toy_data.num_samples=18", "toy_data.num_heldout=2", "data.global_batch=2", "evaluation.every=0")
 SMALL += ("optim.lr=0.02", "optim.warmup_steps=0", "steps=4", "ema.decays=[0.5]", "checkpoint.every=2")
 MEASURED = ("metrics.every=2", "metrics.num_samples=7", "metrics.steps=2", "metrics.batch_size=3")
 OFF = ("metrics.every=0",)
-PAIR = ("parallel.engine=deepspeed", "parallel.precision=fp32")
-
-
-def state(run_dir: Path, step: int = 4) -> dict[str, torch.Tensor]:
-    reader = storage.Reader(storage.checkpoint_path(run_dir, step))
-    return {f"{group}.{name}": x for group in reader.groups() for name, x in reader.read_full(group).items()}
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def trained(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows without what an evaluation adds, and without clocks."""
-    aside = ("eval/", "time/", "perf/")
-    return [{key: value for key, value in row.items() if not key.startswith(aside)} for row in rows(run_dir)]
-
-
-def measured(run_dir: Path) -> dict[int, dict[str, float]]:
-    found = {r["step"]: {key: value for key, value in r.items() if key.startswith("eval/")} for r in rows(run_dir)}
-    return {step: values for step, values in found.items() if values}
 
 
 def run(run_dir: Path, *overrides: str) -> Path:
-    assert train.main([str(CONFIG), f"run_dir={run_dir}", "parallel.engine=torch", *SMALL, *overrides]) == 0
-    return run_dir
+    return metric_runs.run(CONFIG, run_dir, *SMALL, *overrides)
 
 
 def launch(run_dir: Path, *overrides: str) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += [str(CONFIG), f"run_dir={run_dir}", *SMALL, *PAIR, *overrides]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run_dir
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+    return metric_runs.launch(CONFIG, run_dir, *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")

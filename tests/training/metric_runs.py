@@ -1,0 +1,56 @@
+"""Runs with and without metrics, on one process and two, and what they left: for tests of metrics while training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from ltd import storage
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = ("parallel.engine=deepspeed", "parallel.precision=fp32")
+
+
+def state(run_dir: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    reader = storage.Reader(storage.checkpoint_path(run_dir, step))
+    return {f"{group}.{name}": x for group in reader.groups() for name, x in reader.read_full(group).items()}
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows without what an evaluation adds, and without clocks."""
+    aside = ("eval/", "time/", "perf/")
+    return [{key: value for key, value in row.items() if not key.startswith(aside)} for row in rows(run_dir)]
+
+
+def measured(run_dir: Path) -> dict[int, dict[str, float]]:
+    found = {r["step"]: {key: value for key, value in r.items() if key.startswith("eval/")} for r in rows(run_dir)}
+    return {step: values for step, values in found.items() if values}
+
+
+def run(config: Path, run_dir: Path, *overrides: str) -> Path:
+    assert train.main([str(config), f"run_dir={run_dir}", "parallel.engine=torch", *overrides]) == 0
+    return run_dir
+
+
+def launch(config: Path, run_dir: Path, *overrides: str) -> Path:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    command += [str(config), f"run_dir={run_dir}", *PAIR, *overrides]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
