@@ -144,7 +144,7 @@ def test_a_stream_holds_its_states_once_and_little_else(monkeypatch: pytest.Monk
     monkeypatch.setattr("ltd.autoencoders.conv_parts.NORM_PIXELS", 64)
     monkeypatch.setattr(CausalConv3d.convolve_frames, "__kwdefaults__", {"band_pixels": 128})
     model = redraw(build_autoencoder(dataclasses.replace(TINY, decoder_width=16, halve_time=(False, True))))
-    model.decoder.piece_pixels = 16
+    model.decoder.piece_pixels = 32 * 32
     latents = torch.randn(1, 4, 5, 8, 8)
     with LiveBytes(model) as live:
         for video in model.decode_stream(latents.split(1, dim=2)):
@@ -158,9 +158,10 @@ def test_a_stream_holds_its_states_once_and_little_else(monkeypatch: pytest.Monk
     last_video, sums = cells * 16 * 3 * 2, cells * 16 * 2 * 3
     states = 2 * (cells * coarse + middle + fine) + sums
     assert held == 4 * (states + last_video + latents.numel())
-    # What is alive besides: three frames of the last level (input, one convolution's, output) and less than one more.
+    # What is alive besides: three frames of the last level (a block's input, one convolution's, the output), two of the
+    # level below, which weigh as much as one, and what one operation makes.
     frame = 4 * cells * 16 * 16
-    assert live.peak - held < 4.5 * frame
+    assert live.peak - held < 5.5 * frame
 
 
 @pytest.mark.parametrize("name", VARIANTS)
