@@ -118,8 +118,8 @@ class CausalConv3d(nn.Conv3d):
     ) -> tuple[Tensor, State]:
         """Convolve a chunk that comes frame by frame, large frames in bands of rows; stride 1 in time, no gradients.
 
-        What is carried is the last frames themselves: none is copied, and none keeps the others alive. A convolution to
-        few channels carries what these frames add to the outputs to come instead.
+        What is carried is the last frames themselves: none is copied, and none keeps the others alive. In half
+        precision a convolution to few channels carries what these frames add to the outputs to come instead.
 
         Args:
             frames: ``(b, in_channels, 1, h, w)`` each, with a storage of its own; not written to afterwards.
@@ -162,7 +162,9 @@ class CausalConv3d(nn.Conv3d):
         return out
 
     def _adds_taps(self) -> bool:
-        return self.out_channels < _LANES and 2 * self.out_channels <= self.in_channels and self._takes_bands()
+        # fp32 and fp64 keep to the plain convolution's bits.
+        half = self.weight.dtype in (torch.bfloat16, torch.float16)
+        return half and self.out_channels < _LANES and 2 * self.out_channels <= self.in_channels and self._takes_bands()
 
     def _convolve_taps(self, frames: list[Tensor], state: State) -> tuple[Tensor, State]:
         """Convolve each frame by all taps at once, as channels of one kernel, and add what belongs to one output."""

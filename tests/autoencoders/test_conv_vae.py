@@ -155,8 +155,8 @@ def test_a_stream_holds_its_states_once_and_little_else(monkeypatch: pytest.Monk
     coarse = 4 + 4 * 32 + 4 * 32 + 32  # the first convolution, the middle, the level's two blocks, and time
     middle = cells * 4 * (16 + 3 * 32)
     fine = cells * 16 * 4 * 16
-    last_video, sums = cells * 16 * 3 * 2, cells * 16 * 2 * 3
-    states = 2 * (cells * coarse + middle + fine) + sums
+    last_video, last_conv = cells * 16 * 3 * 2, cells * 16 * 16
+    states = 2 * (cells * coarse + middle + fine + last_conv)
     assert held == 4 * (states + last_video + latents.numel())
     # What is alive besides: three frames of the last level (a block's input, one convolution's, the output), two of the
     # level below, which weigh as much as one, and what one operation makes.
