@@ -2,8 +2,8 @@
 
 Every part is called as ``part(x, state, guide) -> (x, state)`` on channels-last ``(b, c, t, h, w)`` and sees no later
 frame than the one it writes; ``guide`` is the latent that a spatially conditional norm reads, already repeated to x's
-frames. Without gradients, a norm writes straight into the buffer that the next convolution reads, and resampling into
-its output: the same numbers with fewer copies. Knows nothing of bottlenecks, files or training.
+frames. Without gradients, a norm writes frames that the next convolution reads and carries as they are, and resampling
+into its output: the same numbers with fewer copies. Knows nothing of bottlenecks, files or training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ltd.nn.causal_conv import CausalConv3d, Factors, Front, State, depth_to_space, is_first, space_to_depth
+from ltd.autoencoders.descent import split_state
+from ltd.nn.causal_conv import (
+    CausalConv3d,
+    Factors,
+    Front,
+    State,
+    depth_to_space,
+    even_cuts,
+    is_first,
+    space_to_depth,
+)
 from ltd.nn.norm import ChannelRMSNorm, FrameGroupNorm
 from ltd.nn.seams import ExtendRows, gather_pixels
 
@@ -23,6 +33,8 @@ NormKind: TypeAlias = Literal["rms", "group"]
 #: ``torch.nn.functional.normalize`` divides by max(|x|, 1e-12); under the root of a mean that is far below this.
 _RMS_EPS = 1e-24
 _GROUP_EPS = 1e-6
+#: Pixels, over the batch, that a norm over single pixels takes at once without gradients.
+NORM_PIXELS = 1 << 12
 
 
 def build_norm(kind: NormKind, channels: int, num_groups: int) -> nn.Module:
@@ -89,15 +101,43 @@ class NormConv(nn.Module):
 
     def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         """Map ``(b, c, t, h, w)`` to ``(b, c', t, h, w)``."""
-        normed = self.norm(x, guide) if isinstance(self.norm, ConditionalNorm) else self.norm(x)
-        count = self.conv.kernel_size[0] - 1
-        if torch.is_grad_enabled() or not count:
-            return self.conv(F.silu(normed, inplace=not torch.is_grad_enabled()), state)
-        b, c, t, h, w = normed.shape
-        buffer = normed.new_empty(b, count + t, h, w, c).permute(0, 4, 1, 2, 3)
-        torch.ops.aten.silu.out(normed, out=buffer[:, :, count:])
-        del normed
-        return self.conv.convolve_behind_front(buffer, state)
+        if torch.is_grad_enabled() or self.conv.kernel_size[0] == 1:
+            return self.conv(F.silu(self._normalize(x, guide), inplace=not torch.is_grad_enabled()), state)
+        return self.convolve([x], [state], guide)
+
+    def convolve(
+        self, held: list[Tensor], states: list[State], guide: Tensor | None, kept: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Map a chunk without gradients, letting go of it and of its state as soon as they are read.
+
+        Args:
+            held: The chunk ``(b, c, t, h, w)`` as its last element, which is taken off.
+            states: The state as its last element, which is taken off.
+            guide: What a conditional norm reads.
+            kept: Is added to the output.
+
+        Returns:
+            As ``forward``.
+        """
+        x = held.pop()
+        frames = [self._enter(x, index, guide) for index in range(x.shape[2])]
+        del x
+        return self.conv.convolve_frames(frames, states.pop(), kept)
+
+    def _enter(self, x: Tensor, index: int, guide: Tensor | None) -> Tensor:
+        """Normalise and activate one frame, into a storage of its own."""
+        x, guide = x[:, :, index : index + 1], None if guide is None else guide[:, :, index : index + 1]
+        b, c, _, h, w = x.shape
+        out = x.new_empty(b, 1, h, w, c).permute(0, 4, 1, 2, 3)
+        # A norm over single pixels may take rows one band after another: what lies in between stays small.
+        cuts = even_cuts(h, b * w, NORM_PIXELS) if isinstance(self.norm, ChannelRMSNorm) else [(0, h)]
+        for start, stop in cuts:
+            torch.ops.aten.silu.out(self._normalize(x[:, :, :, start:stop], guide), out=out[:, :, :, start:stop])
+        return out
+
+    def _normalize(self, x: Tensor, guide: Tensor | None) -> Tensor:
+        normed: Tensor = self.norm(x, guide) if isinstance(self.norm, ConditionalNorm) else self.norm(x)
+        return normed
 
 
 class ConvBlock(nn.Module):
@@ -118,14 +158,18 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         """Map ``(b, channels, t, h, w)`` to ``(b, out_channels, t, h, w)``."""
-        before = ((), ()) if is_first(state) else state
-        assert isinstance(before, tuple)
-        whole = state is None
-        y, first = self.first(x, None if whole else before[0], guide)
-        y, second = self.second(y, None if whole else before[1], guide)
         kept = x if self.shortcut is None else self.shortcut(x)[0]
-        y = y + kept if torch.is_grad_enabled() else y.add_(kept)
-        return y, None if whole else (first, second)
+        states = split_state(state, 2)
+        if torch.is_grad_enabled() or self.first.conv.kernel_size[0] == 1:
+            y, first = self.first(x, states[0], guide)
+            y, second = self.second(y, states[1], guide)
+            y = y + kept if torch.is_grad_enabled() else y.add_(kept)
+        else:
+            y, first = self.first.convolve([x], [states.pop(0)], guide)
+            held = [y]
+            del y
+            y, second = self.second.convolve(held, states, guide, kept)
+        return y, None if state is None else (first, second)
 
 
 class FrameAttention(nn.Module):

@@ -7,7 +7,6 @@ weights to and from diffusers. Knows nothing of losses, data sets or devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -29,7 +28,7 @@ from ltd.autoencoders.conv_parts import (
     TemporalDown,
     TemporalUp,
 )
-from ltd.autoencoders.descent import PIECE_PIXELS, Stage, descend, join_states, split_state
+from ltd.autoencoders.descent import PIECE_PIXELS, Stage, Step, descend, join_states, split_state
 from ltd.config import ConfigError
 from ltd.nn.causal_conv import Factors, State, is_first
 from ltd.shapes import Compression
@@ -209,17 +208,19 @@ class _Encoder(nn.Module):
         self.out = NormConv(settings.norm(widths[-1]), settings.conv(widths[-1], moments))
         self.quant_conv = settings.pointwise(moments, moments) if config.quant_conv else None
         # Frames that belong together because the levels from here on halve their number.
-        units = [2 ** sum(config.halve_time[level:]) for level in range(len(widths))]
-        self._units = [units[0]]
-        for made, unit in zip(self.levels, units, strict=True):
-            self._units += [unit] * len(_stages([made]))
-        self._units += [1, 1]
-        self.num_stages = len(self._units)
+        self._units = [2 ** sum(config.halve_time[level:]) for level in range(len(widths))]
+        self.num_stages = len(self._steps())
         self.piece_pixels = PIECE_PIXELS
 
     def forward(self, x: Tensor, states: list[State]) -> Tensor:
-        stages: list[Stage] = [self._begin, *_stages(self.levels), self.middle, self._finish]
-        return descend(stages, self._units, x, states, piece_pixels=self.piece_pixels)
+        return descend(self._steps(), x, states, piece_pixels=self.piece_pixels)
+
+    def _steps(self) -> list[Step]:
+        steps = [Step(self._begin, unit=self._units[0])]
+        for level, unit in zip(self.levels, self._units, strict=True):
+            assert isinstance(level, _DownLevel)
+            steps += [Step(stage, unit=unit) for stage in level.stages()]
+        return [*steps, Step(self.middle), Step(self._finish)]
 
     def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         return self.conv_in(self.fold(x, state)[0], state)
@@ -250,13 +251,19 @@ class _Decoder(nn.Module):
             width = made.out_channels
         self.out = NormConv(settings.norm(width, guide), settings.conv(width, config.in_channels * config.patch**2))
         self.unfold = Unfold((1, config.patch, config.patch))
-        self.num_stages = 3 + len(_stages(self.levels))
+        self.num_stages = len(self._steps())
         self.piece_pixels = PIECE_PIXELS
 
     def forward(self, latents: Tensor, states: list[State]) -> Tensor:
-        stages: list[Stage] = [self._begin, self.middle, *_stages(self.levels), self._finish]
         guide = latents if self.guided else None
-        return descend(stages, [1] * len(stages), latents, states, guide, piece_pixels=self.piece_pixels)
+        return descend(self._steps(), latents, states, guide, piece_pixels=self.piece_pixels)
+
+    def _steps(self) -> list[Step]:
+        steps = [Step(self._begin), Step(self.middle)]
+        for level in self.levels:
+            assert isinstance(level, _UpLevel)
+            steps += level.steps()
+        return [*steps, Step(self._finish)]
 
     def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
         return self.conv_in(x if self.post_quant_conv is None else self.post_quant_conv(x)[0], state)
@@ -331,22 +338,28 @@ class _UpLevel(nn.Module):
         self.space = None if factors is None else SpatialUp(out_channels, self.out_channels)
         self.around = RepeatUp(channels, out_channels, factors) if config.shortcuts and factors is not None else None
 
-    def stages(self) -> list[Stage]:
+    def steps(self) -> list[Step]:
         """List what can be run piece by piece: each part, or all with the path around them."""
-        return [self] if self.around is not None else [*self.blocks, self.resample]
+        if self.around is not None:
+            return [Step(self)]
+        blocks: list[Stage] = [*self.blocks, self.enlarge_time]
+        return [*(Step(stage) for stage in blocks), Step(self.enlarge_space, spread=self.factors[1] * self.factors[2])]
 
     def forward(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
-        entered, states = x, split_state(state, len(self.blocks) + 1)
-        for index, part in enumerate((*self.blocks, self.resample)):
+        entered, states = x, split_state(state, len(self.blocks) + 2)
+        for index, part in enumerate((*self.blocks, self.enlarge_time, self.enlarge_space)):
             x, states[index] = part(x, states[index], guide)
         if self.around is not None:
             x = x + self.around(entered, first=is_first(state))
         return x, _join(state, states)
 
-    def resample(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
-        """Enlarge time, then space."""
-        x, state = self.time(x, state) if self.time is not None else (x, _started(state))
-        return (x if self.space is None else self.space(x)), state
+    def enlarge_time(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        """Double the frames behind the first."""
+        return self.time(x, state) if self.time is not None else (x, _started(state))
+
+    def enlarge_space(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        """Double height and width."""
+        return (x if self.space is None else self.space(x)), _started(state)
 
 
 def _decoder_reach(config: ConvVaeConfig) -> int:
@@ -370,10 +383,6 @@ def _encoder_reach(config: ConvVaeConfig) -> int:
 
 def _settings(config: ConvVaeConfig) -> PartSettings:
     return PartSettings(config.norm, config.num_groups, config.temporal_kernel, config.front)
-
-
-def _stages(levels: Iterable[nn.Module]) -> list[Stage]:
-    return [stage for level in levels if isinstance(level, _DownLevel | _UpLevel) for stage in level.stages()]
 
 
 def _join(before: State, after: list[State]) -> State:

@@ -20,9 +20,19 @@ PIECE_PIXELS = 1 << 14
 Stage = Callable[[Tensor, State, "Tensor | None"], "tuple[Tensor, State]"]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A stage, and what cutting its input has to know."""
+
+    run: Stage
+    #: Frames of the input that belong together, because what follows halves their number.
+    unit: int = 1
+    #: Pixels that are made of one, where they are more.
+    spread: int = 1
+
+
 def descend(
-    stages: list[Stage],
-    units: list[int],
+    steps: list[Step],
     x: Tensor,
     states: list[State],
     guide: Tensor | None = None,
@@ -32,8 +42,7 @@ def descend(
     """Run a chunk through stages; without gradients a large one goes on in pieces, depth first.
 
     Args:
-        stages: What is run, in order.
-        units: Frames of each stage's input that belong together, because what follows halves their number.
+        steps: What is run, in order.
         x: ``(b, c, t, h, w)``.
         states: State of each stage, replaced by that for the next chunk; old ones are let go as soon as they are used.
         guide: Goes along with x, repeated where a stage doubles the frames.
@@ -42,11 +51,11 @@ def descend(
     Returns:
         Output of the last stage.
     """
-    descent = _Descent(stages, units, states, piece_pixels)
+    descent = _Descent(steps, states, piece_pixels)
     if torch.is_grad_enabled():
         return descent.whole(x, guide)
     whole = all(state is None for state in states)
-    pieces = list(descent.pieces(0, x, guide))
+    pieces = list(descent.pieces(x, guide))
     if whole:
         states[:] = [None] * len(states)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
@@ -60,7 +69,7 @@ def split_state(state: State, count: int) -> list[State]:
         count: Parts.
 
     Returns:
-        One state each.
+        One state each; a list is given back itself.
 
     Raises:
         TypeError: If the state is of something else.
@@ -69,9 +78,9 @@ def split_state(state: State, count: int) -> list[State]:
         return [None] * count
     if is_first(state):
         return [START] * count
-    if not isinstance(state, tuple) or len(state) != count:
+    if not isinstance(state, tuple | list) or len(state) != count:
         raise TypeError("expected the state that the previous chunk returned")
-    return list(state)
+    return state if isinstance(state, list) else list(state)
 
 
 def join_states(states: list[State]) -> State:
@@ -81,48 +90,53 @@ def join_states(states: list[State]) -> State:
 
 @dataclass
 class _Descent:
-    stages: list[Stage]
-    units: list[int]
+    steps: list[Step]
     states: list[State]
     piece_pixels: int
 
     def whole(self, x: Tensor, guide: Tensor | None) -> Tensor:
         """Run the stages one after another."""
-        for index in range(len(self.stages)):
+        for index in range(len(self.steps)):
             first = is_first(self.states[index])
             x = self._run(index, x, guide)
             guide = _follow(guide, x, first=first)
         return x
 
-    def pieces(self, index: int, x: Tensor, guide: Tensor | None) -> Iterator[Tensor]:
-        """Run the stages from ``index`` on, yielding the last one's output as it comes."""
-        if index == len(self.stages):
-            yield x
-            return
-        cuts = _cut(x, self.units[index], self.piece_pixels, first=is_first(self.states[index]))
-        if self.states[index] is None and len(cuts) > 1:
-            self.states[index:] = [START] * (len(self.stages) - index)
-        for start, stop in cuts:
-            follow = None if guide is None else guide[:, :, start:stop]
+    def pieces(self, x: Tensor, guide: Tensor | None) -> Iterator[Tensor]:
+        """Run the stages, yielding the last one's output as it comes; what is read is let go of."""
+        waiting = [(0, x, guide)]
+        del x, guide
+        while waiting:
+            index, x, guide = waiting.pop()
+            if index == len(self.steps):
+                yield x
+                continue
             first = is_first(self.states[index])
-            y = self._run(index, x[:, :, start:stop], follow)
-            yield from self.pieces(index + 1, y, _follow(follow, y, first=first))
+            length = self._length(index, x, first=first)
+            follow = guide
+            if length < x.shape[2]:
+                if self.states[index] is None:
+                    self.states[index:] = [START] * (len(self.steps) - index)
+                waiting.append((index, x[:, :, length:], None if guide is None else guide[:, :, length:]))
+                x, follow = x[:, :, :length], None if guide is None else guide[:, :, :length]
+            x = self._run(index, x, follow)
+            waiting.append((index + 1, x, _follow(follow, x, first=first)))
+            del x, guide, follow
+
+    def _length(self, index: int, x: Tensor, *, first: bool) -> int:
+        """Count the frames of the next piece: about ``piece_pixels``, in whole units; a clip's first frame is one."""
+        unit = self.steps[index].unit
+        b, _, t, h, w = x.shape
+        size = max(1, self.piece_pixels // (b * h * w * unit * self.steps[index].spread)) * unit
+        return min(t, size + 1 - unit if first else size)
 
     def _run(self, index: int, x: Tensor, guide: Tensor | None) -> Tensor:
         state, self.states[index] = self.states[index], None
-        x, self.states[index] = self.stages[index](x, state, guide)
+        # A list is handed over: the stage lets go of each part as soon as it is used.
+        handed = list(state) if isinstance(state, tuple) and state else state
+        del state
+        x, self.states[index] = self.steps[index].run(x, handed, guide)
         return x
-
-
-def _cut(x: Tensor, unit: int, piece_pixels: int, *, first: bool) -> list[tuple[int, int]]:
-    """Cut a chunk into pieces of about ``piece_pixels``, whole units each; the clip's first frame stands for a unit."""
-    b, _, t, h, w = x.shape
-    size = max(1, piece_pixels // (b * h * w * unit)) * unit
-    head = size + 1 - unit if first else size
-    if t <= head:
-        return [(0, t)]
-    starts = [0, *range(head, t, size)]
-    return list(zip(starts, [*starts[1:], t], strict=True))
 
 
 def _follow(guide: Tensor | None, x: Tensor, *, first: bool) -> Tensor | None:

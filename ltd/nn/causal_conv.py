@@ -13,6 +13,7 @@ The first frame stands alone: a module that divides time by ``f`` takes ``1 + k 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
@@ -23,13 +24,18 @@ from torch import Tensor, nn
 
 from ltd.nn.seams import ExtendRows
 
-# None: a whole clip. (): the start of a stream. Otherwise what a module carries to the next chunk.
-State: TypeAlias = "Tensor | tuple[State, ...] | None"
+# None: a whole clip. (): the start of a stream. Otherwise what a module carries to the next chunk; a list is handed
+# over, and may be emptied, so that what is in it can be let go.
+State: TypeAlias = "Tensor | tuple[State, ...] | list[State] | None"
 START: State = ()
 Padding: TypeAlias = Literal["zeros", "replicate"]
 #: What lies before a clip: its first frame again, or zeros.
 Front: TypeAlias = Literal["repeat", "zeros"]
 Factors: TypeAlias = tuple[int, int, int]
+#: Pixels of a frame, over the batch, whose rows a convolution gathers at once without gradients.
+BAND_PIXELS = 1 << 13
+#: Output channels that a vector unit works on at once; fewer leave part of it idle.
+_LANES = 16
 
 
 def is_first(state: State) -> bool:
@@ -103,30 +109,107 @@ class CausalConv3d(nn.Conv3d):
         if (x.shape[2] - first) % stride_t or not x.shape[2]:
             rule = f"1 + k * {stride_t}" if first else f"k * {stride_t}"
             raise ValueError(f"a {'first' if first else 'later'} chunk needs {rule} frames, got {x.shape[2]}")
-        x = pad_front(x, kernel_t - 1, self.front) if first else torch.cat([_tensor(state), x], dim=2)
+        x = pad_front(x, kernel_t - 1, self.front) if first else torch.cat([*self._frames_before(x, state), x], dim=2)
         carried: State = None if state is None else _last_frames(x, kernel_t - stride_t)
         return self._convolve(x), carried
 
-    def convolve_behind_front(self, buffer: Tensor, state: State) -> tuple[Tensor, State]:
-        """Convolve a chunk that already lies in a buffer behind room for what comes before it; stride 1 in time.
+    def convolve_frames(
+        self, frames: list[Tensor], state: State, kept: Tensor | None = None, *, band_pixels: int = BAND_PIXELS
+    ) -> tuple[Tensor, State]:
+        """Convolve a chunk that comes frame by frame, large frames in bands of rows; stride 1 in time, no gradients.
+
+        What is carried is the last frames themselves: none is copied, and none keeps the others alive. In half
+        precision a convolution to few channels carries what these frames add to the outputs to come instead.
 
         Args:
-            buffer: ``(b, in_channels, kernel_t - 1 + t, h, w)``; its first ``kernel_t - 1`` frames are overwritten.
+            frames: ``(b, in_channels, 1, h, w)`` each, with a storage of its own; not written to afterwards.
             state: ``None``, ``START`` or what the previous chunk returned.
+            kept: Is added to the output, ``(b, out_channels, t, h, w)``.
+            band_pixels: Pixels of a frame, over the batch, that are gathered at once.
 
         Returns:
-            As for a call with the chunk alone.
+            As for a call with the chunk alone, plus ``kept``; the state is a tuple of single frames.
         """
+        if self._adds_taps():
+            y, sums = self._convolve_taps(frames, state)
+            return (y if kept is None else y.add_(kept)), None if state is None else sums
         count = self.kernel_size[0] - 1
-        room = buffer[:, :, :count]
+        frames = [*self._frames_before(frames[0], state), *frames]
+        carried: State = None if state is None else tuple(frames[len(frames) - count :])
+        del state
+        b, _, _, h, w = frames[0].shape
+        cuts = even_cuts(h, b * w, band_pixels) if self._takes_bands() else [(0, h)]
+        if len(cuts) == 1:
+            y = self._convolve(torch.cat(frames, dim=2))
+            return (y if kept is None else y.add_(kept)), carried
+        return self._convolve_bands(frames, cuts, kept), carried
+
+    def _convolve_bands(self, frames: list[Tensor], cuts: list[tuple[int, int]], kept: Tensor | None) -> Tensor:
+        _, _, top, bottom = self.edges
+        b, c, _, h, w = frames[0].shape
+        t = len(frames) - self.kernel_size[0] + 1
+        out = frames[0].new_empty(b, t, h, w, self.out_channels).permute(0, 4, 1, 2, 3)
+        most = max(stop - start for start, stop in cuts) + top + bottom
+        room = frames[0].new_empty(b * len(frames) * most * w * c)
+        for start, stop in cuts:
+            shape = (b, len(frames), stop - start + top + bottom, w, c)
+            band = room[: math.prod(shape)].view(shape).permute(0, 4, 1, 2, 3)
+            gather_rows(frames, start - top, stop + bottom, band)
+            y = F.conv3d(band, self.weight, self.bias, self.stride, (0, 0, self.edges[0]))
+            rows = out[:, :, :, start:stop]
+            rows.copy_(y) if kept is None else torch.add(y, kept[:, :, :, start:stop], out=rows)
+            del y  # not beside the next band's
+        return out
+
+    def _adds_taps(self) -> bool:
+        # fp32 and fp64 keep to the plain convolution's bits.
+        half = self.weight.dtype in (torch.bfloat16, torch.float16)
+        return half and self.out_channels < _LANES and 2 * self.out_channels <= self.in_channels and self._takes_bands()
+
+    def _convolve_taps(self, frames: list[Tensor], state: State) -> tuple[Tensor, State]:
+        """Convolve each frame by all taps at once, as channels of one kernel, and add what belongs to one output."""
+        taps, (b, _, _, h, w) = self.kernel_size[0], frames[0].shape
+        kernel = self.weight.movedim(2, 0).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        out = frames[0].new_empty(b, len(frames), h, w, self.out_channels).permute(0, 4, 1, 2, 3)
+        sums: list[Tensor] = []
+        for index, frame in enumerate(frames):
+            parts = F.conv2d(frame.squeeze(2), kernel, padding=(self.edges[2], self.edges[0])).unflatten(1, (taps, -1))
+            parts = parts if parts.dtype == torch.float64 else parts.float()
+            if not index:
+                sums = self._sums_before(parts, state)
+            y = sums[0] + parts[:, -1]
+            out[:, :, index] = y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+            # Tap k of a frame belongs to the output taps - 1 - k frames later.
+            sums = [*(sums[ahead] + parts[:, -1 - ahead] for ahead in range(1, taps - 1)), parts[:, 0].clone()]
+        return out, tuple(sums)
+
+    def _sums_before(self, parts: Tensor, state: State) -> list[Tensor]:
+        """List what the frames before a chunk add to its first output, to its second, and so on."""
         if not is_first(state):
-            room.copy_(_tensor(state))
-        elif self.front == "zeros":
-            room.zero_()
-        else:
-            room.copy_(buffer[:, :, count : count + 1].expand_as(room))
-        carried: State = None if state is None else _last_frames(buffer, count)
-        return self._convolve(buffer), carried
+            if not isinstance(state, tuple | list):
+                raise TypeError("expected what a chunk without gradients returned: a stream ends as it began")
+            return [_tensor(part) for part in state]
+        taps = parts.shape[1]
+        if self.front == "zeros":
+            return [torch.zeros_like(parts[:, 0])] * (taps - 1)
+        return [parts[:, : taps - 1 - ahead].sum(1) for ahead in range(taps - 1)]
+
+    def _takes_bands(self) -> bool:
+        """Tell whether a band of rows convolves as it does within its frame."""
+        left, right, _, _ = self.edges
+        return self.extend_rows is None and self.edge_mode == "zeros" and left == right and self.stride == (1, 1, 1)
+
+    def _frames_before(self, first: Tensor, state: State) -> list[Tensor]:
+        """List the frames that a chunk's first one sees before itself."""
+        count = self.kernel_size[0] - 1
+        if is_first(state):
+            return [first if self.front == "repeat" else torch.zeros_like(first)] * count
+        if isinstance(state, Tensor):
+            return list(state.split(1, dim=2))
+        frames = [_tensor(frame) for frame in state or ()]
+        if any(frame.shape[1] != self.in_channels for frame in frames):
+            raise TypeError("expected what a chunk with gradients returned: a stream ends as it began")
+        return frames
 
     def _convolve(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.edges
@@ -161,6 +244,38 @@ class FixedCausalConv3d(CausalConv3d):
     def _convolve(self, x: Tensor) -> Tensor:
         # Engines cast parameters and leave buffers alone: the fixed map stays as precise as it was computed.
         return super()._convolve(x.to(self.weight.dtype))
+
+
+def even_cuts(rows: int, row_pixels: int, most_pixels: int) -> list[tuple[int, int]]:
+    """Cut rows of ``row_pixels`` into bands ``(start, stop)`` of about equal height and at most ``most_pixels``.
+
+    Args:
+        rows: Rows of a frame.
+        row_pixels: Pixels of a row, over the batch.
+        most_pixels: Most pixels of a band; a band has one row at least.
+
+    Returns:
+        Bands from top to bottom.
+    """
+    count = -(-rows // max(1, most_pixels // row_pixels))
+    return [(rows * band // count, rows * (band + 1) // count) for band in range(count)]
+
+
+def gather_rows(frames: list[Tensor], start: int, stop: int, out: Tensor) -> None:
+    """Copy rows of single frames side by side; rows beyond a frame's edge become zeros.
+
+    Args:
+        frames: ``(b, c, 1, h, w)`` each.
+        start: First row; may be negative.
+        stop: Behind the last row; may lie beyond the frame.
+        out: ``(b, c, len(frames), stop - start, w)``.
+    """
+    inside = slice(max(start, 0), min(stop, frames[0].shape[3]))
+    above, below = inside.start - start, stop - inside.stop
+    out[:, :, :, :above].zero_()
+    out[:, :, :, out.shape[3] - below :].zero_()
+    for index, frame in enumerate(frames):
+        out[:, :, index : index + 1, above : out.shape[3] - below] = frame[:, :, :, inside]
 
 
 def _tensor(state: State) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder, inflate
 from ltd.autoencoders.conv_parts import ConditionalNorm, NormConv, SpatialUp, build_norm
@@ -108,6 +112,67 @@ def test_small_pieces_go_depth_first() -> None:
     with torch.no_grad():
         model.decode(torch.randn(1, 4, 3, 2, 2))
     assert sizes == [1] * 9
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and are alive; weights are not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {value.untyped_storage()._cdata for value in model.parameters()}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def now(self) -> int:
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.peak = max(self.peak, self.now())
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.weights:
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+@torch.no_grad()
+def test_a_stream_holds_its_states_once_and_little_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltd.autoencoders.conv_parts.NORM_PIXELS", 64)
+    monkeypatch.setattr(CausalConv3d.convolve_frames, "__kwdefaults__", {"band_pixels": 128})
+    model = redraw(build_autoencoder(dataclasses.replace(TINY, decoder_width=16, halve_time=(False, True))))
+    model.decoder.piece_pixels = 32 * 32
+    latents = torch.randn(1, 4, 5, 8, 8)
+    with LiveBytes(model) as live:
+        for video in model.decode_stream(latents.split(1, dim=2)):
+            del video
+            held = live.now()
+    # Two frames of what each convolution reads: of each level's width, or of the level's below; 4 bytes a value.
+    cells = 8 * 8
+    coarse = 4 + 4 * 32 + 4 * 32 + 32  # the first convolution, the middle, the level's two blocks, and time
+    middle = cells * 4 * (16 + 3 * 32)
+    fine = cells * 16 * 4 * 16
+    last_video, last_conv = cells * 16 * 3 * 2, cells * 16 * 16
+    states = 2 * (cells * coarse + middle + fine + last_conv)
+    assert held == 4 * (states + last_video + latents.numel())
+    # What is alive besides: three frames of the last level (a block's input, one convolution's, the output), two of the
+    # level below, which weigh as much as one, and what one operation makes.
+    frame = 4 * cells * 16 * 16
+    assert live.peak - held < 5.5 * frame
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_a_state_serves_more_than_one_continuation(name: str) -> None:
+    model = make(name, torch.float32)
+    latents = model.encode(clip(model)).mean
+    _, state = model.decode_chunk(latents[:, :, :2], START)
+    first, _ = model.decode_chunk(latents[:, :, 2:3], state)
+    second, _ = model.decode_chunk(latents[:, :, 2:3], state)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -88,6 +88,78 @@ def test_carried_state_is_a_copy_of_the_last_frames() -> None:
     assert state.untyped_storage().nbytes() == state.numel() * 8
 
 
+def _frames(x: Tensor) -> list[Tensor]:
+    return [frame.clone(memory_format=torch.channels_last_3d) for frame in x.split(1, dim=2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("front", ["repeat", "zeros"])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (2, 5, 3)])
+@torch.no_grad()
+def test_bands_of_rows_equal_the_frame(kernel: tuple[int, int, int], front: str, dtype: torch.dtype) -> None:
+    conv = CausalConv3d(16, 16, kernel, front=front).to(dtype)  # type: ignore[arg-type]
+    x, kept = torch.randn(2, 16, 6, 8, 12).to(dtype), torch.randn(2, 16, 6, 8, 12).to(dtype)
+    whole, tolerance = conv(x)[0] + kept, 5e-6 if dtype == torch.float32 else 1e-13
+    for band_pixels in (1 << 20, 3 * 2 * 12, 1):  # all rows, three bands of unequal height, single rows
+        state: State = START
+        parts = []
+        for start, stop in ((0, 1), (1, 2), (2, 6)):
+            part = kept[:, :, start:stop].clone(memory_format=torch.channels_last_3d)
+            y, state = conv.convolve_frames(_frames(x[:, :, start:stop]), state, part, band_pixels=band_pixels)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=tolerance, atol=tolerance)
+        assert isinstance(state, tuple) and len(state) == kernel[0] - 1
+
+
+@torch.no_grad()
+def test_carried_frames_are_those_that_came_and_keep_nothing_else() -> None:
+    conv, x = CausalConv3d(3, 5).double(), _clip(5)
+    frames = _frames(x[:, :, :3])
+    _, state = conv.convolve_frames(frames, START)
+    assert isinstance(state, tuple)
+    assert [part is frame for part, frame in zip(state, frames[1:], strict=True)] == [True, True]
+    _, after = conv.convolve_frames(frames[:1], state)
+    assert isinstance(after, tuple) and after[0] is state[1] and after[1] is frames[0]
+    # and a call with the whole chunk goes on from them
+    torch.testing.assert_close(conv(x[:, :, 3:], state)[0], conv(x)[0][:, :, 3:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("front", ["repeat", "zeros"])
+@pytest.mark.parametrize("taps", [2, 3, 4])
+@torch.no_grad()
+def test_few_channels_are_convolved_tap_by_tap(taps: int, front: str) -> None:
+    conv = CausalConv3d(6, 3, (taps, 3, 3), front=front).double()  # type: ignore[arg-type]
+    x = torch.randn(2, 6, 7, 4, 5, dtype=torch.float64)
+    whole = conv(x)[0]
+    torch.testing.assert_close(conv._convolve_taps(_frames(x), START)[0], whole, rtol=1e-12, atol=1e-12)
+    state: State = START
+    for start, stop in ((0, 1), (1, 2), (2, 5), (5, 7)):
+        y, state = conv._convolve_taps(_frames(x[:, :, start:stop]), state)
+        torch.testing.assert_close(y, whole[:, :, start:stop], rtol=1e-12, atol=1e-12)
+        assert isinstance(state, tuple)
+        # what is carried has the channels of the output
+        assert [part.shape for part in state if isinstance(part, Tensor)] == [(2, 3, 4, 5)] * (taps - 1)
+        assert all(p.untyped_storage().nbytes() == p.numel() * 8 for p in state if isinstance(p, Tensor))
+    with pytest.raises(TypeError, match="with gradients returned"):
+        conv(x, state)
+    with pytest.raises(TypeError, match="without gradients returned"):
+        conv._convolve_taps(_frames(x), conv(x, START)[1])
+
+
+@torch.no_grad()
+def test_sums_of_taps_are_kept_in_fp32() -> None:
+    conv = CausalConv3d(96, 3, front="zeros").bfloat16()
+    x = torch.randn(1, 96, 6, 8, 8).bfloat16()
+    exact = conv.double()(x.double())[0]
+    y, state = conv.bfloat16().convolve_frames(_frames(x), START)
+    assert y.dtype == torch.bfloat16
+    assert isinstance(state, tuple) and [p.dtype for p in state if isinstance(p, Tensor)] == [torch.float32] * 2
+    # three rounded parts instead of one: within the rounding of one (2^-9) of the output's size, a few times
+    assert float((y.double() - exact).square().mean().sqrt() / exact.std()) < 2**-8
+    kept = torch.ones_like(y)
+    assert torch.equal(conv.convolve_frames(_frames(x), None, kept.clone())[0], y + kept)
+
+
 def test_wrong_chunk_length_is_refused() -> None:
     conv = CausalConv3d(3, 5, (3, 3, 3), (2, 2, 2)).double()
     with pytest.raises(ValueError, match=r"a first chunk needs 1 \+ k \* 2 frames, got 4"):
