@@ -21,14 +21,16 @@ class DistributionMetric:
 
     #: Which output of the network it reads: ``features``, ``logits`` or ``spatial``.
     output: str
+    #: Names of the numbers that it gives.
+    figures: tuple[str, ...]
     #: Numbers by name, of the samples' bank and the reference's, and a seed.
     values: Callable[[FeatureBank, FeatureBank, int], dict[str, float]]
     #: Samples of each set that it needs, at least.
     least: int
     #: How it was computed, of n samples.
     how: Callable[[int], str]
-    #: What a reader must know of n samples of features of a width.
-    caution: Callable[[int, int], str]
+    #: What a reader must know of n samples of features of a width; None where the width is not known yet.
+    caution: Callable[[int, int | None], str]
 
 
 def _frechet(name: str) -> Callable[[FeatureBank, FeatureBank, int], dict[str, float]]:
@@ -73,11 +75,14 @@ def _density(samples: FeatureBank, reference: FeatureBank, seed: int) -> dict[st
     return {"density": found.density, "coverage": found.coverage}
 
 
-def _frechet_caution(n: int, dim: int) -> str:
-    return f"{n} samples of {dim} dimensions: biased upwards, compare at equal n only" if n <= dim else ""
+def _frechet_caution(n: int, dim: int | None) -> str:
+    if dim is not None and n > dim:
+        return ""
+    width = "" if dim is None else f" of {dim} dimensions"
+    return f"{n} samples{width}: biased upwards, compare at equal n only"
 
 
-def _equal_n(n: int, dim: int) -> str:
+def _equal_n(n: int, dim: int | None) -> str:
     del n, dim
     return "depends on n: compare at equal n only"
 
@@ -89,11 +94,12 @@ def _plain(n: int) -> str:
 
 DISTRIBUTION_METRICS: dict[str, DistributionMetric] = {
     **{
-        name: DistributionMetric(output, _frechet(name), 2, _plain, _frechet_caution)
+        name: DistributionMetric(output, (name,), _frechet(name), 2, _plain, _frechet_caution)
         for name, output in (("fid", "features"), ("sfid", "spatial"), ("fvd", "features"))
     },
     "kid": DistributionMetric(
         "features",
+        ("kid", "kid_std"),
         _kernel,
         4,
         lambda n: f"{_SUBSETS} subsets of {_subset_size(n)}",
@@ -101,16 +107,27 @@ DISTRIBUTION_METRICS: dict[str, DistributionMetric] = {
     ),
     "inception_score": DistributionMetric(
         "logits",
+        ("inception_score", "inception_score_std"),
         _inception,
         2,
         lambda n: f"{_num_splits(n)} splits",
         lambda n, dim: "" if _num_splits(n) == _SPLITS else f"{n} samples in one split: biased downwards",
     ),
     "precision_recall": DistributionMetric(
-        "features", _precision, PRECISION_NEIGHBOURS + 1, lambda n: f"k = {PRECISION_NEIGHBOURS}", _equal_n
+        "features",
+        ("precision", "recall"),
+        _precision,
+        PRECISION_NEIGHBOURS + 1,
+        lambda n: f"k = {PRECISION_NEIGHBOURS}",
+        _equal_n,
     ),
     "density_coverage": DistributionMetric(
-        "features", _density, DENSITY_NEIGHBOURS + 1, lambda n: f"k = {DENSITY_NEIGHBOURS}", _equal_n
+        "features",
+        ("density", "coverage"),
+        _density,
+        DENSITY_NEIGHBOURS + 1,
+        lambda n: f"k = {DENSITY_NEIGHBOURS}",
+        _equal_n,
     ),
 }
 

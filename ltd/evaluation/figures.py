@@ -17,6 +17,7 @@ from ltd.evaluation.scores import ClipScore
 
 #: Metrics of optical flow, which read no network.
 MOTION_METRICS = ("warping_error", "motion")
+_MOTION_FIGURES = {"motion": ("motion_magnitude", "motion_dynamic_degree", "motion_flicker")}
 #: Frames of each clip, evenly spread, that a network of images sees of it.
 FRAMES_SHOWN = 2
 
@@ -31,6 +32,20 @@ class Figure:
     unit: str = ""
     how: str = ""  #: How it was computed, behind the preprocessing of the network.
     note: str = ""
+
+
+def figure_names(metric: str) -> tuple[str, ...]:
+    """List the names of the figures that a metric gives.
+
+    Args:
+        metric: One of ``DISTRIBUTION_METRICS`` or ``MOTION_METRICS``, or ``clip_score``.
+
+    Returns:
+        The names.
+    """
+    if metric in DISTRIBUTION_METRICS:
+        return DISTRIBUTION_METRICS[metric].figures
+    return _MOTION_FIGURES.get(metric, (metric,))
 
 
 def distribution_figures(

@@ -22,7 +22,7 @@ from ltd.data import DataConfig, ViewConfig
 from ltd.data.real_clips import RealClips
 from ltd.data.write import write_bytes
 from ltd.evaluation.distribution import DISTRIBUTION_METRICS
-from ltd.evaluation.figures import Figure
+from ltd.evaluation.figures import Figure, figure_names
 from ltd.evaluation.rows import MetricRow, replace_parts, rows_from_json, rows_to_json
 from ltd.inference.media import video_to_pixels
 from ltd.training.drawing import DrawConfig, EvaluatorConfig
@@ -66,14 +66,27 @@ class ComparedConfig(EvaluatorConfig):
             raise ConfigError("measures: got none, needed networks and their metrics")
         if self.shape is not None and min(self.shape) < 1:
             raise ConfigError(f"shape: got {self.shape}, needed frames, height and width of 1 or more")
-        named = [(metric, measure.name) for measure in self.measures for metric in measure.metrics]
-        for metric, name in named:
-            if named.count((metric, name)) > 1:
-                raise ConfigError(f"measures: got {metric} twice under one name; give the networks a name each")
-        for metric, _ in named:
-            least = DISTRIBUTION_METRICS[metric].least if metric in DISTRIBUTION_METRICS else 1
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise ConfigError(f"fps: got {self.fps}, needed a rate in (0, 1000] or null")
+        self._check_names()
+        for metric in (metric for measure in self.measures for metric in measure.metrics):
+            least, bias = 1, ""
+            if metric in DISTRIBUTION_METRICS:
+                least = DISTRIBUTION_METRICS[metric].least
+                bias = f"; {DISTRIBUTION_METRICS[metric].caution(self.num_samples, None)}"
             if self.num_samples < least:
-                raise ConfigError(f"num_samples: got {self.num_samples}, {metric} needs {least} or more")
+                raise ConfigError(f"num_samples: got {self.num_samples}, {metric} needs {least} or more{bias}")
+
+    def _check_names(self) -> None:
+        """Refuse two figures of one name, or a figure of the name of another's floor."""
+        taken: dict[str, tuple[str, str]] = {}
+        for measure in self.measures:
+            for metric in measure.metrics:
+                names = [figure + measure.suffix for figure in figure_names(metric)]
+                for name in (*names, *(f"{name}_floor" for name in names)):
+                    if name in taken:
+                        raise ConfigError(f"measures: {_describe_clash(name, taken[name], (metric, measure.name))}")
+                    taken[name] = metric, measure.name
 
     def places(self, metric: str) -> list[int]:
         """List the places of the measures that have a metric."""
@@ -379,6 +392,14 @@ def warn_of_few(measures: Sequence[Measure], num_samples: int) -> None:
             caution = what.caution(num_samples, measure.dims[what.output])
             if caution:
                 logger.warning("metrics.num_samples: %s of %s: %s", metric, measure.network, caution)
+
+
+def _describe_clash(output: str, first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Say which two metrics, each with its measure's name, give one output."""
+    if first == second:
+        return f"got {first[0]} twice under one name; give the networks a name each"
+    told = " and ".join(f"{metric} with name {name!r}" for metric, name in (first, second))
+    return f"{told} both give eval/{output}; choose another name"
 
 
 def _only(finite: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

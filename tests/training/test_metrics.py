@@ -190,8 +190,16 @@ def test_bad_numbers_name_the_field() -> None:
     def metrics(*overrides: str) -> None:
         config_io.load(DenoiserRun, CONFIG, list(overrides))
 
-    with pytest.raises(ConfigError, match="metrics.num_samples: got 3, kid needs 4"):
+    with pytest.raises(ConfigError, match="metrics.num_samples: got 3, kid needs 4 or more; 3 samples: unbiased, but"):
         metrics("metrics.num_samples=3")
+    with pytest.raises(ConfigError, match="metrics.num_samples: got 1, fvd needs 2 or more; 1 samples: biased upwards"):
+        metrics("metrics.num_samples=1")
+    for fps in ("-1", "0", "1001"):
+        with pytest.raises(ConfigError, match="metrics.fps: got .*, needed a rate in"):
+            metrics(f"metrics.fps={fps}")
+    with pytest.raises(ConfigError, match="metrics.guidance: got -3.0, needed a scale of 0 or more"):
+        metrics("metrics.guidance=-3")
+    metrics("metrics.fps=1000", "metrics.guidance=0")
     with pytest.raises(ConfigError, match="metrics.measures: got none"):
         metrics("metrics.measures=[]")
     with pytest.raises(ConfigError, match="metrics.shape: got"):
@@ -199,6 +207,23 @@ def test_bad_numbers_name_the_field() -> None:
     twice = [MeasureConfig(features=PackagedFeaturesConfig(name="pixels"), metrics=("fid",))] * 2
     with pytest.raises(ConfigError, match="measures: got fid twice under one name"):
         MetricsConfig(measures=tuple(twice))
+
+
+@pytest.mark.parametrize(
+    ("measures", "output"),
+    [
+        ("[{name: std, metrics: [kid]}, {metrics: [kid]}]", "kid_std"),
+        ("[{metrics: [fid]}, {name: floor, metrics: [fid]}]", "fid_floor"),
+        ("[{metrics: [kid]}, {name: std_floor, metrics: [kid]}]", "kid_std_floor"),
+        ("[{name: x, metrics: [precision_recall]}, {name: x_floor, metrics: [precision_recall]}]", "precision_x_floor"),
+    ],
+)
+def test_two_figures_do_not_have_one_name(measures: str, output: str) -> None:
+    features = "features: {kind: packaged, name: pixels}, metrics"
+    with pytest.raises(ConfigError, match=f"metrics.measures: .* with name .* both give eval/{output};"):
+        config_io.load(DenoiserRun, CONFIG, [f"metrics.measures={measures.replace('metrics', features)}"])
+    others = "[{name: spread, metrics: [kid]}, {metrics: [kid, fid, precision_recall]}]"
+    config_io.load(DenoiserRun, CONFIG, [f"metrics.measures={others.replace('metrics', features)}"])
 
 
 def test_samples_that_are_not_finite_give_no_figure(
