@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ltd.evaluation.banks import FeatureBank
 from ltd.evaluation.frechet import FrechetDistance
 from ltd.evaluation.kernel import kernel_distance
 from ltd.evaluation.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_metrics
 from ltd.evaluation.scores import inception_score
+
+Moved: TypeAlias = Callable[[], None]
 
 _SUBSETS, _LARGEST_SUBSET = 100, 1000
 _SPLITS, _FULL_SPLIT = 10, 500
@@ -23,8 +26,8 @@ class DistributionMetric:
     output: str
     #: Names of the numbers that it gives.
     figures: tuple[str, ...]
-    #: Numbers by name, of the samples' bank and the reference's, and a seed.
-    values: Callable[[FeatureBank, FeatureBank, int], dict[str, float]]
+    #: Numbers by name, of the samples' bank and the reference's, a seed, and what to call every few seconds.
+    values: Callable[[FeatureBank, FeatureBank, int, Moved], dict[str, float]]
     #: Samples of each set that it needs, at least.
     least: int
     #: How it was computed, of n samples.
@@ -33,10 +36,16 @@ class DistributionMetric:
     caution: Callable[[int, int | None], str]
 
 
-def _frechet(name: str) -> Callable[[FeatureBank, FeatureBank, int], dict[str, float]]:
-    def values(samples: FeatureBank, reference: FeatureBank, seed: int) -> dict[str, float]:
+def _frechet(name: str) -> Callable[[FeatureBank, FeatureBank, int, Moved], dict[str, float]]:
+    def values(samples: FeatureBank, reference: FeatureBank, seed: int, moved: Moved) -> dict[str, float]:
         del seed
-        return {name: FrechetDistance(reference.moments()).to(samples.moments()).value}
+        moments = reference.moments()
+        moved()
+        distance = FrechetDistance(moments)
+        moved()
+        moments = samples.moments()
+        moved()
+        return {name: distance.to(moments).value}
 
     return values
 
@@ -46,9 +55,9 @@ def _subset_size(n: int) -> int:
     return max(2, min(_LARGEST_SUBSET, n // 2))
 
 
-def _kernel(samples: FeatureBank, reference: FeatureBank, seed: int) -> dict[str, float]:
+def _kernel(samples: FeatureBank, reference: FeatureBank, seed: int, moved: Moved) -> dict[str, float]:
     size = _subset_size(min(samples.num_samples, reference.num_samples))
-    found = kernel_distance(samples, reference, subset_size=size, num_subsets=_SUBSETS, seed=seed)
+    found = kernel_distance(samples, reference, subset_size=size, num_subsets=_SUBSETS, seed=seed, moved=moved)
     return {"kid": found.value, "kid_std": found.std}
 
 
@@ -57,21 +66,21 @@ def _num_splits(n: int) -> int:
     return _SPLITS if n >= _SPLITS * _FULL_SPLIT else 1
 
 
-def _inception(samples: FeatureBank, reference: FeatureBank, seed: int) -> dict[str, float]:
-    del reference
+def _inception(samples: FeatureBank, reference: FeatureBank, seed: int, moved: Moved) -> dict[str, float]:
+    del reference, moved
     found = inception_score(samples, num_splits=_num_splits(samples.num_samples), seed=seed)
     return {"inception_score": found.value, "inception_score_std": found.std}
 
 
-def _precision(samples: FeatureBank, reference: FeatureBank, seed: int) -> dict[str, float]:
+def _precision(samples: FeatureBank, reference: FeatureBank, seed: int, moved: Moved) -> dict[str, float]:
     del seed
-    found = manifold_metrics(samples, reference, neighbours=PRECISION_NEIGHBOURS)
+    found = manifold_metrics(samples, reference, neighbours=PRECISION_NEIGHBOURS, moved=moved)
     return {"precision": found.precision, "recall": found.recall}
 
 
-def _density(samples: FeatureBank, reference: FeatureBank, seed: int) -> dict[str, float]:
+def _density(samples: FeatureBank, reference: FeatureBank, seed: int, moved: Moved) -> dict[str, float]:
     del seed
-    found = manifold_metrics(samples, reference, neighbours=DENSITY_NEIGHBOURS)
+    found = manifold_metrics(samples, reference, neighbours=DENSITY_NEIGHBOURS, moved=moved)
     return {"density": found.density, "coverage": found.coverage}
 
 
@@ -132,7 +141,9 @@ DISTRIBUTION_METRICS: dict[str, DistributionMetric] = {
 }
 
 
-def distribution_values(name: str, samples: FeatureBank, reference: FeatureBank, *, seed: int = 0) -> dict[str, float]:
+def distribution_values(
+    name: str, samples: FeatureBank, reference: FeatureBank, *, seed: int = 0, moved: Moved = lambda: None
+) -> dict[str, float]:
     """Compute a metric of samples against real ones.
 
     Args:
@@ -140,6 +151,7 @@ def distribution_values(name: str, samples: FeatureBank, reference: FeatureBank,
         samples: Features of samples, of the output that the metric reads.
         reference: Features of real ones, of the same width and number.
         seed: Seed of subsets and splits.
+        moved: Called between the steps of a long computation.
 
     Returns:
         Numbers by name.
@@ -157,7 +169,7 @@ def distribution_values(name: str, samples: FeatureBank, reference: FeatureBank,
             f"{name}: {n} samples against {reference.num_samples} of the reference: it compares at equal n only"
         )
     check_count(name, n, samples.dim)
-    return metric.values(samples, reference, seed)
+    return metric.values(samples, reference, seed, moved)
 
 
 def check_count(name: str, n: int, dim: int) -> None:

@@ -5,7 +5,7 @@ A set is measured the same way whether it holds samples, reconstructions or the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,7 +49,12 @@ def figure_names(metric: str) -> tuple[str, ...]:
 
 
 def distribution_figures(
-    metric: str, samples: FeatureBank, reference: FeatureBank, *, seed: int = 0
+    metric: str,
+    samples: FeatureBank,
+    reference: FeatureBank,
+    *,
+    seed: int = 0,
+    moved: Callable[[], None] = lambda: None,
 ) -> dict[str, Figure]:
     """Compute a metric of a set against real clips.
 
@@ -58,6 +63,7 @@ def distribution_figures(
         samples: Features of the set, of the output that the metric reads.
         reference: Features of real clips, of the same width and number.
         seed: Seed of subsets and splits.
+        moved: Called between the steps of a long computation.
 
     Returns:
         Figures by name.
@@ -66,7 +72,7 @@ def distribution_figures(
         ValueError: If the sets do not fit each other or the metric.
     """
     n, dim, what = samples.num_samples, samples.dim, DISTRIBUTION_METRICS[metric]
-    values = distribution_values(metric, samples, reference, seed=seed)
+    values = distribution_values(metric, samples, reference, seed=seed, moved=moved)
     return {name: Figure(name, value, n, how=what.how(n), note=what.caution(n, dim)) for name, value in values.items()}
 
 

@@ -35,7 +35,7 @@ from ltd.training.measures import (
     NetworkMeasure,
     build_measures,
 )
-from ltd.training.reference import RealFeatures, ReferenceFeatures
+from ltd.training.reference import RealFeatures, ReferenceFeatures, TooFewClipsError
 from ltd.training.run import RunConfig
 from ltd.training.session import Session
 
@@ -168,10 +168,14 @@ class Measuring:
 
         Returns:
             ``eval/METRIC`` and ``eval/METRIC_floor``, the same on all processes; without those, with a warning, that
-            cannot be computed: none, if clips or their features are not finite.
+            cannot be computed: none, if clips or their features are not finite, or too few real clips can be read.
         """
         measures = self.networks()
-        real = self.reference.get(measures)
+        try:
+            real = self.reference.get(measures)
+        except TooFewClipsError as error:  # found when they are read, in the middle of a run that is worth going on
+            logger.warning("step %d: no %s are measured: %s", step, self.making.what, error)
+            return {}
         for place, measure in enumerate(measures):
             if "clip_score" in measure.config.metrics and place not in self._captions:
                 assert isinstance(measure, NetworkMeasure)  # the only one that takes the metric
@@ -185,12 +189,10 @@ class Measuring:
             own.outputs.append([_only(finite, measure(pixels)) for measure in measures])
 
         self.make(take)
-        rows: list[MetricRow] = []
         shares = self.layout.gather_objects((own.numbers, own.outputs))
-        if self.layout.is_main:
-            rows = self._measure(step, measures, real, shares)
-        values: dict[str, float] = self.layout.broadcast_object(_values(rows))
-        return values
+        return self.layout.lead(
+            lambda moved: _values(self._measure(step, measures, real, shares, moved)), self.reference.moved
+        )
 
     def _embed(self, measure: NetworkMeasure) -> Captions:
         """Embed the captions, batch by batch on all processes; whole on all of them."""
@@ -205,9 +207,14 @@ class Measuring:
         return Captions(numbers, torch.cat([texts for _, texts in shares]))
 
     def _measure(
-        self, step: int, measures: Sequence[Measure], real: Sequence[RealFeatures], shares: Sequence[Any]
+        self,
+        step: int,
+        measures: Sequence[Measure],
+        real: Sequence[RealFeatures],
+        shares: Sequence[Any],
+        moved: Callable[[], None],
     ) -> list[MetricRow]:
-        """Compute all metrics and write their rows; on the main process."""
+        """Compute all metrics and write their rows; on the main process, which calls ``moved`` every few seconds."""
         rows: list[MetricRow] = []
         numbers = [number for own, _ in shares for batch in own for number in batch]
         if not numbers:
@@ -221,8 +228,9 @@ class Measuring:
                 logger.warning("step %d: the %s cannot be measured: %s", step, self.making.what, error)
                 continue
             reference = ClipSet.of(known.reference.numbers, known.reference.outputs)
-            against = Against(reference, self._captions.get(place), self.making.seed)
+            against = Against(reference, self._captions.get(place), self.making.seed, moved)
             for metric in measure.config.metrics:
+                moved()
                 try:
                     rows += self._rows(step, measure, metric, clips, known, against)
                 except (ValueError, ArithmeticError) as error:
@@ -240,6 +248,7 @@ class Measuring:
         if making.paired and metric == "kid":
             paired_note = "clips and originals are pairs, not independent: biased downwards, below 0 for equal ones"
         if not {name + suffix for name in found} <= self._floors.keys():  # the same at every step
+            against.moved()
             floor = real.reference if originals else real.floor
             floors = measure.figures(metric, ClipSet.of(floor.numbers, floor.outputs), against)
             self._floors |= {name + suffix: figure for name, figure in floors.items()}
