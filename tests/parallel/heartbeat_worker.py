@@ -134,7 +134,7 @@ def _lead(work: Callable[[Callable[[], None]], float]) -> None:
 
 
 def _work_in_steps(step: Callable[[], None]) -> float:
-    for _ in range(8):
+    for _ in range(13):
         time.sleep(1.0)
         step()
     return 0.25
