@@ -5,7 +5,7 @@ A set is measured the same way whether it holds samples, reconstructions or the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from ltd.evaluation.scores import ClipScore
 
 #: Metrics of optical flow, which read no network.
 MOTION_METRICS = ("warping_error", "motion")
+_MOTION_FIGURES = {"motion": ("motion_magnitude", "motion_dynamic_degree", "motion_flicker")}
 #: Frames of each clip, evenly spread, that a network of images sees of it.
 FRAMES_SHOWN = 2
 
@@ -33,8 +34,27 @@ class Figure:
     note: str = ""
 
 
+def figure_names(metric: str) -> tuple[str, ...]:
+    """List the names of the figures that a metric gives.
+
+    Args:
+        metric: One of ``DISTRIBUTION_METRICS`` or ``MOTION_METRICS``, or ``clip_score``.
+
+    Returns:
+        The names.
+    """
+    if metric in DISTRIBUTION_METRICS:
+        return DISTRIBUTION_METRICS[metric].figures
+    return _MOTION_FIGURES.get(metric, (metric,))
+
+
 def distribution_figures(
-    metric: str, samples: FeatureBank, reference: FeatureBank, *, seed: int = 0
+    metric: str,
+    samples: FeatureBank,
+    reference: FeatureBank,
+    *,
+    seed: int = 0,
+    moved: Callable[[], None] = lambda: None,
 ) -> dict[str, Figure]:
     """Compute a metric of a set against real clips.
 
@@ -43,6 +63,7 @@ def distribution_figures(
         samples: Features of the set, of the output that the metric reads.
         reference: Features of real clips, of the same width and number.
         seed: Seed of subsets and splits.
+        moved: Called between the steps of a long computation.
 
     Returns:
         Figures by name.
@@ -51,7 +72,7 @@ def distribution_figures(
         ValueError: If the sets do not fit each other or the metric.
     """
     n, dim, what = samples.num_samples, samples.dim, DISTRIBUTION_METRICS[metric]
-    values = distribution_values(metric, samples, reference, seed=seed)
+    values = distribution_values(metric, samples, reference, seed=seed, moved=moved)
     return {name: Figure(name, value, n, how=what.how(n), note=what.caution(n, dim)) for name, value in values.items()}
 
 

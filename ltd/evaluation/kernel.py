@@ -8,6 +8,7 @@ Reference: Binkowski et al. (2018), arXiv 1801.01401, Eq. 4 and Sec. 4; Gretton 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,13 @@ def squared_mmd(samples: Tensor, reference: Tensor) -> float:
 
 
 def kernel_distance(
-    samples: FeatureBank, reference: FeatureBank, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0
+    samples: FeatureBank,
+    reference: FeatureBank,
+    *,
+    subset_size: int = 1000,
+    num_subsets: int = 100,
+    seed: int = 0,
+    moved: Callable[[], None] = lambda: None,
 ) -> KernelResult:
     """Compute the mean and spread of the estimate over random subsets, drawn from each set without replacement.
 
@@ -71,6 +78,7 @@ def kernel_distance(
         num_subsets: Subsets.
         seed: Seed of the draws; the same samples give the same numbers, in whatever order they were counted if they
             have keys.
+        moved: Called after each subset.
 
     Returns:
         The distance.
@@ -91,5 +99,6 @@ def kernel_distance(
         of_x = torch.randperm(len(x), generator=generator(seed, "kid samples", subset))[:subset_size]
         of_y = torch.randperm(len(y), generator=generator(seed, "kid reference", subset))[:subset_size]
         values.append(squared_mmd(x[of_x], y[of_y]))
+        moved()
     found = torch.tensor(values, dtype=torch.float64)
     return KernelResult(float(found.mean()), float(found.std(correction=0)), len(y), len(x), subset_size, num_subsets)

@@ -8,7 +8,7 @@ Reference: Kynkaanniemi et al. (2019), arXiv 1904.06991, Eq. 1-3; Naeem et al. (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +37,16 @@ class ManifoldResult:
     num_samples: int
 
 
-def manifold_metrics(samples: FeatureBank, reference: FeatureBank, *, neighbours: int) -> ManifoldResult:
+def manifold_metrics(
+    samples: FeatureBank, reference: FeatureBank, *, neighbours: int, moved: Callable[[], None] = lambda: None
+) -> ManifoldResult:
     """Compute precision, recall, density and coverage. Balls are closed, which matters for exact ties only.
 
     Args:
         samples: Features of samples.
         reference: Features of real data, of the same width.
         neighbours: ``k``, 1 or more.
+        moved: Called at each block of pairs.
 
     Returns:
         The four numbers.
@@ -62,14 +65,14 @@ def manifold_metrics(samples: FeatureBank, reference: FeatureBank, *, neighbours
         )
     centre = reference.features.mean(dim=0)  # less rounding than far from zero
     x, y = samples.features - centre, reference.features - centre
-    radii_x, radii_y = _radii(x, neighbours), _radii(y, neighbours)
+    radii_x, radii_y = _radii(x, neighbours, moved), _radii(y, neighbours, moved)
     num_precise = num_balls = num_recalled = num_covered = 0
-    for rows, distances in _blocks(y, x):  # (block, n) squared, of real points from samples
+    for rows, distances in _blocks(y, x, moved):  # (block, n) squared, of real points from samples
         inside_real = distances <= radii_y[rows, None]
         num_balls += int(inside_real.sum())
         num_covered += int(inside_real.any(dim=1).sum())
         num_recalled += int((distances <= radii_x[None]).any(dim=1).sum())
-    for _, distances in _blocks(x, y):  # (block, m), of samples from real points
+    for _, distances in _blocks(x, y, moved):  # (block, m), of samples from real points
         num_precise += int((distances <= radii_y[None]).any(dim=1).sum())
     return ManifoldResult(
         precision=num_precise / n,
@@ -82,18 +85,19 @@ def manifold_metrics(samples: FeatureBank, reference: FeatureBank, *, neighbours
     )
 
 
-def _radii(points: Tensor, neighbours: int) -> Tensor:
+def _radii(points: Tensor, neighbours: int, moved: Callable[[], None]) -> Tensor:
     """Compute the squared distance ``(n,)`` of each point to its k-th nearest other point."""
-    parts = [d.kthvalue(neighbours + 1, dim=1).values for _, d in _blocks(points, points)]  # the nearest is itself
-    return torch.cat(parts)
+    blocks = _blocks(points, points, moved)
+    return torch.cat([d.kthvalue(neighbours + 1, dim=1).values for _, d in blocks])  # the nearest is itself
 
 
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(a: Tensor, b: Tensor, moved: Callable[[], None]) -> Iterator[tuple[slice, Tensor]]:
     """Compute squared distances of all pairs, some rows of ``a`` at a time: the rows and ``(rows, m)``."""
     lengths_a, lengths_b = a.square().sum(dim=1), b.square().sum(dim=1)
     step = max(1, _VALUES_PER_BLOCK // len(b))
     for start in range(0, len(a), step):
         rows = slice(start, start + step)
+        moved()
         lengths = lengths_a[rows, None] + lengths_b[None]
         squares = lengths - 2 * a[rows] @ b.T
         yield rows, squares.where(squares > _ROUNDING * lengths, squares.new_zeros(()))

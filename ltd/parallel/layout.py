@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from ltd.config import ConfigError
 from ltd.parallel.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STORE_TIMEOUT = timedelta(seconds=10)
 
@@ -148,6 +150,30 @@ class Layout:
             The main process's value.
         """
         return self.gather_objects(value if self.is_main else None)[0]
+
+    def lead(self, work: Callable[[Callable[[], None]], T], moved: Callable[[], None]) -> T:
+        """Let the main process work alone while the others wait in step, so that none counts as standing still.
+
+        Args:
+            work: Called on the main process only, with what it must call every few seconds; no other communication.
+            moved: Called at each of those steps on every process.
+
+        Returns:
+            What ``work`` gave, a plain value, on every process.
+        """
+
+        def step() -> None:
+            self.any(False)
+            moved()
+
+        value: Any = None
+        if self.is_main:
+            value = work(step)
+            self.any(True)
+        else:
+            while not self.any(False):
+                moved()
+        return cast("T", self.broadcast_object(value))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Collect one plain value per process.

@@ -90,7 +90,7 @@ class DrawConfig(EvaluatorConfig):
     solver: Literal["euler", "heun", "dpmpp_2m", "unipc"] = "euler"
     #: Solver steps; the shift of their times is the objective's.
     steps: int = 20
-    #: Scale of classifier-free guidance; 1 is off.
+    #: Scale of classifier-free guidance, 0 or more; 1 is off.
     guidance: float = 4.0
     #: Prompt to lead away from.
     negative: str = ""
@@ -99,6 +99,8 @@ class DrawConfig(EvaluatorConfig):
         super().__post_init__()
         if self.steps < 1:
             raise ConfigError(f"steps: got {self.steps}, needed 1 or more")
+        if self.guidance < 0:
+            raise ConfigError(f"guidance: got {self.guidance}, needed a scale of 0 or more; 1 is off")
 
 
 class RememberedText:

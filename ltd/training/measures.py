@@ -6,7 +6,7 @@ in one place. Knows neither processes nor files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -120,6 +120,8 @@ class Against:
     captions: Captions | None = None
     #: Seed of subsets and splits.
     seed: int = 0
+    #: Called every few seconds of a long computation.
+    moved: Callable[[], None] = lambda: None
 
 
 class Measure(Protocol):
@@ -244,7 +246,9 @@ class NetworkMeasure:
             frames = clips.banks[_SHOWN].features[[row for row, _ in told]].unflatten(1, (self._shown, -1))
             return caption_figures(frames, against.captions.texts[[text for _, text in told]].to(frames))
         output = self._output(metric)
-        return distribution_figures(metric, clips.banks[output], against.reference.banks[output], seed=against.seed)
+        return distribution_figures(
+            metric, clips.banks[output], against.reference.banks[output], seed=against.seed, moved=against.moved
+        )
 
     @staticmethod
     def _output(metric: str) -> str:

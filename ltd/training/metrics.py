@@ -22,7 +22,7 @@ from ltd.data import DataConfig, ViewConfig
 from ltd.data.real_clips import RealClips
 from ltd.data.write import write_bytes
 from ltd.evaluation.distribution import DISTRIBUTION_METRICS
-from ltd.evaluation.figures import Figure
+from ltd.evaluation.figures import Figure, figure_names
 from ltd.evaluation.rows import MetricRow, replace_parts, rows_from_json, rows_to_json
 from ltd.inference.media import video_to_pixels
 from ltd.training.drawing import DrawConfig, EvaluatorConfig
@@ -35,7 +35,7 @@ from ltd.training.measures import (
     NetworkMeasure,
     build_measures,
 )
-from ltd.training.reference import RealFeatures, ReferenceFeatures
+from ltd.training.reference import RealFeatures, ReferenceFeatures, TooFewClipsError
 from ltd.training.run import RunConfig
 from ltd.training.session import Session
 
@@ -66,14 +66,27 @@ class ComparedConfig(EvaluatorConfig):
             raise ConfigError("measures: got none, needed networks and their metrics")
         if self.shape is not None and min(self.shape) < 1:
             raise ConfigError(f"shape: got {self.shape}, needed frames, height and width of 1 or more")
-        named = [(metric, measure.name) for measure in self.measures for metric in measure.metrics]
-        for metric, name in named:
-            if named.count((metric, name)) > 1:
-                raise ConfigError(f"measures: got {metric} twice under one name; give the networks a name each")
-        for metric, _ in named:
-            least = DISTRIBUTION_METRICS[metric].least if metric in DISTRIBUTION_METRICS else 1
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise ConfigError(f"fps: got {self.fps}, needed a rate in (0, 1000] or null")
+        self._check_names()
+        for metric in (metric for measure in self.measures for metric in measure.metrics):
+            least, bias = 1, ""
+            if metric in DISTRIBUTION_METRICS:
+                least = DISTRIBUTION_METRICS[metric].least
+                bias = f"; {DISTRIBUTION_METRICS[metric].caution(self.num_samples, None)}"
             if self.num_samples < least:
-                raise ConfigError(f"num_samples: got {self.num_samples}, {metric} needs {least} or more")
+                raise ConfigError(f"num_samples: got {self.num_samples}, {metric} needs {least} or more{bias}")
+
+    def _check_names(self) -> None:
+        """Refuse two figures of one name, or a figure of the name of another's floor."""
+        taken: dict[str, tuple[str, str]] = {}
+        for measure in self.measures:
+            for metric in measure.metrics:
+                names = [figure + measure.suffix for figure in figure_names(metric)]
+                for name in (*names, *(f"{name}_floor" for name in names)):
+                    if name in taken:
+                        raise ConfigError(f"measures: {_describe_clash(name, taken[name], (metric, measure.name))}")
+                    taken[name] = metric, measure.name
 
     def places(self, metric: str) -> list[int]:
         """List the places of the measures that have a metric."""
@@ -155,10 +168,14 @@ class Measuring:
 
         Returns:
             ``eval/METRIC`` and ``eval/METRIC_floor``, the same on all processes; without those, with a warning, that
-            cannot be computed: none, if clips or their features are not finite.
+            cannot be computed: none, if clips or their features are not finite, or too few real clips can be read.
         """
         measures = self.networks()
-        real = self.reference.get(measures)
+        try:
+            real = self.reference.get(measures)
+        except TooFewClipsError as error:  # found when they are read, in the middle of a run that is worth going on
+            logger.warning("step %d: no %s are measured: %s", step, self.making.what, error)
+            return {}
         for place, measure in enumerate(measures):
             if "clip_score" in measure.config.metrics and place not in self._captions:
                 assert isinstance(measure, NetworkMeasure)  # the only one that takes the metric
@@ -172,12 +189,10 @@ class Measuring:
             own.outputs.append([_only(finite, measure(pixels)) for measure in measures])
 
         self.make(take)
-        rows: list[MetricRow] = []
         shares = self.layout.gather_objects((own.numbers, own.outputs))
-        if self.layout.is_main:
-            rows = self._measure(step, measures, real, shares)
-        values: dict[str, float] = self.layout.broadcast_object(_values(rows))
-        return values
+        return self.layout.lead(
+            lambda moved: _values(self._measure(step, measures, real, shares, moved)), self.reference.moved
+        )
 
     def _embed(self, measure: NetworkMeasure) -> Captions:
         """Embed the captions, batch by batch on all processes; whole on all of them."""
@@ -192,9 +207,14 @@ class Measuring:
         return Captions(numbers, torch.cat([texts for _, texts in shares]))
 
     def _measure(
-        self, step: int, measures: Sequence[Measure], real: Sequence[RealFeatures], shares: Sequence[Any]
+        self,
+        step: int,
+        measures: Sequence[Measure],
+        real: Sequence[RealFeatures],
+        shares: Sequence[Any],
+        moved: Callable[[], None],
     ) -> list[MetricRow]:
-        """Compute all metrics and write their rows; on the main process."""
+        """Compute all metrics and write their rows; on the main process, which calls ``moved`` every few seconds."""
         rows: list[MetricRow] = []
         numbers = [number for own, _ in shares for batch in own for number in batch]
         if not numbers:
@@ -208,8 +228,9 @@ class Measuring:
                 logger.warning("step %d: the %s cannot be measured: %s", step, self.making.what, error)
                 continue
             reference = ClipSet.of(known.reference.numbers, known.reference.outputs)
-            against = Against(reference, self._captions.get(place), self.making.seed)
+            against = Against(reference, self._captions.get(place), self.making.seed, moved)
             for metric in measure.config.metrics:
+                moved()
                 try:
                     rows += self._rows(step, measure, metric, clips, known, against)
                 except (ValueError, ArithmeticError) as error:
@@ -227,6 +248,7 @@ class Measuring:
         if making.paired and metric == "kid":
             paired_note = "clips and originals are pairs, not independent: biased downwards, below 0 for equal ones"
         if not {name + suffix for name in found} <= self._floors.keys():  # the same at every step
+            against.moved()
             floor = real.reference if originals else real.floor
             floors = measure.figures(metric, ClipSet.of(floor.numbers, floor.outputs), against)
             self._floors |= {name + suffix: figure for name, figure in floors.items()}
@@ -379,6 +401,14 @@ def warn_of_few(measures: Sequence[Measure], num_samples: int) -> None:
             caution = what.caution(num_samples, measure.dims[what.output])
             if caution:
                 logger.warning("metrics.num_samples: %s of %s: %s", metric, measure.network, caution)
+
+
+def _describe_clash(output: str, first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Say which two metrics, each with its measure's name, give one output."""
+    if first == second:
+        return f"got {first[0]} twice under one name; give the networks a name each"
+    told = " and ".join(f"{metric} with name {name!r}" for metric, name in (first, second))
+    return f"{told} both give eval/{output}; choose another name"
 
 
 def _only(finite: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ltd.config import ConfigError, digest
+from ltd.config import digest
 from ltd.data.real_clips import RealClips
 from ltd.data.write import write_bytes
 from ltd.parallel.layout import Layout
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _NUMBERS, _ABOUT = "numbers", "about"
+
+
+class TooFewClipsError(Exception):
+    """So few real clips can be read that there are no two sets of them."""
 
 
 class Extractor(Protocol):
@@ -100,7 +104,7 @@ class ReferenceFeatures:
             One for each, on the main process; empty on the others.
 
         Raises:
-            ConfigError: If too few clips can be read; on all processes.
+            TooFewClipsError: If too few clips can be read; on all processes. The next call tries again.
         """
         if self.numbers:
             return self._kept
@@ -143,7 +147,7 @@ class ReferenceFeatures:
         parts = [part for parts in layout.gather_objects(own) for part in parts]
         numbers = torch.cat([numbers for numbers, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
         if len(numbers) < 2 * self.num_samples:
-            raise ConfigError(
+            raise TooFewClipsError(
                 f"metrics.num_samples: of {len(self.clips)} real clips {len(numbers)} can be read, needed "
                 f"{2 * self.num_samples}; lower metrics.num_samples or mend the data"
             )

@@ -64,6 +64,12 @@ def test_keys_make_subsets_independent_of_the_order_of_arrival():
     assert kernel_distance(here, y, subset_size=10) == kernel_distance(there, y, subset_size=10)
 
 
+def test_progress_is_told_after_each_subset():
+    banks, moved = [FeatureBank(4).update(_features(30, 4, seed)) for seed in (0, 1)], []
+    found = kernel_distance(*banks, subset_size=10, num_subsets=7, moved=lambda: moved.append(1))
+    assert len(moved) == 7 and found == kernel_distance(*banks, subset_size=10, num_subsets=7)
+
+
 def test_refusals():
     x, y = FeatureBank(4).update(_features(9, 4, 0)), FeatureBank(4).update(_features(30, 4, 1))
     with pytest.raises(ValueError, match="KID: got 9 samples and 30 of the reference, needed 10 of each; .*unbiased"):

@@ -31,6 +31,14 @@ def test_points_on_a_line():
     assert (wider.num_samples, wider.num_reference, wider.neighbours) == (3, 4, 2)
 
 
+def test_progress_is_told_at_each_block(monkeypatch):
+    monkeypatch.setattr(manifold, "_VALUES_PER_BLOCK", 100)
+    banks, moved = [FeatureBank(4).update(_features(n, 4, n)) for n in (20, 50)], []
+    manifold_metrics(*banks, neighbours=3, moved=lambda: moved.append(1))
+    # blocks of 100 distances: 20 x 20 and 50 x 50 for the radii, 50 x 20 and 20 x 50 between the sets
+    assert len(moved) == 4 + 25 + 10 + 10
+
+
 @pytest.mark.parametrize(("n", "m", "k"), [(60, 60, 3), (80, 50, 5), (30, 90, 1)])
 def test_equals_prdc(n, m, k, capsys):
     prdc = pytest.importorskip("prdc")

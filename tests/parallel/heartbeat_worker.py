@@ -109,6 +109,8 @@ def cases() -> dict[str, tuple[int, Callable[[int], None]]]:
         "again": (2, lambda rank: train(at(1, "data", 2, hang_once))),
         # Longer than the time-out, by all: nobody waits for that long.
         "long": (2, lambda rank: train(_work_long)),
+        "led": (3, lambda rank: _lead(_work_in_steps)),
+        "led-hung": (3, lambda rank: _lead(_hang_after_a_step)),
         "crossed": (2, lambda rank: _cross()),
     }
 
@@ -120,6 +122,28 @@ def _both(first: Action, second: Action) -> Action:
 def _work_long(rank: int, phase: str, step: int) -> None:
     if (phase, step) == ("forward", 2):
         time.sleep(TIMEOUT_S + (1.0 if rank else 2.5))
+
+
+def _lead(work: Callable[[Callable[[], None]], float]) -> None:
+    """Let the main process work for longer than the time-out while the others wait."""
+    layout = Layout.from_environment(ParallelConfig(slow_s=SLOW_S, timeout_s=TIMEOUT_S))
+    with Heartbeat(layout, slow_s=SLOW_S, timeout_s=TIMEOUT_S) as beat:
+        beat.enter("evaluate", 7)
+        sys.stderr.write(f"found {layout.lead(work, beat.again)}\n")
+    layout.close()
+
+
+def _work_in_steps(step: Callable[[], None]) -> float:
+    for _ in range(13):
+        time.sleep(1.0)
+        step()
+    return 0.25
+
+
+def _hang_after_a_step(step: Callable[[], None]) -> float:
+    step()
+    time.sleep(60)
+    return 0.25
 
 
 def _cross() -> None:

@@ -246,6 +246,26 @@ def test_long_phase_of_all_is_no_hang(cases: dict[str, Any]) -> None:
 
 @dist
 @slow
+def test_long_work_of_the_main_process_is_no_hang_as_long_as_it_steps(cases: dict[str, Any]) -> None:
+    case = cases["led"]
+    assert codes(case) == [0, 0, 0]
+    assert case["ends"][0][1] > 2 * TIMEOUT_S, "longer than the others' patience, which is some seconds more"
+    for rank in range(3):
+        assert lines(case, rank, "found") == ["found 0.25"] and not alarms(case, rank)
+
+
+@dist
+@slow
+def test_main_process_that_hangs_in_such_work_is_named(cases: dict[str, Any]) -> None:
+    case = cases["led-hung"]
+    assert codes(case) == [1, 1, 1]
+    (error,) = lines(case, 0, "ERROR")
+    assert "process 0 (" in error and "`evaluate` of step 7" in error and "lead, ltd/parallel/layout.py" in error
+    assert "waiting: processes 1-2" in error
+
+
+@dist
+@slow
 def test_silent_store_is_named(cases: dict[str, Any]) -> None:
     case = cases["store"]
     assert codes(case) == [1, 1]

@@ -18,7 +18,7 @@ from ltd.encoders.features import build_features
 from ltd.encoders.flow import DenseFlow
 from ltd.encoders.packaged import PackagedFeaturesConfig
 from ltd.encoders.pretrained import ImageTextFeatures, TransformersFeaturesConfig
-from ltd.evaluation.figures import FRAMES_SHOWN
+from ltd.evaluation.figures import FRAMES_SHOWN, MOTION_METRICS, caption_figures, figure_names, motion_figures
 from ltd.evaluation.measures import caption_rows, motion_rows
 from ltd.evaluation.protocol import ClipFeatures, Clips, Reference
 from ltd.evaluation.rows import rows_from_json
@@ -287,6 +287,12 @@ def test_networks_see_the_same_clips(tmp_path: Path) -> None:
     write_features(path, identity, {name: values[1:] for name, values in rows.items()})
     found = Sum("a"), Sum("b")
     assert get(*found).numbers == [4, 5, 6, 7] and [one.seen for one in found] == [10, 20]
+
+
+def test_names_of_figures_are_known_before_they_are_computed() -> None:
+    moved = motion_figures(dict.fromkeys(MOTION_METRICS, torch.ones(2, 3)))
+    assert list(moved) == [name for metric in MOTION_METRICS for name in figure_names(metric)]
+    assert tuple(caption_figures(torch.ones(2, 1, 3), torch.ones(2, 3))) == figure_names("clip_score")
 
 
 def test_a_name_must_tell_networks_apart() -> None:

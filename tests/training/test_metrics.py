@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,7 +15,7 @@ import torch
 import train
 from ltd import config as config_io
 from ltd.config import ConfigError
-from ltd.data import DataConfig, ViewConfig
+from ltd.data import Batch, DataConfig, ViewConfig
 from ltd.data.real_clips import RealClips
 from ltd.denoisers import load
 from ltd.diffusion import GuidanceConfig, SamplerConfig
@@ -22,6 +25,7 @@ from ltd.encoders.text import build_text_encoder
 from ltd.evaluation.frechet import frechet_distance
 from ltd.evaluation.rows import rows_from_json
 from ltd.inference.generate import Generator, Request
+from ltd.parallel.layout import Layout
 from ltd.shapes import VideoShape
 from ltd.training.denoiser import DenoiserRun
 from ltd.training.latent_inputs import open_autoencoder
@@ -145,6 +149,48 @@ def test_features_of_real_clips_are_read_again_unless_damaged(
     assert "is damaged" in caplog.text and files[0].read_bytes() == whole
 
 
+def test_all_processes_move_on_with_each_part_of_the_figures(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    lead = Layout.lead
+
+    def counted(layout: Layout, work: Callable[[Callable[[], None]], Any], moved: Callable[[], None]) -> Any:
+        steps.append(0)
+
+        def count() -> None:
+            steps[-1] += 1
+            moved()
+
+        return lead(layout, work, count)
+
+    monkeypatch.setattr(Layout, "lead", counted)
+    assert measured(run(tmp_path / "run", *MEASURED)) == measured(runs["measured"])
+    # one before each metric; then 3 of FVD, a subset of KID each, a block of precision and recall each
+    once = (1 + 3) + (1 + 100) + (1 + 4)
+    assert steps == [2 * once, once], "the floors once"
+
+
+def test_too_few_real_clips_that_can_be_read_end_no_training(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RealClips.batches
+
+    def batches(clips: RealClips, **kwargs: int) -> Iterator[Batch]:
+        for batch in whole(clips, **kwargs):
+            yield dataclasses.replace(batch, weight=batch.weight * 0)
+
+    data = f"data.shards={runs['measured'] / 'toy_data' / 'train'}"
+    common = (*MEASURED, data, f"metrics.cache={tmp_path / 'cache'}")
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(RealClips, "batches", batches)
+        run(tmp_path / "run", *common, "steps=2")
+    assert "step 2: no samples are measured" in caplog.text and "0 can be read, needed 14" in caplog.text
+    assert not measured(tmp_path / "run") and state(tmp_path / "run", 2), "the due save was written"
+    run(tmp_path / "run", *common)
+    assert measured(tmp_path / "run")[4] == measured(runs["measured"])[4], "the data were mended"
+
+
 def test_a_file_of_other_features_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, values = tmp_path / "f.safetensors", {"features": torch.rand(3, 2), "numbers": torch.arange(3)}
     write_features(path, {"network": "a"}, values)
@@ -190,8 +236,16 @@ def test_bad_numbers_name_the_field() -> None:
     def metrics(*overrides: str) -> None:
         config_io.load(DenoiserRun, CONFIG, list(overrides))
 
-    with pytest.raises(ConfigError, match="metrics.num_samples: got 3, kid needs 4"):
+    with pytest.raises(ConfigError, match="metrics.num_samples: got 3, kid needs 4 or more; 3 samples: unbiased, but"):
         metrics("metrics.num_samples=3")
+    with pytest.raises(ConfigError, match="metrics.num_samples: got 1, fvd needs 2 or more; 1 samples: biased upwards"):
+        metrics("metrics.num_samples=1")
+    for fps in ("-1", "0", "1001"):
+        with pytest.raises(ConfigError, match="metrics.fps: got .*, needed a rate in"):
+            metrics(f"metrics.fps={fps}")
+    with pytest.raises(ConfigError, match="metrics.guidance: got -3.0, needed a scale of 0 or more"):
+        metrics("metrics.guidance=-3")
+    metrics("metrics.fps=1000", "metrics.guidance=0")
     with pytest.raises(ConfigError, match="metrics.measures: got none"):
         metrics("metrics.measures=[]")
     with pytest.raises(ConfigError, match="metrics.shape: got"):
@@ -199,6 +253,23 @@ def test_bad_numbers_name_the_field() -> None:
     twice = [MeasureConfig(features=PackagedFeaturesConfig(name="pixels"), metrics=("fid",))] * 2
     with pytest.raises(ConfigError, match="measures: got fid twice under one name"):
         MetricsConfig(measures=tuple(twice))
+
+
+@pytest.mark.parametrize(
+    ("measures", "output"),
+    [
+        ("[{name: std, metrics: [kid]}, {metrics: [kid]}]", "kid_std"),
+        ("[{metrics: [fid]}, {name: floor, metrics: [fid]}]", "fid_floor"),
+        ("[{metrics: [kid]}, {name: std_floor, metrics: [kid]}]", "kid_std_floor"),
+        ("[{name: x, metrics: [precision_recall]}, {name: x_floor, metrics: [precision_recall]}]", "precision_x_floor"),
+    ],
+)
+def test_two_figures_do_not_have_one_name(measures: str, output: str) -> None:
+    features = "features: {kind: packaged, name: pixels}, metrics"
+    with pytest.raises(ConfigError, match=f"metrics.measures: .* with name .* both give eval/{output};"):
+        config_io.load(DenoiserRun, CONFIG, [f"metrics.measures={measures.replace('metrics', features)}"])
+    others = "[{name: spread, metrics: [kid]}, {metrics: [kid, fid, precision_recall]}]"
+    config_io.load(DenoiserRun, CONFIG, [f"metrics.measures={others.replace('metrics', features)}"])
 
 
 def test_samples_that_are_not_finite_give_no_figure(
