@@ -311,3 +311,23 @@ def test_noting_losses_waits_for_no_device(tmp_path: Path, monkeypatch: pytest.M
         ledger.commit()
     with pytest.raises((NotImplementedError, RuntimeError)):
         ledger.write(3)  # here, and only here, the sums come to the host
+
+
+def test_cells_of_a_step_that_is_not_taken_do_not_break_the_row_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout: Any = types.SimpleNamespace(device=torch.device("cpu"), is_main=True, gather_objects=lambda mine: [mine])
+    monkeypatch.setattr("ltd.training.ledger.Sources", lambda *rest: None)
+    nothing: Any = None
+    made = Ledger(AccountingConfig(), layout, nothing, nothing, run_dir=str(tmp_path), start_step=1)
+    sizes = iter([1020, 10])  # the second step brings the cells past the table's first 1024 lines
+    cells = iter([(f"source{number:04d}", "1x2x2", 0, "caption") for number in range(1030)])
+    monkeypatch.setattr(made, "_cells", lambda batch, work: [next(cells) for _ in range(next(sizes))])
+    for size, commits in ((1020, True), (10, False)):
+        made.note(types.SimpleNamespace(weight=torch.ones(size)), nothing, torch.full((size,), 2.0))  # type: ignore[arg-type]
+        if commits:
+            made.commit()
+    made.write(1)
+    made.close()
+    (row,) = lines(tmp_path / "ledger.jsonl")
+    assert len(row["cells"]) == 1020 and row["cells"][-1] == ["source1019", "1x2x2", 0, "caption", 1, 2.0, 4.0, 0]
