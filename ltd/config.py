@@ -43,7 +43,8 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
         An instance of ``cls``.
 
     Raises:
-        ConfigError: If the file is missing or no YAML mapping, or a key or value does not fit the schema.
+        ConfigError: If the file is missing or no YAML mapping, an override's value is no YAML, or a key or value does
+            not fit the schema.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,6 +54,7 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"{item!r}: an override is written dotted.key=value")
+        _check_value(item)
     try:
         tree: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
@@ -64,6 +66,18 @@ def load(cls: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
     except (OmegaConfBaseException, YAMLError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     return from_dict(cls, cast("dict[str, Any]", plain))
+
+
+def _check_value(override: str) -> None:
+    """Refuse an override whose value is no YAML, by its own name and in one line."""
+    key, _, value = override.partition("=")
+    try:
+        OmegaConf.from_dotlist([override])
+    except YAMLError:
+        hint = f"text that begins like something else needs quotes of its own: '{key}=\"...\"'"
+        raise ConfigError(f"{key}: got {value!r}, which is no YAML value; {hint}") from None
+    except OmegaConfBaseException:
+        return  # said of all overrides together
 
 
 def _drop_other_kinds(tree: Any, changes: Any) -> None:

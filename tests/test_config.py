@@ -60,6 +60,11 @@ def file(tmp_path: Path) -> Path:
         ("model.patch=[1,2]", "model.patch: expected 3 values, got 2: [1, 2]"),
         ("model=3", "model: expected a mapping or a mapping, got 3 (int)"),
         ("steps", "'steps': an override is written dotted.key=value"),
+        (
+            "shards=@50",
+            "shards: got '@50', which is no YAML value; text that begins like something else needs quotes of its own: "
+            "'shards=\"...\"'",
+        ),
     ],
 )
 def test_mistake_names_the_field(file: Path, override: str, message: str) -> None:
@@ -83,6 +88,10 @@ def test_missing_field_and_file(tmp_path: Path) -> None:
 def test_overrides_win_and_types_hold(file: Path) -> None:
     run = config.load(Run, file, ["optim.lr=2e-4", "shards=[a,b]", "steps=4", "steps=5", "extra.a.b=1"])
     assert run == Run(steps=5, optim=Small(lr=2e-4), model=Large(), shards=("a", "b"), extra={"a": {"b": 1}})
+
+
+def test_text_in_quotes_of_its_own_is_text(file: Path) -> None:
+    assert config.load(Run, file, ['shards="@50"']).shards == "@50"
 
 
 def test_saved_config_loads_equal(file: Path, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--samples: at most one folder per run, got {len(arguments.samples)} for {len(arguments.runs)} runs"
         )
+    if not arguments.media_mb >= 0:  # NaN too
+        parser.error(f"--media-mb: must be at least 0, got {arguments.media_mb}")
     folders = [*arguments.samples, *[None] * (len(arguments.runs) - len(arguments.samples))]
     out = arguments.out or arguments.runs[0] / "report.html"
     try:

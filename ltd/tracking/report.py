@@ -82,7 +82,12 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, media_limit_mb: float 
 
     Returns:
         What was left out of the page, one line each.
+
+    Raises:
+        ValueError: If ``out`` is a folder.
     """
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder, needed an HTML file to write, such as {out / 'report.html'}")
     page, left_out = build_page(runs, media_limit_mb=media_limit_mb)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".incomplete")
@@ -233,17 +238,16 @@ def collect_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 def evaluation_section(runs: Sequence[RunRecord]) -> str:
     """Show the measured metrics: every value with its network, sample count, floor, making and note."""
     measured = [run for run in runs if run.evaluation]
-    keys = dict.fromkeys(_metric_key(row) for run in measured for row in run.evaluation)
+    keys = dict.fromkeys(_metric_cells(row) for run in measured for row in run.evaluation)
     if not keys:
         return ""
     values = ["value"] if len(measured) == 1 else [run.name for run in measured]
-    rows = []
-    for key in keys:
-        per_run = [next((row for row in run.evaluation if _metric_key(row) == key), None) for run in measured]
-        first = next(row for row in per_run if row is not None)
-        cells = [value_cell(row.get("value") if row else None) for row in per_run]
-        about = [value_cell(first.get(name)) for name in ("unit", "floor", "n", "network")]
-        rows.append([escape(key[0]), *cells, *about, value_cell(_how_measured(first)), value_cell(first.get("note"))])
+    found = [{_metric_cells(row): value_cell(row.get("value")) for row in reversed(run.evaluation)} for run in measured]
+    names = {key[0]: number for number, key in reversed(list(enumerate(keys)))}
+    rows = [
+        [key[0], *(cells.get(key, value_cell(None)) for cells in found), *key[1:]]
+        for key in sorted(keys, key=lambda key: names[key[0]])  # what was measured in several ways stays together
+    ]
     columns = ["metric", *values, "unit", "floor", "n", "network", "how", "note"]
     note = (
         "Floor: the same metric of real data against real data, at equal n (chance, for retrieval). Distances compare "
@@ -321,10 +325,11 @@ def _points(run: RunRecord, name: str) -> list[Point]:
     return [(float(row["step"]), float(row[name])) for row in run.rows if name in row and _is_number(row[name])]
 
 
-def _metric_key(row: Mapping[str, Any]) -> tuple[str, str]:
-    """What makes two rows the same metric: its name, with its part, and its network."""
+def _metric_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write what stands beside a metric's value; runs share a line of the table only where all of it is equal."""
     name = f"{row['part']}/{row['name']}" if row.get("part") else row["name"]
-    return name, str(row.get("network") or "")
+    about = [row.get(field) for field in ("unit", "floor", "n", "network")]
+    return escape(name), *map(value_cell, (*about, _how_measured(row), row.get("note")))
 
 
 def _how_measured(row: Mapping[str, Any]) -> str:

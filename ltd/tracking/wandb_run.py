@@ -90,7 +90,14 @@ class WandbRun:
         return self._run is not None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Send one row; a step that W&B has already seen (re-run after a resume) is left out, as steps only grow."""
+        """Send one row; a step that W&B is known to have is left out, as steps only grow.
+
+        Online that holds for a step that is run again after a resume; offline each start of a run knows its own rows.
+
+        Args:
+            step: Step of the row.
+            values: Metrics by name.
+        """
         if self._run is not None:
             self._guard("log", lambda: self._log(step, values))
 

@@ -160,10 +160,15 @@ class Accounting:
         return flags
 
     @contextlib.contextmanager
-    def watching(self, step: int) -> Iterator[None]:
-        """Time the collectives of a step, if it is one of those; the next step's sum takes the figure along."""
-        every, alone = self.config.communication_every, self.layout.world_size == 1
-        if not self.config.enabled or alone or not every or step % every:
+    def watching(self, step: int, last: int) -> Iterator[None]:
+        """Time the collectives of a step, if it is one of those; the next step's sum takes the figure along.
+
+        Args:
+            step: The step that runs inside.
+            last: The step with which the loop ends.
+        """
+        alone = self.layout.world_size == 1
+        if not self.config.enabled or alone or not is_watched(step, last, self.config.communication_every):
             yield
             return
         self._watched = True
@@ -232,6 +237,16 @@ class _Sum:
 
     def add(self, work: Workload, seconds: float) -> None:
         self.work, self.seconds, self.steps = self.work + work, self.seconds + seconds, self.steps + 1
+
+
+def is_watched(step: int, last: int, interval: int) -> bool:
+    """Say whether a step's collectives are timed: each ``interval`` steps (0: never), and before the last one.
+
+    No step comes after the last that could take its figure along, so in its place the one before it is timed.
+    """
+    if not interval or step == last:
+        return False
+    return step % interval == 0 or (step + 1 == last and last % interval == 0)
 
 
 def bucket_of(batch: MicroBatch) -> str:

@@ -53,7 +53,7 @@ def resolve_fork(fork: str, run_dir: str | Path) -> Path:
         raise ConfigError(f"fork: got {fork}, no whole checkpoint there; needed RUN@STEP, or RUN for its latest")
     if step is None:
         before = storage.read_lineage(run_dir)
-        if before and Path(before[-1]["run"]) == Path(run):
+        if before and Path(before[-1]["run"]).resolve() == Path(run).resolve():
             step = int(before[-1]["step"])
     if step is not None and step not in steps:
         raise ConfigError(f"fork: got {fork}, but {run} keeps the steps {', '.join(map(str, steps))}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ltd import config as config_io
 from ltd import storage
 from ltd.config import ConfigError
 from ltd.denoisers import Dit, DitConfig, SurgeryConfig, Weights, build_denoiser, open_weights, transplant
@@ -100,9 +101,8 @@ def find_origin(
     if settings is None:
         return None
     if start.checkpoint is not None:
-        if not start.own:
-            raise ConfigError(f"init_from: resume = {start.run.resume} brings weights too; set one of the two")
-        logger.info("init_from counts for a new run only; this one goes on from its own checkpoint")
+        _check_other_weights(settings, start)
+        logger.info("init_from counts for a new run only; this one goes on from a checkpoint")
         return None
     record: dict[str, str] | Exception | None = None
     if layout.is_main:
@@ -116,6 +116,21 @@ def find_origin(
         raise record
     assert record is not None
     return Origin(open_weights(record["files"], settings.weights), settings, record)
+
+
+def _check_other_weights(settings: InitFromConfig, start: Start) -> None:
+    """Refuse weights beside those of a checkpoint, unless they are what the run of the checkpoint began with."""
+    if start.own:
+        return
+    if not start.forked:
+        raise ConfigError(f"init_from: resume = {start.run.resume} brings weights too; set one of the two")
+    before = start.manifest.get("config", {}).get("init_from")
+    # Through the schema, so that fields that are younger than the checkpoint have their defaults.
+    if before is None or config_io.from_dict(InitFromConfig, before) != settings:
+        raise ConfigError(
+            f"init_from: fork = {start.run.fork} brings weights too; leave init_from out (init_from=null), or as it "
+            "was in the run that is forked"
+        )
 
 
 def _examine(settings: InitFromConfig, model: DitConfig, objective: ParametrizationConfig) -> dict[str, str]:

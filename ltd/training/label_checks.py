@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from ltd.config import ConfigError
 from ltd.data.labels import check_labels, class_names, read_classes
 from ltd.data.mixture import open_sources
 from ltd.parallel.layout import Layout
+from ltd.training.run import open_heldout
 
 if TYPE_CHECKING:
     from ltd.training.denoiser import DenoiserRun
@@ -48,11 +48,11 @@ def check_run_labels(run: DenoiserRun, layout: Layout) -> tuple[str, ...]:
 def _check(run: DenoiserRun, num_classes: int) -> tuple[str, ...]:
     classes = read_classes(run.data.classes)
     names: tuple[str, ...] = ()
-    sections = [run.data]
+    opened = [open_sources(run.data)]
     if run.evaluation.shards:
-        sections.append(dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=()))
-    for section in sections:
-        for source in open_sources(section).sources:
+        opened.append(open_heldout(run))
+    for mixed in opened:
+        for source in mixed.sources:
             missing = check_labels(source.entries, classes, num_classes, source.shard_of)
             if missing:
                 logger.warning(

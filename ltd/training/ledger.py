@@ -76,8 +76,7 @@ class Ledger:
 
     def commit(self) -> None:
         """Take in what was noted since the last time: the step was not one to stop at or to go back from."""
-        while len(self._slots) > len(self._table):
-            self._table = torch.cat((self._table, torch.zeros_like(self._table)))
+        self._grow()
         for index, rows in self._noted:
             self._table.index_add_(0, index, rows)
         self._noted.clear()
@@ -90,6 +89,7 @@ class Ledger:
         """
         if step < self._first:
             return
+        self._grow()  # cells may be known from a step that was noted and not taken
         sums = self._table[: len(self._slots)].tolist()
         mine = {cell: sums[slot] for cell, slot in self._slots.items() if any(sums[slot])}
         gathered = self.layout.gather_objects(mine)
@@ -107,6 +107,10 @@ class Ledger:
         """Close the file."""
         if self._journal is not None:
             self._journal.close()
+
+    def _grow(self) -> None:
+        while len(self._slots) > len(self._table):
+            self._table = torch.cat((self._table, torch.zeros_like(self._table)))
 
     def _cells(self, batch: MicroBatch, work: Work) -> list[Cell]:
         groups = batch.groups if isinstance(batch, PackedBatch) else (batch,)

@@ -161,7 +161,7 @@ class _Loop:
             data_s = time.perf_counter() - began
             try:
                 note = None if self.ledger is None else self.ledger.note
-                with self.accounting.watching(done):
+                with self.accounting.watching(done, session.until):
                     result = take_step(session, self.stage, micro_batches, info, flags=self._flags, note=note)
             except GuardError:
                 self._save_before(done)

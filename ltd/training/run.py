@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from ltd.config import ConfigError
 from ltd.data import Batch, DataConfig, evaluation_batches
+from ltd.data.arrange import arrange
+from ltd.data.mixture import MixedSource, open_sources
 from ltd.parallel.config import ParallelConfig
 from ltd.parallel.ema import EmaConfig
 from ltd.parallel.layout import Layout
@@ -141,6 +143,52 @@ def check_views(data: DataConfig, compression: Compression, patch: tuple[int, in
         )
 
 
+def check_heldout(run: RunConfig, layout: Layout) -> None:
+    """Open the held-out data before the first step, so that no run ends at its first evaluation.
+
+    Args:
+        run: The run; one that evaluates nothing is not looked at.
+        layout: Its processes; the main one looks.
+
+    Raises:
+        ConfigError: If ``evaluation.shards`` holds nothing that fits the views of ``data``; on all processes.
+    """
+    if not run.evaluation.every or run.evaluation.shards is None:
+        return
+    problem: str | None = None
+    if layout.is_main:
+        try:
+            open_heldout(run)
+        except ConfigError as error:
+            problem = str(error)
+    problem = layout.broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def open_heldout(run: RunConfig) -> MixedSource:
+    """Open the held-out data.
+
+    Args:
+        run: The run, whose ``evaluation.shards`` is set.
+
+    Returns:
+        The samples; some view of ``data`` has one of them.
+
+    Raises:
+        ConfigError: If there is none; names ``evaluation.shards``.
+    """
+    data = _heldout_data(run)
+    try:
+        source = open_sources(data)
+        arrange(data, source, fill=False)
+    except ConfigError as error:
+        message = str(error).replace("data.shards", "evaluation.shards")
+        named = message.startswith("evaluation.shards")
+        raise ConfigError(message if named else f"evaluation.shards: {message}") from None
+    return source
+
+
 def heldout_batches(run: RunConfig, layout: Layout) -> Iterator[Batch]:
     """Pass once over the held-out data; all processes get the same number of batches of the same shapes.
 
@@ -152,9 +200,13 @@ def heldout_batches(run: RunConfig, layout: Layout) -> Iterator[Batch]:
         Batches on the CPU.
     """
     return evaluation_batches(
-        dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=(), read_features=False),
+        _heldout_data(run),
         batch_size=run.evaluation.batch_size,
         global_rank=layout.global_rank,
         world_size=layout.world_size,
         windows_per_clip=run.evaluation.windows_per_clip,
     )
+
+
+def _heldout_data(run: RunConfig) -> DataConfig:
+    return dataclasses.replace(run.data, shards=run.evaluation.shards, datasets=(), read_features=False)

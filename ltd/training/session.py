@@ -37,7 +37,7 @@ from ltd.tracking.tracker import Tracker
 from ltd.training.fork import inherited_counts
 from ltd.training.guards import GuardError, Guards, Incident
 from ltd.training.optim import OptimConfig, learning_rate
-from ltd.training.run import RunConfig
+from ltd.training.run import RunConfig, check_heldout
 from ltd.training.start import Start
 
 logger = logging.getLogger(__name__)
@@ -209,12 +209,13 @@ def start_session(
         The session.
 
     Raises:
-        ConfigError: If the checkpoint is of another model.
+        ConfigError: If the checkpoint is of another model, or ``evaluation.shards`` holds nothing usable.
     """
     run = start.run
     beat.enter("start", 0)
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
+    check_heldout(run, layout)
     if accept is not None:
         accept(start.manifest.get("lineage", {}))
     if run.evaluation.every and run.evaluation.shards is None:

@@ -20,7 +20,7 @@ from PIL import Image
 from ltd import config
 from ltd.tracking.charts import Chart, Scale, Series, draw, is_noisy, number, smooth, thin, value_scale
 from ltd.tracking.media_section import samples_section
-from ltd.tracking.report import build_page, collect_charts, config_differences, write_report
+from ltd.tracking.report import build_page, collect_charts, config_differences, evaluation_section, write_report
 from ltd.tracking.run_record import RunRecord, Sample, read_run
 from tests.tracking.made_runs import PROMPT, add_samples, make_run
 
@@ -254,6 +254,27 @@ def test_command_names_what_is_wrong(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "pages"], r"error: pages: is a folder, needed an HTML file to write, such as pages/report\.html"),
+        (["--media-mb", "-1"], r"--media-mb: must be at least 0, got -1\.0"),
+        (["--media-mb", "nan"], r"--media-mb: must be at least 0, got nan"),
+    ],
+)
+def test_command_refuses_what_it_cannot_write_and_leaves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "pages").mkdir()
+    done = subprocess.run([sys.executable, ROOT / "tools/report.py", "run", *options], cwd=tmp_path, check=False)
+    error = capfd.readouterr().err
+    assert done.returncode == 2
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "pages"}
+
+
 def test_the_page_shows_where_a_fork_is_from(tmp_path: Path) -> None:
     trunk, child = make_run(tmp_path / "trunk"), make_run(tmp_path / "child")
     changes = {"optim.schedule": ["constant", "<wsd>"]}
@@ -278,6 +299,25 @@ def staged(run: RunRecord) -> RunRecord:
         {"from_step": 40, "set": {"optim": {"lr": 1e-4}, "data": {"new": "<x>"}}},
     ]
     return dataclasses.replace(run, config={**run.config, "stages": stages})
+
+
+def test_runs_share_a_line_of_metrics_only_where_all_beside_the_value_is_equal(tmp_path: Path) -> None:
+    same = {"name": "psnr", "unit": "dB", "n": 64, "floor": 40.5}
+    fid = {"name": "fid", "network": "inception"}
+    rows = {
+        "a": [{**same, "value": 30.5}, {**fid, "value": 8.5, "n": 64, "floor": 2.5, "guidance": 4.0}],
+        "b": [{**same, "value": 31.5}, {**fid, "value": 5.5, "n": 512, "floor": 1.5, "guidance": 6.0}],
+    }
+    for name, measured in rows.items():
+        (make_run(tmp_path / name) / "evaluation.json").write_text(json.dumps({"rows": measured}))
+    section = evaluation_section([read_run(tmp_path / name) for name in rows])
+    body = section.partition("<tbody>")[2].partition("</tbody>")[0]
+    lines = [re.findall(r"<td[^>]*>(?:<span[^>]*>)?([^<]*)", line) for line in body.split("</tr>") if line]
+    assert lines == [
+        ["psnr", "30.5", "31.5", "dB", "40.5", "64", "-", "-", "-"],
+        ["fid", "8.5", "-", "-", "2.5", "64", "inception", "guidance 4.0", "-"],
+        ["fid", "-", "5.5", "-", "1.5", "512", "inception", "guidance 6.0", "-"],
+    ]
 
 
 def test_stages_are_listed_and_marked_in_the_curves(tmp_path: Path) -> None:

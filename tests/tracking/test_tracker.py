@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -246,6 +247,28 @@ def test_code_is_named_by_its_commit_or_by_its_version(monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", "")
     assert code.find_commit() is None
     assert code_version() == f"ltd {__version__}"
+
+
+def test_code_below_the_repository_of_another_project_has_not_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        done = subprocess.run(["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    file = tmp_path / "site-packages" / "code_version.py"
+    file.parent.mkdir()
+    file.touch()
+    (tmp_path / "own.py").touch()
+    git("init", "-q")
+    git("add", "own.py")
+    git("commit", "-q", "-m", "theirs")
+    monkeypatch.setattr(code, "__file__", str(file))
+    assert code_version() == f"ltd {__version__}"
+    git("add", ".")
+    git("commit", "-q", "-m", "the code too")
+    assert code_version() == f"commit {git('rev-parse', 'HEAD')[:12]}"
 
 
 def test_missing_tensorboard_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ltd.data import Batch, PackedBatch
 from ltd.data.synthetic import make_toy_shards
 from ltd.parallel import Layout, ParallelConfig
 from ltd.planning import Workload, find_peak
-from ltd.training.accounting import Accounting, AccountingConfig, Hardware, bucket_of, covered, memory_peak
+from ltd.training.accounting import Accounting, AccountingConfig, Hardware, bucket_of, covered, is_watched, memory_peak
 from ltd.training.ledger import Ledger
 from ltd.training.work import Counts, Work, count_real
 from tools.proofs._runs import start
@@ -182,13 +182,18 @@ def test_two_processes_give_the_same_sums(shards: Path, whole: Path, tmp_path: P
     start(2, arguments(shards, tmp_path, *overrides), tmp_path / "log").wait()
     assert_same(ledger(tmp_path), ledger(whole), 1e-4)
     for ours, theirs in zip(rows(tmp_path), rows(whole), strict=True):
-        if ours["step"] % 3:  # the rows of watched steps have no rates
+        if ours["step"] not in (3, 5):  # the rows of watched steps have no rates
             assert ours["perf/padding_waste"] == pytest.approx(theirs["perf/padding_waste"], rel=1e-9)
             for name in ("hfu", "mfu_with_encoders"):
                 relation = [row[f"perf/{name}"] / row["perf/mfu"] for row in (ours, theirs)]
                 assert relation[0] == pytest.approx(relation[1], rel=1e-9), "encoders run once, whatever the degree"
-    shares = [row["perf/communication_share"] for row in rows(tmp_path) if "perf/communication_share" in row]
-    assert len(shares) == 1 and 0 < shares[0] < 1, "of step 3, in the row of step 4"
+        else:
+            assert "perf/mfu" not in ours
+    shares = {
+        row["step"]: row["perf/communication_share"] for row in rows(tmp_path) if "perf/communication_share" in row
+    }
+    assert list(shares) == [4, 6], "of step 3, and of 5 in the place of the last"
+    assert all(0 < share < 1 for share in shares.values())
 
 
 def test_union_of_intervals() -> None:
@@ -286,15 +291,23 @@ def test_watched_step_has_no_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     events = [types.SimpleNamespace(name="gloo:all_reduce", time_range=types.SimpleNamespace(start=0, end=1e3))]
     events.append(types.SimpleNamespace(name="aten::mm", time_range=types.SimpleNamespace(start=0, end=9e9)))
     monkeypatch.setattr(torch.profiler.profile, "events", lambda self: events)
-    with made.watching(1):
+    with made.watching(1, 9):
         pass
     assert made.flags()[:2] == [0.0, 0.0]
-    with made.watching(2):
+    with made.watching(2, 9):
         torch.ones(64, 64) @ torch.ones(64, 64)
     made.add("x", Workload(samples=1), 1.0, [0.0, 0.0, 1.0, 1.0])
     assert made.row() == {}
     seconds, step_s = made.flags()[:2]
     assert 0 < seconds <= min(step_s, 1e-3 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("interval", "last", "watched"),
+    [(0, 6, []), (3, 6, [3, 5]), (3, 7, [3, 6]), (6, 6, [5]), (7, 6, []), (1, 3, [1, 2]), (1, 1, [])],
+)
+def test_no_watched_step_is_the_last(interval: int, last: int, watched: list[int]) -> None:
+    assert [step for step in range(1, last + 1) if is_watched(step, last, interval)] == watched
 
 
 def test_noting_losses_waits_for_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,3 +324,23 @@ def test_noting_losses_waits_for_no_device(tmp_path: Path, monkeypatch: pytest.M
         ledger.commit()
     with pytest.raises((NotImplementedError, RuntimeError)):
         ledger.write(3)  # here, and only here, the sums come to the host
+
+
+def test_cells_of_a_step_that_is_not_taken_do_not_break_the_row_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout: Any = types.SimpleNamespace(device=torch.device("cpu"), is_main=True, gather_objects=lambda mine: [mine])
+    monkeypatch.setattr("ltd.training.ledger.Sources", lambda *rest: None)
+    nothing: Any = None
+    made = Ledger(AccountingConfig(), layout, nothing, nothing, run_dir=str(tmp_path), start_step=1)
+    sizes = iter([1020, 10])  # the second step brings the cells past the table's first 1024 lines
+    cells = iter([(f"source{number:04d}", "1x2x2", 0, "caption") for number in range(1030)])
+    monkeypatch.setattr(made, "_cells", lambda batch, work: [next(cells) for _ in range(next(sizes))])
+    for size, commits in ((1020, True), (10, False)):
+        made.note(types.SimpleNamespace(weight=torch.ones(size)), nothing, torch.full((size,), 2.0))  # type: ignore[arg-type]
+        if commits:
+            made.commit()
+    made.write(1)
+    made.close()
+    (row,) = lines(tmp_path / "ledger.jsonl")
+    assert len(row["cells"]) == 1020 and row["cells"][-1] == ["source1019", "1x2x2", 0, "caption", 1, 2.0, 4.0, 0]

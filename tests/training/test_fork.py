@@ -158,7 +158,11 @@ def test_a_fork_goes_back_to_where_it_began_while_it_has_no_checkpoint(
 
 
 def test_a_fork_of_the_latest_starts_where_it_did_before_and_then_goes_on_by_itself(
-    shards: Path, trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path,
+    trunk: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parent, child = tmp_path / "parent", tmp_path / "child"
     shutil.copytree(trunk, parent)
@@ -169,12 +173,13 @@ def test_a_fork_of_the_latest_starts_where_it_did_before_and_then_goes_on_by_its
     shutil.rmtree(child / "checkpoints")  # as if killed before its first one
     (child / "latest").unlink()
     assert run(shards, parent) == 0
-    assert run(shards, child, f"fork={parent}", steps=6) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(shards, child, "fork=parent", steps=6) == 0  # named in another way
     assert list(rows(child)) == [5, 6] and ancestors(child, 6)[0]["step"] == 4
     assert run(shards, child, f"fork={parent}") == 0
     assert rows(child)[8] == rows(trunk)[8] and different_shards(child, trunk, STEPS) == ([], 1)
     assert run(shards, child, f"fork={parent}@6", steps=9) == 2
-    assert f"started from {parent}@4; change run_dir" in capsys.readouterr().err
+    assert "started from parent@4; change run_dir" in capsys.readouterr().err
     assert run(shards, trunk, f"fork={parent}@6", steps=9) == 2
     assert "a run that started anew" in capsys.readouterr().err
 

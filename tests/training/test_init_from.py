@@ -185,6 +185,26 @@ def test_it_does_not_go_with_another_run_to_resume(
     assert "init_from: resume = " in capsys.readouterr().err
 
 
+def test_a_fork_goes_on_with_the_weights_that_its_parent_began_with(
+    image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = (*grown(image_run), "optim.lr=0.01", "optim.warmup_steps=0", "checkpoint.every=1")
+    trunk, child, grandchild = (tmp_path / name for name in ("trunk", "child", "grandchild"))
+    assert start(trunk, *overrides, steps=3) == 0
+    assert start(child, *overrides, f"fork={trunk}@1", steps=3) == 0
+    assert start(grandchild, *overrides, f"fork={child}@2", steps=3) == 0
+    whole = tensors(trunk, 3, "master")
+    for run_dir in (child, grandchild):
+        parts = tensors(run_dir, 3, "master")
+        assert all(torch.equal(parts[name], value) for name, value in whole.items())
+        manifest = storage.read_manifest(storage.checkpoint_path(run_dir, 3))
+        assert manifest["lineage"]["init_from"]["path"] == str(image_run)
+        assert manifest["ancestors"][-1]["overrides"] == {}
+    with pytest.raises(SystemExit):
+        start(tmp_path / "other", *overrides, "init_from.weights=raw", f"fork={trunk}@1", steps=3)
+    assert f"init_from: fork = {trunk}@1 brings weights too; leave init_from out" in capsys.readouterr().err
+
+
 def test_a_run_of_another_kind_and_a_stage_are_refused(tmp_path: Path) -> None:
     tree: dict[str, Any] = config_io.to_dict(config_io.load(DenoiserRun, CONFIG, ["init_from.path=x"]))
     assert tree["init_from"]["weights"] == "ema"

@@ -214,6 +214,24 @@ def test_numbers_that_cannot_train_are_refused(
     assert stop.value.code == 2 and f"error: {field}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config", ["autoencoder", "denoiser"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_held_out_data_that_are_not_there_are_named_before_anything_is_trained(
+    config: str, empty: bool, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run_dir = tmp_path / "nothing", tmp_path / "run"
+    if empty:
+        folder.mkdir()
+    overrides = [f"run_dir={run_dir}", f"data.shards={shards / 'train'}", f"evaluation.shards={folder}"]
+    command = [str(ROOT / "configs" / "debug" / f"{config}.yaml"), *overrides, "steps=4", "parallel.engine=torch"]
+    with pytest.raises(SystemExit):
+        train.main([*command, "evaluation.every=4"])
+    hint = "the directory holds no .tar" if empty else "no such path"
+    error = capsys.readouterr().err
+    assert f"error: evaluation.shards: got '{folder}': {hint}" in error and "data.shards" not in error
+    assert not (run_dir / "config.yaml").exists()
+
+
 def test_a_run_of_another_kind_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         train.main([str(ROOT / "configs" / "debug" / "denoiser.yaml"), f"run_dir={whole}", "parallel.engine=torch"])
