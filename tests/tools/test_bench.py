@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from tools import bench
-from tools.benches import mfu
+from tools.benches import _sequence_worker, mfu
 from tools.benches._diffusers import TEXT_TOKENS, check_equal, prompts
 from tools.benches.table import Row, bench_table
 
@@ -108,3 +110,11 @@ def test_prompts_are_padded_with_zeros_and_unequal_results_are_refused():
     check_equal("same", padded, padded)
     with pytest.raises(AssertionError, match="loss: ours differs from diffusers by"):
         check_equal("loss", padded + 1e-3, padded)
+
+
+def test_the_sequence_bench_never_compiles_the_kernel_of_inference(monkeypatch):
+    backend = importlib.import_module("deepspeed.comm.torch")
+    compiled = []
+    monkeypatch.setattr(backend, "build_shm_op", lambda: compiled.append(1))
+    _sequence_worker.skip_kernel()
+    assert backend.build_shm_op() is None and not compiled
