@@ -6,9 +6,10 @@ import atexit
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from ltd.config import ConfigError
@@ -47,6 +48,28 @@ def command_line(*fatal: type[Exception]) -> Iterator[None]:
         if not isinstance(error, (StorageWriteError, *fatal)):
             raise
         _end(error, 1)
+
+
+@contextlib.contextmanager
+def naming(options: Mapping[str, str]) -> Iterator[None]:
+    """Let mistakes name the options that were typed in place of the configuration's fields they were put in.
+
+    Args:
+        options: Option by field, such as ``--shards`` by ``data.shards``; an index behind the field goes with it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: The mistake, with the options' names.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        for field, option in options.items():
+            text = re.sub(rf"(?<![\w./-]){re.escape(field)}(\[\d+\])?(?![\w/-]|\.\w)", option, text)
+        raise ConfigError(text) from error
 
 
 def leave(code: int) -> NoReturn:

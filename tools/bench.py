@@ -79,18 +79,27 @@ def _commit() -> str:
     )
 
 
-def header(command: str, busy: float, modules: Sequence[ModuleType]) -> list[str]:
+def typed(arguments: argparse.Namespace) -> str:
+    """Write the command that measures the same again."""
+    options = [arguments.kind, *(["--only", arguments.only] if arguments.only else [])]
+    options += ["--repeats", str(arguments.repeats)]
+    options += [f"--{name}" for name in ("force", "tiny") if getattr(arguments, name)]
+    return " ".join(["python tools/bench.py", *options])
+
+
+def header(command: str, busy: float, modules: Sequence[ModuleType], *, tiny: bool = False) -> list[str]:
     """Say how the figures came about.
 
     Args:
         command: What was typed.
         busy: Load of the machine by others before the start, in percent.
         modules: The benches: each says its shapes and how it is laid out over processes.
+        tiny: Whether the smallest sizes were measured.
 
     Returns:
         Lines of a Markdown list.
     """
-    sizes = [f"{what} ({one.NAME}): {text}" for one in modules for what, text in _said(one)]
+    sizes = [f"{what} ({one.NAME}): {text}" for one in modules for what, text in _said(one, tiny)]
     return [
         f"Command: `{command}`",
         f"Machine: {hardware()} ({torch.backends.cpu.get_cpu_capability()}), "
@@ -103,8 +112,9 @@ def header(command: str, busy: float, modules: Sequence[ModuleType]) -> list[str
     ]
 
 
-def _said(module: ModuleType) -> tuple[tuple[str, str], tuple[str, str]]:
-    return ("Shapes", module.SHAPES), ("Parallel layout", module.LAYOUT)
+def _said(module: ModuleType, tiny: bool) -> tuple[tuple[str, str], tuple[str, str]]:
+    shapes = module.TINY_SHAPES if tiny else module.SHAPES
+    return ("Shapes", shapes), ("Parallel layout", module.LAYOUT)
 
 
 def page(kind: str, lines: Sequence[str], rows: Sequence[Row], summaries: Sequence[str], *, mark: str) -> str:
@@ -115,7 +125,7 @@ def page(kind: str, lines: Sequence[str], rows: Sequence[Row], summaries: Sequen
         lines: The header.
         rows: All rows.
         summaries: Lines below the table.
-        mark: What is put behind the systems of a disturbed run.
+        mark: What is put behind the systems and the summaries of a disturbed run.
 
     Returns:
         Markdown.
@@ -125,7 +135,7 @@ def page(kind: str, lines: Sequence[str], rows: Sequence[Row], summaries: Sequen
         "the system's time over ours in the same round: above 1, ours is faster. CPU time includes child processes."
     )
     parts = [f"# Benchmark: {kind}", "\n".join(f"- {line}" for line in lines), bench_table(rows, mark=mark)]
-    return "\n\n".join([*parts, *(["\n".join(summaries)] if summaries else []), notes]) + "\n"
+    return "\n\n".join([*parts, *(["\n".join(line + mark for line in summaries)] if summaries else []), notes]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,11 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = module.measure(arguments.repeats, tiny=arguments.tiny)
         rows += found
         summaries += module.summary(found) if hasattr(module, "summary") else []
-    options = [arguments.kind, *(["--only", arguments.only] if arguments.only else [])]
-    options += ["--repeats", str(arguments.repeats), *(["--tiny"] if arguments.tiny else [])]
-    command = " ".join(["python tools/bench.py", *options])
     mark = (_BUSY if busy > BUSY_LIMIT_PERCENT else "") + (_TINY if arguments.tiny else "")
-    text = page(arguments.kind, header(command, busy, list(modules.values())), rows, summaries, mark=mark)
+    lines = header(typed(arguments), busy, list(modules.values()), tiny=arguments.tiny)
+    text = page(arguments.kind, lines, rows, summaries, mark=mark)
     part = f"-{arguments.only}" if arguments.only else ""  # one bench must not take the place of the whole page
     name = f"{arguments.kind}{part}_{_slug(hardware())}_{datetime.datetime.now(datetime.UTC):%Y%m}.md"
     arguments.out.mkdir(parents=True, exist_ok=True)

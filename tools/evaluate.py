@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +19,10 @@ import torch
 from torch import Tensor
 
 import ltd.autoencoders
-from ltd.command import command_line, leave
+from ltd.command import command_line, leave, naming
 from ltd.config import ConfigError
 from ltd.data import DataConfig, ViewConfig, evaluation_batches
-from ltd.data.decode import decode_clip, decode_image
-from ltd.data.index import Entry, Index, open_index
-from ltd.data.media import decode_cut
-from ltd.data.plan import Placement
+from ltd.data.index import Index, open_index
 from ltd.data.windows import enumerate_windows
 from ltd.data.write import write_bytes
 from ltd.encoders.features import CaptionFeatures, build_features, parse_features
@@ -34,7 +30,7 @@ from ltd.encoders.flow import DenseFlow
 from ltd.encoders.packaged import build_packaged
 from ltd.encoders.perceptual import PerceptualConfig, StLpipsConfig, VggLpipsConfig, build_perceptual
 from ltd.encoders.torchscript import I3dFeaturesConfig, InceptionFeaturesConfig
-from ltd.evaluation.distribution import DISTRIBUTION_METRICS
+from ltd.evaluation.distribution import DISTRIBUTION_METRICS, check_count
 from ltd.evaluation.figures import FRAMES_SHOWN, MOTION_METRICS
 from ltd.evaluation.measures import caption_rows, distribution_rows, motion_rows, outputs_of
 from ltd.evaluation.protocol import (
@@ -48,8 +44,9 @@ from ltd.evaluation.protocol import (
 )
 from ltd.evaluation.rows import MetricRow, format_table, replace_parts, rows_from_json, rows_to_json
 from ltd.inference.media import pixels_to_video, video_to_pixels
+from ltd.inference.real_clips import Pairing, pair_up, read_reference
+from ltd.inference.sample_table import Shape, check_samples, load_samples, read_samples, shape_of, shared_facts
 from ltd.progress import Progress
-from ltd.rng import generator
 
 #: Metrics of clips as a whole, and those of frames one by one; the others need neither network.
 _OF_CLIPS = ("fvd",)
@@ -109,16 +106,22 @@ def main(arguments: list[str]) -> int:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
         if not args.run.is_dir():
             raise ConfigError(f"{args.run}: no such directory; needed a run")
-        new: list[MetricRow] = []
-        if args.shards is not None:
-            new += measure_autoencoder(args)
-        if args.samples is not None:
-            new += measure_samples(args)
         path = args.run / "evaluation.json"
-        old = rows_from_json(path.read_text()) if path.is_file() else []
-        write_bytes(path, rows_to_json(replace_parts(old, new)).encode())
+        read_rows(path)  # what is wrong with it, or with samples, is said before anything is measured
+        of_samples = None if args.samples is None else SampleMeasurement(args)
+        new = [] if args.shards is None else measure_autoencoder(args)
+        new += [] if of_samples is None else of_samples.measure()
+        write_bytes(path, rows_to_json(replace_parts(read_rows(path), new)).encode())
         print(format_table(new))
     return 0
+
+
+def read_rows(path: Path) -> list[MetricRow]:
+    """Read the rows of an earlier call; none where there was none."""
+    try:
+        return rows_from_json(path.read_text("utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise ConfigError(f"RUN: {path} is damaged: {error}; remove it, or give another directory") from None
 
 
 def check_metrics(args: argparse.Namespace) -> None:
@@ -142,6 +145,10 @@ def measure_autoencoder(args: argparse.Namespace) -> list[MetricRow]:
         network = build_perceptual(config, device=args.device)
         perceptual = OnDevice(network, args.device)
     model = ltd.autoencoders.load(args.autoencoder or args.run, weights=args.weights, device=args.device)
+    try:
+        model.compression.latent(view.shape)
+    except ValueError as error:
+        raise ConfigError(f"--size: got {args.size}: {error}") from None
 
     @torch.no_grad()
     def reconstruct(pixels: Tensor) -> Tensor:
@@ -149,9 +156,9 @@ def measure_autoencoder(args: argparse.Namespace) -> list[MetricRow]:
         return video_to_pixels(decoded).cpu()
 
     data = DataConfig(shards=args.shards, views=(view,), caption_required=False)
-    total = len(enumerate_windows(open_index(args.shards), [view], windows_per_clip=args.windows_per_clip))
 
     def clips() -> Iterator[Tensor]:
+        total = len(enumerate_windows(open_index(args.shards), [view], windows_per_clip=args.windows_per_clip))
         with Progress(total, "reconstruct", unit="clips") as progress:
             for batch in evaluation_batches(data, batch_size=8, windows_per_clip=args.windows_per_clip):
                 assert batch.pixels is not None  # an index of tars holds media
@@ -159,24 +166,56 @@ def measure_autoencoder(args: argparse.Namespace) -> list[MetricRow]:
                 progress.update(len(batch.keys))
 
     note = f"held-out clips {args.size}, reconstructed from the posterior's mean"
-    return autoencoder_rows(clips(), reconstruct, weights=args.weights, perceptual=perceptual, note=note)
+    with naming({"data.shards": "--shards", "data.views": "--size"}):
+        return autoencoder_rows(clips(), reconstruct, weights=args.weights, perceptual=perceptual, note=note)
 
 
-def measure_samples(args: argparse.Namespace) -> list[MetricRow]:
-    """Hold every kind of sample (clips, images) against real ones of the same size."""
-    networks = Networks(args)
-    table = read_samples(args.samples, args.prompts)
-    index = open_index(args.reference)
-    shapes = dict.fromkeys((row["num_frames"], row["height"], row["width"]) for row in table)
-    rows = []
-    for shape in shapes:
-        mine = [row for row in table if (row["num_frames"], row["height"], row["width"]) == shape]
-        view = ViewConfig(num_frames=shape[0], height=shape[1], width=shape[2], fps=args.fps if shape[0] > 1 else None)
-        same_kind = sum((other[0] > 1) == (shape[0] > 1) for other in shapes)
-        suffix = f"_{view}" if same_kind > 1 else ""
-        measured = _measure_shape(args, networks, load_samples(args.samples, mine), index, view)
-        rows += [dataclasses.replace(row, name=row.name + suffix, **_facts(mine)) for row in measured]
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Samples of one size, checked as far as can be without measuring."""
+
+    rows: list[dict[str, Any]]  #: Of samples.jsonl.
+    pairing: Pairing
+    suffix: str  #: Ends the names of their metrics.
+
+
+class SampleMeasurement:
+    """Hold every kind of sample (clips, images) against real ones of the same size.
+
+    Args:
+        args: Arguments of the command.
+
+    Raises:
+        ConfigError: If anything that can be known before measuring is wrong with any size.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.networks = args, Networks(args)
+        table = read_samples(args.samples, args.prompts)
+        with naming({"data.shards": "--reference", "fps": "--fps"}):
+            self.index = open_index(args.reference)
+            self.prepared = [self._prepare(shape, table) for shape in dict.fromkeys(map(shape_of, table))]
+        if args.shards is not None or len(self.prepared) > 1:  # else they are read before anything is measured
+            check_samples(args.samples, table)
+
+    def _prepare(self, shape: Shape, table: list[dict[str, Any]]) -> Prepared:
+        fps = self.args.fps if shape[0] > 1 else None
+        view = ViewConfig(num_frames=shape[0], height=shape[1], width=shape[2], fps=fps)
+        mine = [row for row in table if shape_of(row) == shape]
+        same_kind = {shape_of(row) for row in table if (row["num_frames"] > 1) == (shape[0] > 1)}
+        pairing = pair_up(self.index, view, len(mine), max_clips=self.args.max_clips)
+        self.networks.check_counts(pairing)
+        return Prepared(mine, pairing, f"_{view}" if len(same_kind) > 1 else "")
+
+    def measure(self) -> list[MetricRow]:
+        """Measure all sizes."""
+        rows = []
+        for one in self.prepared:
+            samples = load_samples(self.args.samples, one.rows)
+            measured = _measure_shape(self.args, self.networks, samples, self.index, one.pairing)
+            facts = shared_facts(one.rows)
+            rows += [dataclasses.replace(row, name=row.name + one.suffix, **facts) for row in measured]
+        return rows
 
 
 class OnDevice:
@@ -235,6 +274,18 @@ class Networks:
             self.clips = ClipFeatures(build_features(config, device=args.device))
             self.clips_note = "" if isinstance(config, I3dFeaturesConfig) else _OTHER.format("I3D")
 
+    def check_counts(self, pairing: Pairing) -> None:
+        """Refuse a size with too few samples for a metric."""
+        view = pairing.view
+        asked = ((self.frames, self.of_frames), (self.clips, self.of_clips if view.num_frames > 1 else []))
+        for features, names in asked:
+            for name in names:
+                assert features is not None
+                try:
+                    check_count(name, pairing.num_compared * features.num_vectors(view.num_frames), features.dim)
+                except ValueError as error:
+                    raise ConfigError(f"--metrics: {view}: {error}") from None
+
     def measure(self, samples: Clips, reference: Reference, *, seed: int) -> list[MetricRow]:
         """Measure samples of one size; the metrics of clips only where they are clips."""
         rows = []
@@ -253,10 +304,11 @@ class Networks:
 
 
 def _measure_shape(
-    args: argparse.Namespace, networks: Networks, samples: Clips, index: Index, view: ViewConfig
+    args: argparse.Namespace, networks: Networks, samples: Clips, index: Index, pairing: Pairing
 ) -> list[MetricRow]:
     """Measure samples of one size."""
-    counted, reference = read_reference(samples, index, view, max_clips=args.max_clips, seed=args.seed)
+    view = pairing.view
+    counted, reference = read_reference(samples, index, pairing, seed=args.seed)
     pixels = ClipFeatures(build_packaged("pixels"))
     frames = ClipFeatures(build_packaged("efficientnet_lite0", device=args.device), frames=FRAMES_SHOWN)
     kind = "clip" if samples.is_video else "image"
@@ -284,121 +336,6 @@ def _measure_shape(
     return rows
 
 
-def read_samples(directory: Path, prompts: Path | None) -> list[dict[str, Any]]:
-    """Read samples.jsonl.
-
-    Args:
-        directory: What sample.py wrote.
-        prompts: Keep only samples of the prompts in this file; None keeps all.
-
-    Returns:
-        Its rows.
-
-    Raises:
-        ConfigError: If a file is missing, a row lacks a field or no sample is left.
-    """
-    path = directory / "samples.jsonl"
-    if not path.is_file():
-        raise ConfigError(f"--samples: no samples.jsonl in {directory}; needed a directory that sample.py wrote")
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    for row in rows:
-        missing = {"file", "prompt", "num_frames", "height", "width"} - row.keys()
-        if missing:
-            raise ConfigError(f"--samples: a row of {path} lacks {', '.join(sorted(missing))}")
-    if prompts is not None:
-        if not prompts.is_file():
-            raise ConfigError(f"--prompts: {prompts} does not exist")
-        wanted = {line.strip() for line in prompts.read_text("utf-8").splitlines()}
-        rows = [row for row in rows if row["prompt"].strip() in wanted]
-    if not rows:
-        raise ConfigError(f"--samples: {path} holds no sample" + (f" of a prompt in {prompts}" if prompts else ""))
-    return rows
-
-
-def load_samples(directory: Path, rows: list[dict[str, Any]]) -> Clips:
-    """Decode samples of one size.
-
-    Args:
-        directory: Where the files are.
-        rows: Their rows of samples.jsonl.
-
-    Returns:
-        The clips, in the rows' order.
-
-    Raises:
-        ConfigError: If a file is missing or not of the size its row says.
-    """
-    clips = []
-    for row in rows:
-        path = directory / row["file"]
-        if not path.is_file():
-            raise ConfigError(f"--samples: {path} is named in samples.jsonl and does not exist")
-        data = path.read_bytes()
-        is_image = row["num_frames"] == 1
-        frames = decode_image(data) if is_image else decode_clip(data, start=0, num_frames=row["num_frames"])
-        if frames.shape != (row["num_frames"], row["height"], row["width"], 3):
-            raise ConfigError(f"--samples: {path} is {frames.shape}, its row of samples.jsonl says otherwise")
-        clips.append(torch.from_numpy(frames.copy()))
-    return Clips(torch.stack(clips), tuple(row["prompt"].strip() for row in rows), tuple(row["file"] for row in rows))
-
-
-def read_reference(
-    samples: Clips, index: Index, view: ViewConfig, *, max_clips: int, seed: int
-) -> tuple[Clips, Reference]:
-    """Draw real clips for samples, and the samples that are compared at equal n.
-
-    Args:
-        samples: All samples of one size.
-        index: Training tars.
-        view: Size of the samples.
-        max_clips: Compare at most this many samples.
-        seed: Seed of the draws.
-
-    Returns:
-        ``n`` samples, evenly spread, and the reference: ``2 n`` windows of all training clips and, where every
-        compared sample's prompt is a training caption, ``n`` windows of the clips of these captions.
-
-    Raises:
-        ConfigError: If there are fewer than 2 samples or 4 training windows.
-    """
-    windows = enumerate_windows(index, [view])
-    n = min(len(samples), max_clips, len(windows) // 2)
-    if n < 2:
-        raise ConfigError(
-            f"Frechet distances of {view} need 2 samples and 4 training windows or more, "
-            f"got {len(samples)} (--samples), {len(windows)} (--reference) and --max-clips {max_clips}"
-        )
-    counted = samples if n == len(samples) else samples.take([i * len(samples) // n for i in range(n)])
-    order = torch.randperm(len(windows), generator=generator(seed, "evaluation pool", str(view)))[: 2 * n].tolist()
-    by_caption: dict[str, list[Entry]] = {}
-    for entry in index.entries:
-        if entry.kind == view.kind and entry.frames >= view.span(entry.fps):
-            by_caption.setdefault(index.caption(entry).strip(), []).append(entry)
-    pool = _read(index, view, [(windows[i].entry, windows[i].placement) for i in order])
-    if not set(counted.captions) <= by_caption.keys():
-        return counted, Reference(pool, None)
-    random = generator(seed, "evaluation matched", str(view))
-    cuts = []
-    for caption in counted.captions:
-        entries = by_caption[caption]
-        entry = entries[int(torch.randint(len(entries), (), generator=random))]
-        slack = entry.frames - view.span(entry.fps)
-        start = int(torch.randint(slack + 1, (), generator=random))
-        cuts.append((entry, Placement(start, view.frame_step(entry.fps), (0.5, 0.5), False)))
-    return counted, Reference(pool, _read(index, view, cuts))
-
-
-def _read(index: Index, view: ViewConfig, cuts: list[tuple[Entry, Placement]]) -> Clips:
-    pixels = []
-    with Progress(len(cuts), "read real clips", unit="clips") as progress:
-        for entry, placement in cuts:
-            frames = decode_cut(index.read(entry, entry.media), entry, view, placement)
-            pixels.append(torch.from_numpy(frames.copy()))
-            progress.update()
-    captions = tuple(index.caption(entry).strip() for entry, _ in cuts)
-    return Clips(torch.stack(pixels), captions, tuple(f"{entry.shard}/{entry.key}" for entry, _ in cuts))
-
-
 def _with_known_captions(samples: Clips, reference: Reference) -> Clips | None:
     """Pick the samples whose captions the matched clips have; None where retrieval has no two captions."""
     if reference.matched is None or len(set(reference.matched.captions)) < 2:
@@ -408,21 +345,15 @@ def _with_known_captions(samples: Clips, reference: Reference) -> Clips | None:
     return samples if len(keep) == len(samples) else samples.take(keep)
 
 
-def _facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collect how the samples were made, where all agree."""
-    facts = {}
-    for name in ("weights", "steps", "guidance", "seed"):
-        values = {row.get(name) for row in rows}
-        facts[name] = values.pop() if len(values) == 1 else None
-    return facts
-
-
 def _view(size: str) -> ViewConfig:
     try:
         frames, height, width = (int(part) for part in size.split("x"))
     except ValueError:
         raise ConfigError(f"--size: {size!r} is not FRAMESxHEIGHTxWIDTH, such as 17x64x112") from None
-    return ViewConfig(num_frames=frames, height=height, width=width)
+    try:
+        return ViewConfig(num_frames=frames, height=height, width=width)
+    except ConfigError as error:
+        raise ConfigError(f"--size: {error}") from None
 
 
 if __name__ == "__main__":

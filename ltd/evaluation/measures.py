@@ -71,7 +71,7 @@ def distribution_rows(
     """
     _check_sizes(samples, reference)
     for name in metrics:
-        check_count(name, len(samples) * features.num_vectors(samples.pixels), features.dim)
+        check_count(name, len(samples) * features.num_vectors(samples.pixels.shape[1]), features.dim)
     rows = []
     for name in metrics:
         metric = DISTRIBUTION_METRICS[name]

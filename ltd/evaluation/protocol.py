@@ -121,9 +121,9 @@ class ClipFeatures:
         self._known.append((clips, found))
         return found[output]
 
-    def num_vectors(self, clips: Tensor) -> int:
-        """Count the vectors of each clip."""
-        return 1 if self.frames is None else min(self.frames, clips.shape[1])
+    def num_vectors(self, num_frames: int) -> int:
+        """Count the vectors of a clip of so many frames."""
+        return 1 if self.frames is None else min(self.frames, num_frames)
 
     def pooled(self, clips: Tensor) -> Tensor:
         """Map uint8 ``(n, t, h, w, 3)`` to ``(n, dim)``, the mean over the frames shown."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from ltd import storage
 from ltd.config import ConfigError
+from ltd.data.batch import BadSampleError
 from ltd.data.decode import decode_clip, decode_image, probe
 from ltd.data.write import VideoEncoder, write_bytes, write_image, write_video
 from ltd.inference.generate import Request
@@ -134,19 +135,21 @@ class SampleFolder:
             failures: By number, why a sample is not there.
 
         Returns:
-            Why each missing sample is missing, with those that nobody reported.
+            Why each missing sample is missing, with those that nobody reported and those whose file is damaged.
         """
         there = self.look()
         lost = "written by a process, but not in --out here; needed a folder that all hosts share"
         missing = [number for number in range(len(self.requests)) if number not in there]
-        failed = {number: failures.get(number, lost) for number in missing}
+        stills, damaged = self._stills(sorted(there))
+        self._seen = there - damaged.keys()
+        failed = {number: failures.get(number, lost) for number in missing} | damaged
         self.write_rows()
         if failed:
             _write_rows(self.out / _FAILED, [self._failed_row(number, why) for number, why in failed.items()])
         else:
             (self.out / _FAILED).unlink(missing_ok=True)
-        if there:
-            write_image(self.grid, tile(list(self._stills(sorted(there)))))
+        if stills:
+            write_image(self.grid, tile(stills))
         else:
             self.grid.unlink(missing_ok=True)
         return failed
@@ -157,24 +160,37 @@ class SampleFolder:
     def _before(self) -> dict[str, str]:
         """Read what the folder was begun with."""
         marker = self.out / _MARKER
-        return dict(json.loads(marker.read_text("utf-8"))) if marker.is_file() else {}
+        if not marker.is_file():
+            return {}
+        try:
+            before = dict(json.loads(marker.read_text("utf-8")))
+            int(before.get("samples", 0))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"--out: {marker} is damaged ({error}); remove the folder, or give another") from None
+        return before
 
     def _discard(self, names: set[str], count: int) -> None:
         """Delete what an earlier job of other arguments made here: ``count`` samples, as far as it got."""
         made = {f"{number:04d}.{suffix}" for number in range(count) for suffix in ("png", "mp4")}
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             made |= {Path(json.loads(row)["file"]).name for row in (self.out / _ROWS).read_text("utf-8").splitlines()}
         for name in made | names | {_ROWS, _FAILED, _GRID}:
             (self.out / name).unlink(missing_ok=True)
 
-    def _stills(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        """Read the middle frame of samples."""
+    def _stills(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], dict[int, str]]:
+        """Read the middle frame of samples; and say, by number, which files are damaged."""
+        stills, damaged = [], {}
         for number in numbers:
-            data, num_frames = (self.out / self.name(number)).read_bytes(), self.requests[number].shape.num_frames
-            if num_frames == 1:
-                yield decode_image(data)[0]
-            else:
-                yield decode_clip(data, start=num_frames // 2, num_frames=1)[0]
+            path, num_frames = self.out / self.name(number), self.requests[number].shape.num_frames
+            data = path.read_bytes()
+            try:
+                if num_frames == 1:
+                    stills.append(decode_image(data)[0])
+                else:
+                    stills.append(decode_clip(data, start=num_frames // 2, num_frames=1)[0])
+            except BadSampleError as error:
+                damaged[number] = f"{path} of an earlier job is damaged ({error}); remove it and run again"
+        return stills, damaged
 
     def _row(self, number: int) -> dict[str, Any]:
         request = self.requests[number]
@@ -199,7 +215,10 @@ class SampleFolder:
         if "segments" not in self.columns or not path.is_file():
             return self.requests[number].shape.num_frames
         if number not in self._counts:
-            self._counts[number] = probe(path.read_bytes()).frames
+            try:
+                self._counts[number] = probe(path.read_bytes()).frames
+            except BadSampleError:  # `finish` says so
+                return self.requests[number].shape.num_frames
         return self._counts[number]
 
     def _failed_row(self, number: int, why: str) -> dict[str, Any]:

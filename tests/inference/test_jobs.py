@@ -300,3 +300,40 @@ def test_a_sample_that_is_on_no_disk_here_is_reported(tmp_path: Path) -> None:
     assert found == {0: "written by a process, but not in --out here; needed a folder that all hosts share", 2: "why"}
     assert [row["file"] for row in rows(tmp_path)] == ["0001.png"]
     assert [(row["number"], row["seed"]) for row in rows(tmp_path, "failed.jsonl")] == [(0, 1), (2, 1)]
+
+
+def test_a_damaged_sample_is_a_failure_and_not_the_end_of_the_others(tmp_path: Path) -> None:
+    shapes = [VideoShape(1, 8, 8), VideoShape(1, 8, 8), VideoShape(5, 32, 32)]
+    requests = [Request(prompt=str(n), repetition=0, shape=shape, fps=8.0) for n, shape in enumerate(shapes)]
+    folder = SampleFolder(tmp_path, requests, {"segments": 2})
+    folder.begin({"a": "b"})
+    for number, shape in enumerate(shapes):
+        folder.write(number, np.full((shape.num_frames, shape.height, shape.width, 3), 7, np.uint8))
+    for name in ("0001.png", "0002.mp4"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+    folder.look()
+    folder.write_rows()
+    found = folder.finish({})
+    assert sorted(found) == [1, 2] and "0001.png of an earlier job is damaged (" in found[1]
+    assert [row["file"] for row in rows(tmp_path)] == ["0000.png"] and folder.grid.exists()
+    assert [row["number"] for row in rows(tmp_path, "failed.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "1", '{"samples": "many"}'])
+def test_a_damaged_marker_is_one_clear_message(tmp_path: Path, text: str) -> None:
+    requests = [Request(prompt="p", repetition=0, shape=VideoShape(1, 8, 8), fps=8.0)]
+    (tmp_path / "request.json").write_text(text)
+    for act in (SampleFolder.missing, SampleFolder.begin):
+        with pytest.raises(ConfigError, match=r"--out: .*request.json is damaged \("):
+            act(SampleFolder(tmp_path, requests, {}), {"a": "b"})
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"file": 1}', "{"])
+def test_rows_of_another_job_that_cannot_be_read_do_not_stop_this_one(tmp_path: Path, line: str) -> None:
+    requests = [Request(prompt="p", repetition=0, shape=VideoShape(1, 8, 8), fps=8.0)]
+    folder = SampleFolder(tmp_path, requests, {})
+    folder.begin({"a": "b"})
+    folder.write(0, np.full((1, 8, 8, 3), 7, np.uint8))
+    (tmp_path / "samples.jsonl").write_text(line + "\n")
+    folder.begin({"a": "c"})
+    assert [path.name for path in tmp_path.iterdir()] == ["request.json"] and folder.missing({"a": "c"}) == [0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from tools import bench
-from tools.benches import mfu
+from tools.benches import _sequence_worker, checkpoint, mfu, train
 from tools.benches._diffusers import TEXT_TOKENS, check_equal, prompts
 from tools.benches.table import Row, bench_table
 
@@ -43,18 +47,20 @@ def test_every_kind_runs_at_a_tiny_size_and_writes_its_page(kind, tmp_path, caps
     text = page.read_text()
     assert text.strip() == out.strip()
     for module in KINDS[kind].values():
-        assert f"- Shapes ({module.NAME}): {module.SHAPES}" in text
+        assert f"- Shapes ({module.NAME}): {module.TINY_SHAPES}" in text and module.SHAPES not in text
         assert f"- Parallel layout ({module.NAME}): {module.LAYOUT}" in text
     for said in ("Machine:", "Versions:", "Commit:", "--tiny", "Median (smallest-largest)"):
         assert said in text
     figures = [line for line in text.splitlines() if line.startswith("| ") and "(ours)" in line]
     assert figures and all("(tiny: no figure)" in line and "busy" not in line for line in figures)
+    below = text.partition("\n| ---")[2]
+    assert all(line.endswith("(tiny: no figure)") for line in below.splitlines() if line.startswith("- "))
 
 
 def test_a_busy_machine_is_refused_and_forced_rows_are_marked(tmp_path, capsys, monkeypatch):
     made = Row(work="w", system="ltd", cpu_s=[1.0], wall_s=[2.0], ours=True)
     monkeypatch.setattr(KINDS["sampler"]["sampler"], "measure", lambda repeats, *, tiny: [made])
-    monkeypatch.setattr(KINDS["sampler"]["sampler"], "summary", lambda rows: [])
+    monkeypatch.setattr(KINDS["sampler"]["sampler"], "summary", lambda rows: ["- w: holds."])
     arguments = ["sampler", "--repeats", "1", "--out", str(tmp_path)]
     for busy, code in ((bench.BUSY_LIMIT_PERCENT, 0), (bench.BUSY_LIMIT_PERCENT + 1, 3)):
         monkeypatch.setattr(bench, "busy_percent", lambda busy=busy: busy)
@@ -62,7 +68,10 @@ def test_a_busy_machine_is_refused_and_forced_rows_are_marked(tmp_path, capsys, 
         assert found == code and ("busy machine" not in out)
         assert ("other processes use 16 % of the cores, needed at most 15 %" in out) == (code == 3)
     found, out = run(capsys, *arguments, "--force")
-    assert found == 0 and "ltd (ours) (busy machine)" in out
+    assert found == 0 and "ltd (ours) (busy machine)" in out and "- w: holds. (busy machine)\n" in out
+    assert "Command: `python tools/bench.py sampler --repeats 1 --force`\n" in out
+    _, out = run(capsys, *arguments, "--tiny", "--force", "--only", "sampler")
+    assert "Command: `python tools/bench.py sampler --only sampler --repeats 1 --force --tiny`\n" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -108,3 +117,28 @@ def test_prompts_are_padded_with_zeros_and_unequal_results_are_refused():
     check_equal("same", padded, padded)
     with pytest.raises(AssertionError, match="loss: ours differs from diffusers by"):
         check_equal("loss", padded + 1e-3, padded)
+
+
+def test_the_sequence_bench_never_compiles_the_kernel_of_inference(monkeypatch):
+    backend = importlib.import_module("deepspeed.comm.torch")
+    compiled = []
+    monkeypatch.setattr(backend, "build_shm_op", lambda: compiled.append(1))
+    _sequence_worker.skip_kernel()
+    assert backend.build_shm_op() is None and not compiled
+
+
+def test_the_shares_of_a_table_are_of_one_peak():
+    row = {"perf/tokens_per_s": 7.0, "perf/model_tflops": 2.0, "perf/total_tflops": 3.0, "perf/data_wait_share": 0.25}
+    found = train.columns_of(row | {"perf/mfu": 0.9, "perf/mfu_with_encoders": 0.9}, 8e12)
+    assert found == {"tokens/s": 7.0, "MFU %": 25.0, "MFU with encoders %": 37.5, "data wait %": 25.0}
+
+
+def test_the_checkpoint_bench_removes_what_killed_runs_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FOLDER", tmp_path)
+    gone, running = tmp_path / "checkpoint-4194999", tmp_path / f"checkpoint-{os.getppid()}"
+    for folder in (gone, running):
+        (folder / "state").mkdir(parents=True)
+    with checkpoint._scratch() as folder:
+        assert list(Path(folder).iterdir()) == [] and not gone.exists() and running.exists()
+        (Path(folder) / "big").write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == [running]

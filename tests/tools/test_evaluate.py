@@ -1,6 +1,6 @@
-import importlib.util
 import io
 import json
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -14,12 +14,9 @@ from ltd.data.index import index_tar, open_index
 from ltd.data.plan import ViewConfig
 from ltd.data.write import encode_image, encode_video, write_image, write_video
 from ltd.evaluation.rows import rows_from_json
+from ltd.shapes import Compression
 from tests.encoders.standins import Inception, save
-
-_SPEC = importlib.util.spec_from_file_location("evaluate", Path(__file__).parents[2] / "tools/evaluate.py")
-assert _SPEC is not None and _SPEC.loader is not None
-evaluate = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(evaluate)
+from tools import evaluate
 
 SHOTS = 6
 
@@ -170,7 +167,8 @@ def test_matched_windows_are_of_the_samples_own_captions(data):
     index, view = open_index(str(data / "train")), ViewConfig(num_frames=5, height=32, width=64)
     table = [row for row in evaluate.read_samples(data / "samples", None) if row["num_frames"] == 5]
     samples = evaluate.load_samples(data / "samples", table)
-    counted, reference = evaluate.read_reference(samples, index, view, max_clips=64, seed=0)
+    pairing = evaluate.pair_up(index, view, len(samples), max_clips=64)
+    counted, reference = evaluate.read_reference(samples, index, pairing, seed=0)
     assert reference.matched.captions == counted.captions == ("shot 0", "shot 1", "shot 2")
     assert len(reference.pool) == 6
     for i, clip in enumerate(reference.matched.pixels.float()):
@@ -178,15 +176,17 @@ def test_matched_windows_are_of_the_samples_own_captions(data):
             min(float((clip[0] - torch.from_numpy(f).float()).abs().mean()) for f in _shot(k)) for k in range(SHOTS)
         ]
         assert int(np.argmin(errors)) == i
-    again = evaluate.read_reference(samples, index, view, max_clips=64, seed=0)[1]
+    again = evaluate.read_reference(samples, index, pairing, seed=0)[1]
     assert torch.equal(again.pool.pixels, reference.pool.pixels)
-    other = evaluate.read_reference(samples, index, view, max_clips=64, seed=1)[1]
+    other = evaluate.read_reference(samples, index, pairing, seed=1)[1]
     assert other.pool.groups != reference.pool.groups
 
 
 def test_autoencoder_rows_and_kept_parts(data, light, tmp_path, monkeypatch):
     class Darker:
         """A lossy stand-in whose error is known: 10 steps of 255 darker, where that does not clip."""
+
+        compression = Compression(4, 8, 8)
 
         def encode(self, video):
             self.mean = video
@@ -216,7 +216,14 @@ def test_autoencoder_rows_and_kept_parts(data, light, tmp_path, monkeypatch):
         (["--samples", "S", "--reference", "R", "--prompts", "absent.txt"], "--prompts: absent.txt does not exist"),
         (["--samples", "S", "--reference", "R", "--max-clips", "0"], "--max-clips: must be at least 1, got 0"),
         (["--samples", "S", "--reference", "R", "--max-clips", "1"], "need 2 samples and 4 training windows"),
+        (
+            ["--samples", "S", "--reference", "R", "--max-clips", "1"],
+            "error: --max-clips: Frechet distances of 5x32x64",
+        ),
+        (["--samples", "S", "--reference", "R", "--fps", "-1"], "error: --fps: got -1.0, needed a rate"),
+        (["--samples", "S", "--reference", "/nope"], "error: --reference: got '/nope': no such path"),
         (["--shards", "R", "--size", "17x64"], "--size: '17x64' is not FRAMESxHEIGHTxWIDTH"),
+        (["--shards", "R", "--size", "0x64x64"], "error: --size: num_frames: got 0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(data, tmp_path, capsys, arguments, message):
@@ -277,6 +284,8 @@ def test_lpips_of_reconstructions(data, tmp_path, monkeypatch):
             return (x - y).abs().mean(dim=(1, 2, 3, 4))
 
     class Darker:
+        compression = Compression(4, 8, 8)
+
         def encode(self, video):
             self.mean = video
             return self
@@ -315,3 +324,110 @@ def test_mistakes_about_metrics(data, light, tmp_path, capsys, arguments, messag
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "evaluation.json").exists()
+
+
+class _Never:
+    """An autoencoder whose sizes are known and that must not be used."""
+
+    compression = Compression(4, 8, 8)
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was reached")
+
+
+def _refused(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("shards", "size", "message"),
+    [
+        ("R", "9x30x32", "error: --size: got 9x30x32: height must be a multiple of 8 (compression), got 30; nearest"),
+        ("R", "6x32x64", "error: --size: got 6x32x64: num_frames must be 1 + k * 4 (compression.t), got 6"),
+        ("/nope", "5x32x64", "error: --shards: got '/nope': no such path"),
+        ("R", "97x32x64", "error: --size: got 97x32x64, but none of the 12 samples fits"),
+    ],
+)
+def test_held_out_data_that_do_not_fit_name_their_option(data, tmp_path, capsys, monkeypatch, shards, size, message):
+    monkeypatch.setattr(ltd.autoencoders, "load", lambda path, **rest: _Never())
+    found = _refused(capsys, tmp_path, "--shards", str(data / "train") if shards == "R" else shards, "--size", size)
+    assert found.startswith(message) and "data." not in found
+
+
+def _copy(data: Path, to: Path, edit) -> Path:
+    """Copy the samples; ``edit`` changes the lines of samples.jsonl."""
+    shutil.copytree(data / "samples", to)
+    lines = (to / "samples.jsonl").read_text().splitlines()
+    (to / "samples.jsonl").write_text("\n".join(edit(lines)) + "\n")
+    return to
+
+
+def _cut(name: str):
+    def edit(lines, to):
+        path = to / name
+        path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+        return lines
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines, to: [*lines[:2], lines[2][:40]], "line 3 of SAMPLES/samples.jsonl is not JSON ("),
+        (lambda lines, to: ["[1]", *lines], "line 1 of SAMPLES/samples.jsonl is a list, needed the object of a sample"),
+        (lambda lines, to: ['{"file": "0.png"}'], "line 1 of SAMPLES/samples.jsonl lacks height, num_frames, prompt"),
+        (lambda lines, to: [lines[0].replace("32", '"a"')], "line 1 of SAMPLES/samples.jsonl: height: got 'a', needed"),
+        (lambda lines, to: [lines[0].replace('"shot 0"', "null")], "jsonl: prompt: got None, needed a text"),
+        # the second size's, so that the first one's would have been measured
+        (_cut("2.png"), "SAMPLES/2.png (1x32x64 by samples.jsonl) cannot be read: "),
+        (_cut("2.mp4"), "SAMPLES/2.mp4 (5x32x64 by samples.jsonl) cannot be read: "),
+        (
+            lambda lines, to: [line.replace('"num_frames": 5', '"num_frames": 9') for line in lines],
+            "SAMPLES/0.mp4 (9x32x64 by samples.jsonl) cannot be read: ",
+        ),
+    ],
+)
+def test_damaged_samples_are_one_line_before_anything_is_measured(data, tmp_path, capsys, monkeypatch, edit, message):
+    monkeypatch.setattr(evaluate, "_measure_shape", _reached)
+    samples = tmp_path / "samples"
+    _copy(data, samples, lambda lines: edit(lines, samples))
+    found = _refused(capsys, tmp_path, "--samples", samples, "--reference", data / "train")
+    assert found.replace(str(samples), "SAMPLES").startswith("error: --samples: ")
+    assert message in found.replace(str(samples), "SAMPLES")
+
+
+def _reached(*arguments):
+    raise AssertionError("measured")
+
+
+def test_damaged_results_are_refused_before_anything_is_measured(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ltd.autoencoders, "load", _reached)
+    path = tmp_path / "evaluation.json"
+    for text in ("[{", '[{"name": "psnr"}]', "5"):
+        path.write_text(text)
+        found = _refused(capsys, tmp_path, "--shards", data / "train", "--size", "5x32x64")
+        assert found.startswith(f"error: RUN: {path} is damaged: ") and path.read_text() == text
+
+
+def test_counts_of_all_sizes_are_checked_before_any_is_measured(data, tmp_path, capsys, monkeypatch):
+    """Three clips show six frames, enough for the metric; the three stills are too few, but come second."""
+    monkeypatch.setattr(evaluate, "_measure_shape", _reached)
+    monkeypatch.setattr(ltd.autoencoders, "load", _reached)
+    both = ["--samples", data / "samples", "--reference", data / "train", "--shards", data / "train"]
+    metrics = ["--size", "5x32x64", "--metrics", "density_coverage", "--features", "pixels"]
+    found = _refused(capsys, tmp_path, *both, *metrics)
+    assert found.startswith("error: --metrics: 1x32x64: density_coverage: got 3 samples, needed 6 or more")
+
+
+def test_few_real_windows_are_said(data, caplog):
+    index = open_index(str(data / "train"))
+    view = ViewConfig(num_frames=12, height=32, width=64)  # a window of each shot
+    assert evaluate.pair_up(index, view, 3, max_clips=64).num_compared == 3 and not caplog.text
+    assert evaluate.pair_up(index, view, 9, max_clips=3).num_compared == 3 and not caplog.text
+    assert evaluate.pair_up(index, view, 5, max_clips=64).num_compared == 3
+    assert "6 windows of 12x32x64 for 5 samples, needed twice as many; only 3 samples are compared" in caplog.text

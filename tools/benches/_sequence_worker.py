@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -185,6 +186,13 @@ def clock(system: System, layout: Layout) -> tuple[float, float]:
     return max(walls) / RUNS, sum(cpus) / RUNS
 
 
+def skip_kernel() -> None:
+    """Keep deepspeed from compiling a kernel for minutes that only all-reduces at inference call."""
+    # By its name in full: as an attribute, `deepspeed.comm.torch` is pip's torch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+
+
 def main(out: str, repeats: str, _size: str) -> None:
     """Run all systems in turn, one round to warm up; the main process writes what each took."""
     warnings.simplefilter("ignore")
@@ -192,7 +200,7 @@ def main(out: str, repeats: str, _size: str) -> None:
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     layout = Layout.from_environment(ParallelConfig(sequence=world))
-    deepspeed.comm.torch.build_shm_op = lambda: None  # compiled for minutes, for all-reduces at inference
+    skip_kernel()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     groups.mpu = SimpleNamespace(get_sequence_parallel_rank=lambda: layout.sequence_rank)  # it asks for odd heads
     systems = [system for num_heads in HEADS for system in systems_of(layout, num_heads)]

@@ -7,14 +7,17 @@ is how long training stands still for a save that goes on in the background. The
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from tools.benches.table import Row
@@ -23,7 +26,9 @@ KIND = "checkpoint"
 NAME = "checkpoint"
 LAYOUT = "two processes, every tensor in halves"
 SHAPES = "7 transformer blocks of width 512: weights, two moments and an average, fp32"
+TINY_SHAPES = "1 transformer block of width 32: weights, two moments and an average, fp32"
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "runs" / "bench"
 #: What is asked for: the peer's default over ours.
 TARGETS = {
     "save, on disk": ("DCP save", 1.5),
@@ -44,7 +49,7 @@ def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     Returns:
         Rows per 1,000 MB of state.
     """
-    with tempfile.TemporaryDirectory(prefix="ltd-bench-checkpoint-", dir=Path.cwd()) as folder:
+    with _scratch() as folder:
         out = Path(folder) / "times.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command += [
@@ -74,6 +79,24 @@ def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
         for work, systems in found["times"].items()
         for system, times in systems.items()
     ]
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """Make a folder for one run, and remove it and those of runs that were killed.
+
+    It lies beside the repository's runs and not among the system's temporary files, which are often kept in memory: it
+    is the disk that is measured.
+    """
+    for left in FOLDER.glob("checkpoint-*"):
+        if not psutil.pid_exists(int(left.name.removeprefix("checkpoint-"))):
+            shutil.rmtree(left)
+    folder = FOLDER / f"checkpoint-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def summary(rows: list[Row]) -> list[str]:

@@ -52,6 +52,7 @@ PASSES = 2
 #: Peers below this are no alternative, however fast.
 PSNR_LIMIT_DB = 40.0
 _BATCH = 4
+TINY_SHAPES = f"{_BATCH} films of {FPS} frames of {WIDTH} x {HEIGHT} pixels to clips of 17 x 256 x 256"
 
 Decode = Callable[[bytes, int], np.ndarray]
 

@@ -37,13 +37,20 @@ from tools.benches.table import Row, System, interleave
 KIND = "denoiser"
 NAME = "denoiser"
 LAYOUT = "one process, plain engine, no sharding"
-SHAPES = (
-    f"width {FULL.width}, {FULL.depth} blocks, {FULL.heads} heads; images: {FULL.images} of 4 x {FULL.image_side} x "
-    f"{FULL.image_side} latents, patches of 2; text and video: 2 clips of 16 x {FULL.clip} latents, patches of "
-    f"1 x 2 x 2, prompts of {FULL.prompt // 2} and {FULL.prompt} tokens padded to {TEXT_TOKENS}, or of {TEXT_TOKENS}; "
-    f"mixed sizes: {len(FULL.mixed)} samples of {', '.join(map(str, dict.fromkeys(FULL.mixed)))} latents, prompts of "
-    f"{FULL.prompt // 2} to {FULL.prompt} tokens"
-)
+
+
+def _shapes(size: Size, longest: int) -> str:
+    shortest = (size.prompt + 1) // 2
+    return (
+        f"width {size.width}, {size.depth} blocks, {size.heads} heads; images: {size.images} of 4 x {size.image_side} "
+        f"x {size.image_side} latents, patches of 2; text and video: 2 clips of 16 x {size.clip} latents, patches of "
+        f"1 x 2 x 2, prompts of {shortest} and {size.prompt} tokens padded to {TEXT_TOKENS}, or of {longest}; "
+        f"mixed sizes: {len(size.mixed)} samples of {', '.join(map(str, dict.fromkeys(size.mixed)))} latents, prompts "
+        f"of {shortest} to {size.prompt} tokens"
+    )
+
+
+SHAPES, TINY_SHAPES = _shapes(FULL, TEXT_TOKENS), _shapes(TINY, TINY.prompt)
 #: What is asked for: the peer's time over ours, and the least that passes.
 TARGETS: dict[str, tuple[float, float | None]] = {
     "image": (2.0, 1.4),

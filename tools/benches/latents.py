@@ -42,8 +42,9 @@ WORKS = {
     "clip": ((16, 5, 16, 28), 1600, (64,)),
 }
 _TINY = {"tiny": ((4, 1, 2, 2), 64, (8,))}
-SHAPES = (
-    f"latents (c, t, h, w), windows a round, batches: {', '.join(f'{name} {work}' for name, work in WORKS.items())}"
+SHAPES, TINY_SHAPES = (
+    f"latents (c, t, h, w), windows a round, batches: {', '.join(f'{name} {work}' for name, work in works.items())}"
+    for works in (WORKS, _TINY)
 )
 _COMPRESSION = (4, 8, 8)
 _TARS = 4

@@ -32,6 +32,7 @@ STACKS = {"wan_1.3b": 8, "wan_14b": 2}
 #: Latents (t, h, w) whose patches of 1 x 2 x 2 are 8,192 and 32,768 tokens.
 LATENTS = {"8k": (8, 64, 64), "32k": (32, 64, 64)}
 SHAPES = f"blocks {STACKS}; latents 16 x {LATENTS}: 8,192 and 32,768 tokens, one sample; prompts of 120 tokens; bf16"
+TINY_SHAPES = "one block of width 32; latents 16 x (1, 8, 8): 16 tokens, one sample; prompts of 120 tokens; fp32, CPU"
 #: Share of the peak that is asked for.
 TARGET = 0.5
 _PRESETS = Path(__file__).resolve().parents[2] / "configs" / "denoiser"

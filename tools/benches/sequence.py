@@ -22,6 +22,7 @@ KIND = "sequence"
 NAME = "sequence"
 LAYOUT = "2 and 4 processes, all of one sequence group"
 SHAPES = "1,024 tokens, heads of 64 channels, 8, 7 and 3 of them, fp32"
+TINY_SHAPES = "32 tokens, 8 heads of 8 channels, fp32; 2 processes alone"
 ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 1800.0
 

@@ -1,10 +1,11 @@
 """What every benchmark measures: rows of one work, timed in interleaved rounds, and the table made of them.
 
-A bench module stands beside this file and exposes ``KIND`` (the page it belongs to), ``NAME``, ``SHAPES`` and
-``LAYOUT`` (said above the table: what sizes, on how many processes split in which way) and ``measure(repeats, *,
-tiny=False) -> list[Row]``; ``summary(rows) -> list[str]`` may add lines below the table, and ``missing() -> str`` may
-say why it cannot run here. Tiny sizes show that a bench runs. Rows of the same ``work`` are compared with the row
-marked ``ours``; ratios are paired per round, so a load that lasts several rounds falls on all systems alike.
+A bench module stands beside this file and exposes ``KIND`` (the page it belongs to), ``NAME``, ``SHAPES``,
+``TINY_SHAPES`` and ``LAYOUT`` (said above the table: what sizes, on how many processes split in which way) and
+``measure(repeats, *, tiny=False) -> list[Row]``; ``summary(rows) -> list[str]`` may add lines below the table, and
+``missing() -> str`` may say why it cannot run here. Tiny sizes show that a bench runs. Rows of the same ``work`` are
+compared with the row marked ``ours``; ratios are paired per round, so a load that lasts several rounds falls on all
+systems alike.
 """
 
 from __future__ import annotations

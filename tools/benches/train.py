@@ -73,10 +73,17 @@ class Size:
 
 
 FULL, TINY = Size(), Size(width=32, depth=1, side=32, samples=8, batch=2, steps=2)
-SHAPES = (
-    f"width {FULL.width}, {FULL.depth} blocks; clips of 9 x {FULL.side} x {FULL.side} pixels, 8 x 3 x "
-    f"{FULL.side // 8} x {FULL.side // 8} latents, patches of 1; a global batch of {FULL.batch}, fp32"
-)
+
+
+def _shapes(size: Size) -> str:
+    cells = size.side // 8
+    return (
+        f"width {size.width}, {size.depth} blocks; clips of 9 x {size.side} x {size.side} pixels, 8 x 3 x {cells} x "
+        f"{cells} latents, patches of 1; a global batch of {size.batch}, fp32"
+    )
+
+
+SHAPES, TINY_SHAPES = _shapes(FULL), _shapes(TINY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +124,13 @@ def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     cases = list(CASES[:2] if tiny else CASES)
     walls: dict[str, list[float]] = {}
     figures: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="ltd-bench-train-", dir=Path.cwd()) as made:
+    with tempfile.TemporaryDirectory(prefix="ltd-bench-train-") as made:
         folder = Path(made)
         plain = _Plain(folder, size)
         for turn in range(repeats):
             order = cases[turn % len(cases) :] + cases[: turn % len(cases)]
             for case in order:
-                wall, found = _run(folder, case, size, turn)
+                wall, found = _run(folder, case, size, turn, plain.peak)
                 walls.setdefault(case.name, []).append(wall)
                 figures.setdefault(case.name, []).append(found)
             wall, found = plain.run()
@@ -134,7 +141,7 @@ def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
         columns = {key: [found.get(key) for found in figures[name]] for key in _COLUMNS}
         rows.append(
             Row(
-                work="a step of training",
+                work=f"a step of training; MFU of {plain.peak / 1e9:.4g} x 10^9 operations/s",
                 system=f"ltd train.py, {name}" if name else f"torch {torch.__version__}, plain loop, latents in memory",
                 wall_s=times,
                 ours=name == CASES[0].name,
@@ -144,13 +151,8 @@ def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     return sorted(rows, key=lambda row: not row.ours)
 
 
-#: Columns of the table, and the metric that each is.
-_COLUMNS = {
-    "tokens/s": ("perf/tokens_per_s", 1.0),
-    "MFU %": ("perf/mfu", 100.0),
-    "MFU with encoders %": ("perf/mfu_with_encoders", 100.0),
-    "data wait %": ("perf/data_wait_share", 100.0),
-}
+#: Columns of the table.
+_COLUMNS = ("tokens/s", "MFU %", "MFU with encoders %", "data wait %")
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
@@ -159,11 +161,11 @@ def summary(rows: Sequence[Row]) -> list[str]:
     ratio = statistics.median(b / a for a, b in zip(own.wall_s, peer.wall_s, strict=True))
     return [
         f"- On a latent cache, alone: the plain loop takes {ratio:.2f} times our wall time a step.",
-        "- MFU is of the matrix product that this machine was measured to do while the run started.",
+        "- MFU is of one matrix product for all rows, timed before the first round; its rate stands with the work.",
     ]
 
 
-def _run(folder: Path, case: Case, size: Size, turn: int) -> tuple[float, dict[str, float]]:
+def _run(folder: Path, case: Case, size: Size, turn: int, peak: float) -> tuple[float, dict[str, float]]:
     """Train once; return seconds per 1,000 steps, and the columns."""
     run_dir = folder / f"run-{CASES.index(case)}-{turn}"
     shards = folder / "cache" if case.cached else folder / "shards"
@@ -178,8 +180,25 @@ def _run(folder: Path, case: Case, size: Size, turn: int) -> tuple[float, dict[s
         raise RuntimeError(f"{case.name}: exit code {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     row = next(row for row in rows if row["step"] == 2 * size.steps)
-    found = {key: row[name] * factor for key, (name, factor) in _COLUMNS.items() if name in row}
-    return size.batch / row["perf/samples_per_s"] * 1000, found
+    return size.batch / row["perf/samples_per_s"] * 1000, columns_of(row, peak)
+
+
+def columns_of(row: dict[str, float], peak: float) -> dict[str, float]:
+    """Read a table's columns from a run's metrics.
+
+    Args:
+        row: Of ``metrics.jsonl``. Its own shares are of a peak that each run times anew, so they do not compare.
+        peak: Operations per second of one process, the same for all rows of the table.
+
+    Returns:
+        The figures by column.
+    """
+    shares = {"MFU %": "model_tflops", "MFU with encoders %": "total_tflops"}
+    return {
+        "tokens/s": row["perf/tokens_per_s"],
+        **{column: 100 * row[f"perf/{name}"] * 1e12 / peak for column, name in shares.items()},
+        "data wait %": 100 * row["perf/data_wait_share"],
+    }
 
 
 class _Plain:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ltd.data.write import write_image
 from ltd.evaluation.banks import FeatureBank
 from ltd.evaluation.distribution import distribution_values
 from tools import evaluate
-from tools.proofs._bad_cases import Case, Outcome, call, toy
+from tools.proofs._bad_cases import Case, Outcome, call, toy, train_toy
 
 
 class _Mean(nn.Module):
@@ -25,7 +26,9 @@ class _Mean(nn.Module):
         return colours / colours.sum(dim=1, keepdim=True)
 
 
-def _evaluate(folder: Path, *arguments: str, samples: int = 4, dim: int = 3) -> Outcome:
+def _evaluate(
+    folder: Path, *arguments: str, samples: int = 4, dim: int = 3, damage: Callable[[], object] | None = None
+) -> Outcome:
     """Measure stills, the second of them black, against toy data with a network of mean colours (network.yaml)."""
     toy(folder)
     (folder / "run").mkdir()
@@ -43,6 +46,8 @@ def _evaluate(folder: Path, *arguments: str, samples: int = 4, dim: int = 3) -> 
     (folder / "network.yaml").write_text(
         f"kind: torchscript\npath: {folder / 'net.pt'}\ndim: {dim}\nframes: {{size: null}}\n"
     )
+    if damage is not None:
+        damage()
     command = [str(folder / "run"), "--samples", str(folder / "samples"), "--reference", str(folder / "train")]
     return call(evaluate.main, *command, "--device", "cpu", *arguments)
 
@@ -84,6 +89,41 @@ def _other_network(folder: Path) -> Outcome:
     return _evaluate(folder, *_metrics("fid"), f"inception:{folder / 'net.pt'}")
 
 
+def _half_a_line(folder: Path) -> Outcome:
+    table = folder / "samples/samples.jsonl"
+    return _evaluate(folder, damage=lambda: table.write_text(table.read_text()[:-20]))
+
+
+def _half_a_sample(folder: Path) -> Outcome:
+    image = folder / "samples/2.png"
+    return _evaluate(folder, damage=lambda: image.write_bytes(image.read_bytes()[:60]))
+
+
+def _damaged_results(folder: Path) -> Outcome:
+    return _evaluate(folder, damage=lambda: (folder / "run/evaluation.json").write_text('[{"part": '))
+
+
+def _held_out(folder: Path, size: str, shards: str = "train") -> Outcome:
+    """Reconstruct held-out data with an autoencoder of 4 x 8 x 8."""
+    toy(folder)
+    trained = train_toy(folder)
+    assert trained.code == 0, trained
+    command = [str(folder / "run"), "--shards", str(folder / shards), "--size", size, "--device", "cpu"]
+    return call(evaluate.main, *command)
+
+
+def _off_compression(folder: Path) -> Outcome:
+    return _held_out(folder, "9x30x32")
+
+
+def _longer_than_clips(folder: Path) -> Outcome:
+    return _held_out(folder, "33x32x32")
+
+
+def _absent_shards(folder: Path) -> Outcome:
+    return _held_out(folder, "9x32x32", "absent")
+
+
 def _unequal(folder: Path) -> Outcome:
     del folder
     banks = [FeatureBank(4).update(torch.rand(n, 4)) for n in (9, 8)]
@@ -103,5 +143,11 @@ CASES = (
     Case("pickled weights as a network", _pickle, 2, ("weights.pt", "pickle")),
     Case("missing network file", _absent, 2, ("i3d.pt", "torch.jit.save")),
     Case("another network as Inception", _other_network, 2, ("net.pt", "not the Inception of FID")),
+    Case("half a line in samples.jsonl", _half_a_line, 2, ("--samples", "line 4", "not JSON", "cut off")),
+    Case("half a sample", _half_a_sample, 2, ("--samples", "2.png", "1x32x32", "cannot be read")),
+    Case("damaged results of an earlier call", _damaged_results, 2, ("run/evaluation.json", "damaged", "remove it")),
+    Case("held-out size off the compression", _off_compression, 2, ("--size", "9x30x32", "multiple of", "nearest")),
+    Case("held-out size longer than the clips", _longer_than_clips, 2, ("--size", "33x32x32", "none of the 16")),
+    Case("missing held-out shards", _absent_shards, 2, ("--shards", "absent", "make_shards.py")),
     Case("samples and reference of different size", _unequal, 2, ("9 samples", "8 of the reference", "equal n")),
 )
