@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ltd.command import command_line
+from ltd.command import command_line, naming
 from ltd.config import ConfigError
 from ltd.storage import StorageError, StorageWriteError
 
@@ -67,3 +67,18 @@ def test_leaving_ends_orderly_and_tears_no_thread_out_of_native_code() -> None:
         [sys.executable, "-c", _TORN], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
     )
     assert (done.returncode, done.stdout, done.stderr) == (3, "main\nthread\nthread\natexit\n", "")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("data.shards: got '/a/data.shards': no such path", "--shards: got '/a/data.shards': no such path"),
+        ("data.views[0]: got 9; change data.views or data.shards.", "--size: got 9; change --size or --shards."),
+        ("data.shards_of: a field of another name", "data.shards_of: a field of another name"),
+        ("data.shards.more: a field inside", "data.shards.more: a field inside"),
+    ],
+)
+def test_mistakes_name_the_options_that_were_typed(said, wanted):
+    with pytest.raises(ConfigError) as caught, naming({"data.shards": "--shards", "data.views": "--size"}):
+        raise ConfigError(said)
+    assert str(caught.value) == wanted
