@@ -28,6 +28,6 @@ def test_metrics_equal_their_references_and_breaks_are_found(monkeypatch: pytest
     assert not metrics.measure().misses
     monkeypatch.setattr(kernel, "generator", lambda seed, stream, subset: None)  # other subsets than documented
     genuine = manifold._radii
-    monkeypatch.setattr(manifold, "_radii", lambda points, neighbours: genuine(points, neighbours + 1))
+    monkeypatch.setattr(manifold, "_radii", lambda points, neighbours, moved: genuine(points, neighbours + 1, moved))
     misses = " ".join(metrics.measure().misses)
     assert "KID, 20 subsets" in misses and "precision, recall, density, coverage" in misses
