@@ -17,6 +17,7 @@ import numpy as np
 
 from ltd import storage
 from ltd.config import ConfigError
+from ltd.data.batch import BadSampleError
 from ltd.data.decode import decode_clip, decode_image, probe
 from ltd.data.write import VideoEncoder, write_bytes, write_image, write_video
 from ltd.inference.generate import Request
@@ -157,7 +158,17 @@ class SampleFolder:
     def _before(self) -> dict[str, str]:
         """Read what the folder was begun with."""
         marker = self.out / _MARKER
-        return dict(json.loads(marker.read_text("utf-8"))) if marker.is_file() else {}
+        if not marker.is_file():
+            return {}
+        try:
+            before = dict(json.loads(marker.read_text("utf-8")))
+            int(before.get("samples", 0))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{marker}: is damaged, so that nobody knows what made {self.out}: {error}; needed another folder, or "
+                "remove this one"
+            ) from None
+        return before
 
     def _discard(self, names: set[str], count: int) -> None:
         """Delete what an earlier job of other arguments made here: ``count`` samples, as far as it got."""
@@ -171,10 +182,20 @@ class SampleFolder:
         """Read the middle frame of samples."""
         for number in numbers:
             data, num_frames = (self.out / self.name(number)).read_bytes(), self.requests[number].shape.num_frames
-            if num_frames == 1:
-                yield decode_image(data)[0]
-            else:
-                yield decode_clip(data, start=num_frames // 2, num_frames=1)[0]
+            with self._reading(number):
+                still = (
+                    decode_image(data) if num_frames == 1 else decode_clip(data, start=num_frames // 2, num_frames=1)
+                )
+            yield still[0]
+
+    @contextlib.contextmanager
+    def _reading(self, number: int) -> Iterator[None]:
+        """Say which finished sample is damaged, and what to do."""
+        try:
+            yield
+        except BadSampleError as error:
+            path = self.out / self.name(number)
+            raise ConfigError(f"{path}: is damaged: {error}; remove it, and the same command makes it anew") from None
 
     def _row(self, number: int) -> dict[str, Any]:
         request = self.requests[number]
@@ -199,7 +220,8 @@ class SampleFolder:
         if "segments" not in self.columns or not path.is_file():
             return self.requests[number].shape.num_frames
         if number not in self._counts:
-            self._counts[number] = probe(path.read_bytes()).frames
+            with self._reading(number):
+                self._counts[number] = probe(path.read_bytes()).frames
         return self._counts[number]
 
     def _failed_row(self, number: int, why: str) -> dict[str, Any]:
