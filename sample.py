@@ -155,6 +155,8 @@ def plan(args: argparse.Namespace) -> list[Request]:
         "original": None if args.original_size is None else parse_pair(args.original_size, "x", "--original-size"),
         "crop": parse_pair(args.crop, ",", "--crop"),
     }
+    if numbers["original"] is not None and 0 in numbers["original"]:
+        raise ConfigError(f"--original-size: got {args.original_size!r}, needed 1 or more pixels")
     return [
         Request(
             **{"prompt": prompt, "repetition": k, "shape": shape, "fps": args.fps or fps or 24.0, "given": given},
