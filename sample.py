@@ -22,9 +22,11 @@ from ltd.config import ConfigError
 from ltd.denoisers import TASKS
 from ltd.diffusion import GuidanceConfig, SamplerConfig, ShiftConfig
 from ltd.inference.conditions import label_prompts, parse_pair
-from ltd.inference.generate import Generator, Request, load_generator, load_guide, read_run_parts
+from ltd.inference.generate import Generator, Request, check_guide, load_generator
 from ltd.inference.jobs import SampleJob, agree, run_job
-from ltd.inference.known import Given
+from ltd.inference.known import COUNTED, Given
+from ltd.inference.options import check_device, refuse_idle
+from ltd.inference.run_parts import RunParts, find_weights, read_run_parts
 from ltd.inference.tiling import TilingConfig
 from ltd.parallel import Layout, ParallelConfig, ProcessLostError
 from ltd.parallel.heartbeat import open_watched
@@ -34,7 +36,9 @@ from ltd.shapes import VideoShape
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Define and read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("run", help="run directory of a denoiser, or the folder that a checkpoint was converted to")
+    parser.add_argument(
+        "run", help="run directory of a denoiser, one of its checkpoints, or the folder it was converted to"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -65,7 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="directory for the files, samples.jsonl and grid.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt and shape")
-    parser.add_argument("--shapes", help="FRAMESxHEIGHTxWIDTH,... ; the run's training views if left out")
+    parser.add_argument("--shapes", help="FRAMESxHEIGHTxWIDTH,... ; the training views if left out")
     parser.add_argument("--steps", type=int, default=50, help="solver steps")
     parser.add_argument("--solver", choices=get_args(get_type_hints(SamplerConfig)["kind"]), default="euler")
     parser.add_argument("--order", type=int, choices=(1, 2, 3), default=2, help="of unipc")
@@ -103,7 +107,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=3600.0, help="seconds that processes wait for one that does not come"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    # Once more without defaults: which were given.
+    absent = object()
+    parser.set_defaults(**dict.fromkeys(vars(args), absent))
+    args.given = frozenset(name for name, value in vars(parser.parse_args(arguments)).items() if value is not absent)
+    return args
 
 
 def plan(args: argparse.Namespace) -> list[Request]:
@@ -121,23 +130,24 @@ def plan(args: argparse.Namespace) -> list[Request]:
     if args.prompts is None and args.labels is None:
         raise ConfigError("--prompts: missing, needed a file with one prompt per line, or --labels")
     lines, labels = _lines(args.prompts, "--prompts"), read_labels(args.labels)
-    if args.fps is not None and args.fps <= 0:
-        raise ConfigError(f"--fps: must be above 0, got {args.fps}")
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise ConfigError(f"--fps: must be above 0 and finite, got {args.fps}")
     if args.prompts is not None and not lines:
         raise ConfigError(f"--prompts: {args.prompts} holds no prompt; needed one per line")
+    if args.labels is not None and not labels:
+        raise ConfigError(f"--labels: {args.labels[0]} holds no class; needed one per line")
     if args.segments > 1 and args.sequence > 1:
         raise ConfigError(f"--segments: got {args.segments} with --sequence {args.sequence}; needed one of them at 1")
     for name in ("per_prompt", "batch_size", "segments", "overlap"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
     parts = read_run_parts(args.run)
-    views = parts.views
     if parts.text is not None and args.prompts is None:
         raise ConfigError("--prompts: missing, but the denoiser takes text; needed a file with one prompt per line")
-    if args.shapes:
-        known = dict(views)
-        views = tuple((shape, known.get(shape)) for shape in map(_shape, args.shapes.split(",")))
     prompts = [_prompt(line, args) for line in lines] if lines else [_prompt("", args)] * len(labels)
+    classed = parts.text is None and parts.num_classes is not None
+    if classed and (not labels or any(prompt for prompt, _ in prompts)):
+        raise ConfigError("--prompts: changes nothing here, the denoiser takes classes and no text; needed --labels")
     told = label_prompts(
         [p for p, _ in prompts], labels, parts.num_classes, parts.lineage.get("classes", ()), "--labels"
     )
@@ -145,16 +155,30 @@ def plan(args: argparse.Namespace) -> list[Request]:
         "original": None if args.original_size is None else parse_pair(args.original_size, "x", "--original-size"),
         "crop": parse_pair(args.crop, ",", "--crop"),
     }
+    if numbers["original"] is not None and 0 in numbers["original"]:
+        raise ConfigError(f"--original-size: got {args.original_size!r}, needed 1 or more pixels")
     return [
         Request(
             **{"prompt": prompt, "repetition": k, "shape": shape, "fps": args.fps or fps or 24.0, "given": given},
             **{"label": label, "class_name": name},
             **numbers,
         )
-        for shape, fps in views
+        for shape, fps in _views(args, parts)
         for (prompt, given), (label, name) in zip(prompts, told, strict=True)
         for k in range(args.per_prompt)
     ]
+
+
+def _views(args: argparse.Namespace, parts: RunParts) -> list[tuple[VideoShape, float | None]]:
+    """List the sizes to make with their frames per second: as told, or the training views."""
+    if not args.shapes and not parts.views:
+        raise ConfigError(
+            f"--shapes: missing, and {args.run} has no training views (data.batching.kind is {parts.batching}); "
+            "needed FRAMESxHEIGHTxWIDTH,..."
+        )
+    known = dict(parts.views)
+    told = map(_shape, args.shapes.split(",")) if args.shapes else known
+    return [(shape, known.get(shape)) for shape in told]
 
 
 def read_labels(given: list[str] | None) -> list[str]:
@@ -193,14 +217,19 @@ def _prompt(line: str, args: argparse.Namespace) -> tuple[str, Given | None]:
     if files is None:
         if row.get("task", args.task):
             raise ConfigError(f"--task: {row.get('task', args.task)} needs --condition FILE")
+        if idle := sorted(row.keys() & {"known", "box"}):
+            raise ConfigError(f"--prompts: got {idle[0]} without condition in {line[:80]}; needed both")
         return row["prompt"], None
-    box = row.get("box", args.box)
-    return row["prompt"], Given(
-        task=row.get("task", args.task) or "image_to_video",
+    task, box = row.get("task", args.task) or "image_to_video", row.get("box", args.box)
+    given = Given(
+        task=task,
         media=(files,) if isinstance(files, str) else tuple(files),
         known=row.get("known", args.known),
         box=None if box is None else _box(box),
     )
+    if "known" in row and task not in COUNTED:
+        raise ConfigError(f"--prompts: got known for task {task} in {line[:80]}; needed one of {sorted(COUNTED)}")
+    return row["prompt"], given
 
 
 def _box(given: str | list[int]) -> tuple[int, int, int, int]:
@@ -212,15 +241,34 @@ def _box(given: str | list[int]) -> tuple[int, int, int, int]:
     return top, left, height, width
 
 
-def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, TilingConfig | None]:
-    """Read what to make and how; a mistake is an error before any work."""
+def read_job(
+    named: argparse.Namespace,
+) -> tuple[argparse.Namespace, SampleJob, SamplerConfig, TilingConfig | None]:
+    """Read what to make and how; a mistake is an error before any work.
+
+    Args:
+        named: The arguments.
+
+    Returns:
+        The arguments with the checkpoints that run and guide mean now, which a run that goes on does not change; what
+        to make, with which solver, and in which tiles.
+
+    Raises:
+        ConfigError: If an argument is unusable, or changes nothing.
+    """
+    args = argparse.Namespace(**vars(named))
+    args.run = find_weights(named.run)
+    args.guide = None if named.guide is None else find_weights(named.guide)
     requests = tuple(plan(args))
-    apart = ["out", "device", "timeout"]
+    refuse_idle(args, args.given, read_run_parts(args.run), requests)
+    if args.guide is not None:
+        check_guide(args.run, args.guide)
+    apart = ["given", "out", "device", "timeout"]
     # What earlier releases did not know stands in request.json only where it is given.
     apart += [
         name for name, off in (("labels", None), ("original_size", None), ("crop", "0,0")) if vars(args)[name] == off
     ]
-    identity = {name: str(value) for name, value in vars(args).items() if name not in apart}
+    identity = {name: str(value) for name, value in vars(named).items() if name not in apart}
     identity["prompts"] = "" if args.prompts is None else args.prompts.read_text("utf-8")
     if args.labels is not None:
         identity["labels"] = ",".join(read_labels(args.labels))
@@ -240,14 +288,14 @@ def read_job(args: argparse.Namespace) -> tuple[SampleJob, SamplerConfig, Tiling
         overlap=args.overlap,
         cut_prompts=args.cut_prompts,
     )
-    return job, read_sampler(args), read_tiling(args)
+    return args, job, read_sampler(args), read_tiling(args)
 
 
 def load(
     args: argparse.Namespace, sampler: SamplerConfig, tiling: TilingConfig | None, device: torch.device | str
 ) -> Generator:
     """Load what one process samples with."""
-    generator = load_generator(
+    return load_generator(
         args.run,
         sampler=sampler,
         weights=args.weights,
@@ -256,11 +304,8 @@ def load(
         precision=args.precision,
         device=device,
         tiling=tiling,
+        guide=args.guide,
     )
-    if args.guide is not None:
-        options = {"weights": args.weights, "precision": args.precision, "device": device}
-        generator.guide = load_guide(args.run, args.guide, **options)
-    return generator
 
 
 def pick_device(args: argparse.Namespace, layout: Layout) -> torch.device | str:
@@ -282,9 +327,9 @@ def main(arguments: list[str]) -> int:
         parallel = ParallelConfig(sequence=args.sequence, timeout_s=args.timeout)
         with open_watched(parallel) as (layout, beat):
             read = agree(layout, lambda: read_job(args) if layout.is_main else None)
-            job, sampler, tiling = layout.broadcast_object(read)
-            device = agree(layout, lambda: pick_device(args, layout))
-            failed = run_job(job, lambda: load(args, sampler, tiling, device), layout, beat)
+            found, job, sampler, tiling = layout.broadcast_object(read)
+            device = agree(layout, lambda: check_device(pick_device(args, layout)))
+            failed = run_job(job, lambda: load(found, sampler, tiling, device), layout, beat)
             return 1 if failed and layout.is_main else 0
 
 
@@ -340,12 +385,9 @@ def read_tiling(args: argparse.Namespace) -> TilingConfig | None:
     return TilingConfig(tile=(int(height), int(width)), overlap="exact" if overlap == "exact" else int(overlap))
 
 
-def identify(run: str) -> str:
-    """Name the weights of a run's latest checkpoint, or of a converted one, by a hash of what it holds."""
-    if storage.is_export(run):
-        return storage.sha256_file(Path(run) / "config.yaml")
-    checkpoint = storage.latest_checkpoint(run)
-    return storage.fingerprint(checkpoint) if checkpoint else ""
+def identify(weights: Path) -> str:
+    """Name the weights of a checkpoint, or of a converted one, by a hash of what it holds."""
+    return storage.sha256_file(weights / "config.yaml") if storage.is_export(weights) else storage.fingerprint(weights)
 
 
 def _shape(text: str) -> VideoShape:

@@ -110,6 +110,24 @@ def merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.merge(base, over)))
 
 
+def merge_stages(tree: Mapping[str, Any], step: int) -> tuple[dict[str, Any], int | None]:
+    """Put over a configuration what its stages change up to a number of steps.
+
+    Args:
+        tree: Nested plain values; ``stages`` lists ``from_step`` and ``set``, in order, and may be left out.
+        step: Steps done; a stage begins once its ``from_step`` are.
+
+    Returns:
+        New values without ``stages``; and the steps at which the next stage begins, None after the last.
+    """
+    merged = {name: value for name, value in tree.items() if name != "stages"}
+    for stage in tree.get("stages") or ():
+        if stage["from_step"] > step:
+            return merged, stage["from_step"]
+        merged = merge(merged, stage["set"])
+    return merged, None
+
+
 def from_dict(cls: Any, mapping: Mapping[str, Any]) -> Any:
     """Build the typed configuration from plain values.
 

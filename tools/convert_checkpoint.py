@@ -33,8 +33,8 @@ from torch import Tensor
 from ltd import autoencoders, denoisers, storage
 from ltd.autoencoders.files import newest_export
 from ltd.command import command_line
-from ltd.config import ConfigError, from_dict
-from ltd.inference.generate import check_autoencoder, read_run_parts
+from ltd.config import ConfigError, from_dict, merge_stages
+from ltd.inference.run_parts import check_autoencoder, read_run_parts
 from ltd.interop import (
     LAYOUTS,
     export_autoencoder,
@@ -173,22 +173,34 @@ def _configuration(source: Path) -> dict[str, Any]:
 
 def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, Any]:
     """Collect what an export's card says of where the weights are from."""
-    run, data = config.get("run") or {}, (config.get("run") or {}).get("data") or {}
-    origin = config.get("source") or {}
-    sets = [data["shards"]] if data.get("shards") else [part["shards"] for part in data.get("datasets") or ()]
+    run, origin = config.get("run") or {}, config.get("source") or {}
+    step = config.get("step") or origin.get("step")
+    data = [part.get("data") or {} for part in _stages_of(run, step)]
+    sets = [name for part in data for name in _shards_of(part)]
+    licences = [part["licence"] for part in data if part.get("licence")]
     began = (config.get("lineage") or {}).get("init_from")
     said = {
         "Run": run.get("run_dir") or str(source),
-        "Step": config.get("step") or origin.get("step"),
+        "Step": step,
         "Forked from": " -> ".join(_ancestor(entry) for entry in config.get("ancestors") or ()) or None,
         "Began with weights of": began and f"{began['path']}, {began['weights']} (state {began['fingerprint'][:12]})",
         "Weights": origin.get("group") or weights,
         "Averages": (run.get("ema") or {}).get("decays"),
-        "Data": sets or None,
-        "Data licences": data.get("licence"),
+        "Data": list(dict.fromkeys(sets)) or None,
+        "Data licences": "; ".join(dict.fromkeys(licences)) or None,
         "Imported from": config.get("lineage") if "run" not in config else None,
     }
     return {name: value for name, value in said.items() if value is not None}
+
+
+def _stages_of(run: Mapping[str, Any], step: int | None) -> list[dict[str, Any]]:
+    """List what a run trained under up to a step: its first fields, and those of each stage that trained."""
+    begins = [stage["from_step"] for stage in run.get("stages") or () if step is not None and stage["from_step"] < step]
+    return [merge_stages(run, begin)[0] for begin in (0, *begins)]
+
+
+def _shards_of(data: Mapping[str, Any]) -> list[str]:
+    return [data["shards"]] if data.get("shards") else [part["shards"] for part in data.get("datasets") or ()]
 
 
 def _ancestor(entry: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ class GuidanceConfig:
     """Share, 0 to 1, of the guided velocity that is brought back to the standard deviation of the conditional one."""
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"scale: got {self.scale}, needed a finite number (1 = off)")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"interval: got {self.interval}, needed 0 <= low <= high <= 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -48,8 +49,8 @@ class SamplerConfig:
             raise ConfigError(f"steps: got {self.steps}, needed 1 or more")
         if self.kind == "unipc" and self.steps < self.order:
             raise ConfigError(f"steps: got {self.steps}, needed at least order = {self.order}")
-        if self.noise < 0:
-            raise ConfigError(f"noise: got {self.noise}, needed 0 or more")
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise: got {self.noise}, needed 0 or more and finite")
 
 
 def time_grid(config: SamplerConfig, cells: int, channels: int | None = None) -> Tensor:

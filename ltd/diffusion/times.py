@@ -33,8 +33,8 @@ class ShiftConfig:
     sqrt(numbers / base_dim): for latents of many channels. RAE has 4096. Instead of base_cells."""
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise ConfigError(f"factor: got {self.factor}, needed above 0 (1 = no shift)")
+        if not 0 < self.factor < math.inf:
+            raise ConfigError(f"factor: got {self.factor}, needed above 0 and finite (1 = no shift)")
         if self.base_cells is not None and self.base_cells < 1:
             raise ConfigError(f"base_cells: got {self.base_cells}, needed 1 or more, or null")
         if self.base_dim is not None and self.base_dim < 1:

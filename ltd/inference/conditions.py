@@ -69,6 +69,21 @@ def label_prompts(
     return [found[number if len(found) > 1 else 0] if found else (None, "") for number in range(len(prompts))]
 
 
+def check_guidance(scale: float, config: DitConfig, field: str) -> None:
+    """Refuse to lead a denoiser away from no condition that is never told of one.
+
+    Args:
+        scale: Of guidance; 1 is off.
+        config: The denoiser's.
+        field: What it was given by, for messages.
+
+    Raises:
+        ConfigError: If the scale is not 1 and the denoiser takes neither text nor classes.
+    """
+    if scale != 1 and config.text_dim is None and config.num_classes is None:
+        raise ConfigError(f"{field}: got {scale:g}, but the denoiser takes neither text nor classes; needed 1")
+
+
 def conditions_of(
     requests: Sequence[Request],
     config: DitConfig,

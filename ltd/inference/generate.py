@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ltd import autoencoders, denoisers, storage
-from ltd.config import ConfigError, from_dict
+from ltd import autoencoders, denoisers
+from ltd.config import ConfigError
 from ltd.denoisers import Conditioning, Frames
 from ltd.diffusion import (
     Denoiser,
@@ -26,17 +25,16 @@ from ltd.diffusion import (
     PathConfig,
     PrepareSteps,
     SamplerConfig,
-    ShiftConfig,
-    read_parametrization,
     sample,
     with_known,
 )
-from ltd.encoders.joined import TextConfig, build_text
+from ltd.encoders.joined import build_text
 from ltd.encoders.text import TextEncoder, check_lengths
-from ltd.inference.conditions import conditions_of
+from ltd.inference.conditions import check_guidance, conditions_of
 from ltd.inference.known import Given, Tail, batch_frames, check_given, check_known, tail_frames
 from ltd.inference.media import video_to_pixels
 from ltd.inference.requests import Request, batches
+from ltd.inference.run_parts import check_autoencoder, read_run_parts
 from ltd.inference.tiling import TilingConfig, check_tiles, tiled_decode
 from ltd.rng import DrawRandom, derive_seed
 from ltd.shapes import VideoShape, num_tokens
@@ -44,82 +42,12 @@ from ltd.shapes import VideoShape, num_tokens
 __all__ = [
     "Generator",
     "Request",
-    "RunParts",
     "batches",
-    "check_autoencoder",
+    "check_guide",
     "load_generator",
-    "load_guide",
-    "read_run_parts",
 ]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunParts:
-    """What a run's configuration says is needed to sample from it."""
-
-    autoencoder: str
-    text: TextConfig
-    #: Along what the embeddings of several text encoders are joined.
-    text_join: Literal["tokens", "channels"]
-    #: Classes of the denoiser; None = it takes none.
-    num_classes: int | None
-    #: (size in pixels, frames per second or None) of each training view.
-    views: tuple[tuple[VideoShape, float | None], ...]
-    #: Time shift that the denoiser was trained under; sampling wants the same.
-    shift: ShiftConfig
-    #: Path between data and noise that its velocities are of.
-    path: PathConfig
-    #: Hash and latent statistics of the autoencoder that it was trained with.
-    lineage: dict[str, Any]
-
-
-def read_run_parts(run_dir: str | Path) -> RunParts:
-    """Read from a run's latest checkpoint what sampling needs besides the denoiser.
-
-    Args:
-        run_dir: Run directory of a denoiser, or the folder that ``tools/convert_checkpoint.py`` made of one.
-
-    Returns:
-        Autoencoder path, text encoder and views.
-
-    Raises:
-        ConfigError: If it is no denoiser's run, or it trained on an untrained autoencoder.
-    """
-    config, lineage = _read_description(run_dir)
-    if config.get("kind") != "denoiser":
-        raise ConfigError(f"{run_dir}: is a run of kind {config.get('kind')!r}, needed the run directory of a denoiser")
-    if config["autoencoder"] is None:
-        raise ConfigError(f"{run_dir}: its autoencoder is null; an untrained autoencoder cannot decode samples")
-    views = tuple((VideoShape(v["num_frames"], v["height"], v["width"]), v["fps"]) for v in config["data"]["views"])
-    return RunParts(
-        autoencoder=config["autoencoder"],
-        text=None if config["text"] is None else from_dict(TextConfig, config["text"]),
-        text_join="tokens" if config["model"].get("text_parts") else "channels",
-        num_classes=config["model"].get("num_classes"),
-        views=views,
-        shift=from_dict(ShiftConfig, config["objective"]["shift"]),
-        path=read_parametrization(config["objective"]).path,
-        lineage=lineage,
-    )
-
-
-def _read_description(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a run's configuration and lineage out of its latest checkpoint, or out of a converted one."""
-    if storage.is_export(run_dir):
-        exported = storage.read_export_config(run_dir)
-        if "run" not in exported:
-            raise ConfigError(
-                f"{run_dir}: does not say what its denoiser was trained with; needed the run directory, or a folder "
-                "that tools/convert_checkpoint.py made of it"
-            )
-        return exported["run"], exported["lineage"]
-    checkpoint = storage.latest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise ConfigError(f"{run_dir}: holds no whole checkpoint; needed the run directory of a denoiser")
-    manifest = storage.read_manifest(checkpoint)
-    return manifest["config"], manifest.get("lineage", {})
 
 
 class Generator:
@@ -162,14 +90,8 @@ class Generator:
         dim = None if text is None else text.dim
         if denoiser.config.text_dim not in (None, dim):
             raise ConfigError(f"text: makes {dim} features, the denoiser takes {denoiser.config.text_dim}")
-        if (
-            sampler.guidance.scale != 1
-            and guide is None
-            and (denoiser.config.text_dim or denoiser.config.num_classes) is None
-        ):
-            raise ConfigError(
-                f"guidance: got {sampler.guidance.scale:g}, but the denoiser takes neither text nor classes; needed 1"
-            )
+        if guide is None:
+            check_guidance(sampler.guidance.scale, denoiser.config, "guidance")
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
@@ -330,7 +252,7 @@ class Generator:
         return tiled.output
 
 
-def load_generator(
+def load_generator(  # noqa: PLR0913 - each is a choice of its own, and all but two have a default
     run_dir: str | Path,
     *,
     sampler: SamplerConfig,
@@ -340,11 +262,12 @@ def load_generator(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
     tiling: TilingConfig | None = None,
+    guide: str | Path | None = None,
 ) -> Generator:
     """Load everything that sampling from a run needs.
 
     Args:
-        run_dir: Run directory of a denoiser.
+        run_dir: Run directory of a denoiser, one checkpoint inside it, or a converted folder.
         sampler: Solver, steps, guidance.
         weights: ``ema``, ``raw``, or the name of one average.
         negative: Prompt that guidance leads away from.
@@ -352,13 +275,16 @@ def load_generator(
         precision: Of the denoiser; the sampler's state, the text encoder and the autoencoder stay in fp32.
         device: Where to compute.
         tiling: Tiles that frames are decoded in; None decodes whole.
+        guide: Run of a weaker denoiser that guidance leads away from (autoguidance), read like ``run_dir``.
 
     Returns:
         The generator.
 
     Raises:
-        ConfigError: If the autoencoder is not of the denoiser's latents.
+        ConfigError: If the autoencoder is not of the denoiser's latents, or the guide was not trained alike.
     """
+    if guide is not None:
+        check_guide(run_dir, guide)
     parts = read_run_parts(run_dir)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     denoiser = denoisers.load(run_dir, weights=weights, device=device, dtype=dtype)
@@ -370,67 +296,34 @@ def load_generator(
         build_text(parts.text, parts.text_join, device=device),
         sampler=sampler,
         negative=negative,
+        guide=None if guide is None else denoisers.load(guide, weights=weights, device=device, dtype=dtype),
         tiling=tiling,
     )
 
 
-def check_autoencoder(decoder: autoencoders.Autoencoder, parts: RunParts, given: str | None = None) -> None:
-    """Refuse an autoencoder that a denoiser was not trained with.
+def check_guide(run_dir: str | Path, guide: str | Path) -> None:
+    """Refuse a weaker denoiser that is asked and answers otherwise than the one it is to guide; loads neither.
 
     Args:
-        decoder: The autoencoder.
-        parts: What the denoiser's run says.
-        given: Where the autoencoder is, if not where the run says.
+        run_dir: Run directory of the denoiser that is guided, one checkpoint inside it, or a converted folder.
+        guide: That of the weaker one.
 
     Raises:
-        ConfigError: If the denoiser's latents are another autoencoder's.
-    """
-    found: dict[str, Any] = {
-        "time": denoisers.TIME_CONVENTION,
-        "autoencoder_hash": autoencoders.weights_hash(decoder),
-        "latent_norm": decoder.latent_norm.to_plain(),
-    }
-    for name, value in parts.lineage.items():
-        if name in found and found[name] != value:
-            raise ConfigError(
-                f"autoencoder: {name} of {given or parts.autoencoder} is {found[name]}, the denoiser was trained "
-                f"with {value}; give the autoencoder it was trained with"
-            )
-
-
-def load_guide(
-    run_dir: str | Path,
-    guide: str | Path,
-    *,
-    weights: str = "ema",
-    precision: Literal["fp32", "bf16"] = "fp32",
-    device: torch.device | str = "cpu",
-) -> denoisers.Dit | denoisers.Parametrized:
-    """Load a weaker denoiser that guidance leads away from (autoguidance); give it to a ``Generator`` as ``guide``.
-
-    Args:
-        run_dir: Run directory of the denoiser that is guided.
-        guide: Run directory of the weaker one.
-        weights: ``ema``, ``raw``, or the name of one average.
-        precision: Of the weaker denoiser.
-        device: Where to compute.
-
-    Returns:
-        The weaker denoiser.
-
-    Raises:
-        ConfigError: If the two were not trained on the same latents and texts.
+        ConfigError: If the two were not trained on the same latents, texts, classes and numbers.
     """
     ours, theirs = read_run_parts(run_dir), read_run_parts(guide)
     if (theirs.text, theirs.text_join, theirs.num_classes) != (ours.text, ours.text_join, ours.num_classes):
         raise ConfigError(f"guide: {guide} was trained with another text encoder or other classes than {run_dir}")
+    if theirs.scalars != ours.scalars:
+        raise ConfigError(
+            f"guide: {guide} is told the numbers {list(theirs.scalars)} (model.scalars), {run_dir} "
+            f"{list(ours.scalars)}; needed one trained alike"
+        )
     for name in ("time", "autoencoder_hash", "latent_norm"):
         if theirs.lineage.get(name) != ours.lineage.get(name):
             raise ConfigError(f"guide: {name} of {guide} is another than that of {run_dir}; needed one trained alike")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if theirs.path != ours.path:
         raise ConfigError(f"guide: {guide} was trained on path {theirs.path}, {run_dir} on {ours.path}")
-    return denoisers.load(guide, weights=weights, device=device, dtype=dtype)
 
 
 def _path(denoiser: torch.nn.Module) -> PathConfig:

@@ -19,6 +19,8 @@ from ltd.denoisers import told as told
 from ltd.inference.media import pixels_to_video
 from ltd.shapes import Compression, VideoShape
 
+#: Tasks that ``Given.known`` is for.
+COUNTED = frozenset({"extension", "retrodiction", "interpolation"})
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -102,6 +104,12 @@ def check_given(given: Given, shape: VideoShape, compression: Compression, patch
         _mask(given, compression.latent(shape), compression, patch)
     except ValueError as error:
         raise ConfigError(f"condition: {shape}: {error}") from None
+    frames = compression.latent(shape).num_frames // patch[0]
+    if given.task == "interpolation" and given.known >= frames:
+        raise ConfigError(
+            f"condition: {shape}: task interpolation with known = {given.known} keeps the first of {frames} latent "
+            f"frames (in patches) alone; needed known of at most {frames - 1}"
+        )
     lengths = [_length(path, Path(path).read_bytes()) for path in given.media]
     _spans(given, lengths, shape, compression.t, patch[0])
 

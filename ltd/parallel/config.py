@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,8 +50,8 @@ class ParallelConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name}: got {getattr(self, name)}, needs 1 or more")
         for name in ("timeout_s", "slow_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"parallel.{name}: seconds, got {getattr(self, name)}, needs more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"parallel.{name}: seconds, got {getattr(self, name)}, needs more than 0, and finite")
         if self.offload != "none" and (self.engine == "torch" or self.zero == 0):
             raise ConfigError(
                 f"parallel.offload: got {self.offload}, needs parallel.engine=deepspeed and parallel.zero of 1 or more"
@@ -89,7 +90,7 @@ class OptimizerSettings:
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"optim.betas: got {self.betas}, needs two numbers in [0, 1)")
         if self.eps <= 0.0:
-            raise ConfigError(f"optim.eps: got {self.eps}, needs more than 0")
+            raise ConfigError(f"optim.eps: got {self.eps}, needs more than 0, and finite")
         if self.weight_decay < 0.0:
             raise ConfigError(f"optim.weight_decay: got {self.weight_decay}, needs 0 or more")
         if self.grad_clip is not None and self.grad_clip <= 0.0:

@@ -24,6 +24,11 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"{_PREFIX}{step:08d}"
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Tell whether a directory is a whole checkpoint."""
+    return (Path(path) / MANIFEST).is_file()
+
+
 def checkpoint_step(path: str | Path) -> int:
     """Tell the step of a checkpoint by its name."""
     return int(Path(path).name.removeprefix(_PREFIX))

@@ -16,6 +16,7 @@ from ltd.denoisers import DitConfig
 from ltd.diffusion import ParametrizationConfig
 from ltd.encoders.joined import build_text
 from ltd.encoders.text import check_lengths
+from ltd.inference.conditions import check_guidance
 from ltd.inference.generate import Request
 from ltd.parallel.layout import Layout
 from ltd.rng import generator
@@ -90,6 +91,8 @@ def _drawer(
 ) -> Drawer:
     """Prepare to sample; the text encoder is let go when this process's prompts are embedded."""
     layout = session.layout
+    section = "samples" if isinstance(config, SamplesConfig) else "metrics"
+    check_guidance(config.guidance, run.model, f"{section}.guidance")
     encoder = inputs.encoder or build_text(run.text, run.model.text_join, device=layout.device)
     own = [requests[number].prompt for numbers, _ in deal(requests, config.batch_size, layout) for number in numbers]
     if isinstance(config, SamplesConfig) and encoder is not None:

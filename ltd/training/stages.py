@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ltd.config import ConfigError, from_dict, merge, to_dict
+from ltd.config import ConfigError, from_dict, merge_stages, to_dict
 
 #: What a run keeps from its first step to its last.
 _FIXED = (
@@ -104,15 +104,9 @@ def at_step(run: R, step: int) -> tuple[R, int]:
     Raises:
         ConfigError: If a field does not fit.
     """
-    tree = to_dict(run)
-    stages, until = tree.pop("stages"), tree["steps"]
-    for stage in stages:
-        if stage["from_step"] > step:
-            until = stage["from_step"]
-            break
-        tree = merge(tree, stage["set"])
+    tree, until = merge_stages(to_dict(run), step)
     built: R = from_dict(type(run), tree)
-    return built, until
+    return built, tree["steps"] if until is None else until
 
 
 def _check_kept(before: Any, now: Any) -> None:

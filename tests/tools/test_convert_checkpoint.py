@@ -16,6 +16,8 @@ from ltd import autoencoders, denoisers, storage
 from ltd import config as configuration
 from ltd.autoencoders import CausalVaeConfig
 from ltd.denoisers import DitConfig
+from ltd.diffusion import ShiftConfig
+from ltd.inference.run_parts import read_run_parts
 from ltd.storage import Slice
 from tools import convert_checkpoint
 
@@ -121,6 +123,24 @@ def test_samples_of_the_converted_folder_are_the_runs(dit_run: Path, tmp_path: P
         command = [str(run), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / name), "--steps", "2"]
         assert sample.main(command) == 0
     assert (tmp_path / "a" / "0000.mp4").read_bytes() == (tmp_path / "b" / "0000.mp4").read_bytes()
+
+
+def test_the_fields_of_stages_go_along(dit_run: Path, tmp_path: Path) -> None:
+    """The checkpoint is of step 7: what the second stage set holds, the third has trained nothing yet."""
+    checkpoint = storage.checkpoint_path(dit_run, 7)
+    manifest = storage.read_manifest(checkpoint)
+    manifest["config"]["data"] |= {"shards": "first", "licence": "CC0-1.0"}
+    manifest["config"]["stages"] = [
+        {"from_step": 4, "set": {"objective": {"shift": {"factor": 3.0}}, "data": {"shards": "second"}}},
+        {"from_step": 6, "set": {"data": {"shards": "first", "licence": "CC-BY-4.0"}}},
+        {"from_step": 7, "set": {"objective": {"shift": {"factor": 5.0}}, "data": {"shards": "third"}}},
+    ]
+    storage.write_manifest(checkpoint, manifest)
+    assert convert(dit_run, tmp_path / "converted") == 0
+    for source in (dit_run, checkpoint, tmp_path / "converted"):
+        assert read_run_parts(source).shift == ShiftConfig(factor=3.0)
+        card = convert_checkpoint._card(source, convert_checkpoint._configuration(source), "ema")
+        assert (card["Data"], card["Data licences"]) == (["first", "second"], "CC0-1.0; CC-BY-4.0")
 
 
 def test_another_autoencoder_is_refused_from_the_converted_folder_too(

@@ -131,6 +131,10 @@ def test_two_processes_train_on_bit_for_bit_and_share_the_samples(
         (("samples.prompts=/nowhere.txt",), "samples.prompts: /nowhere.txt does not exist"),
         (("samples.shapes=[[4,32,32]]",), "samples.shapes: 4x32x32"),
         (("samples.decay=0.9",), "samples.decay: got 0.9"),
+        (
+            ("samples.prompts=null", "text=null", "model.text_dim=null"),
+            "samples.guidance: got 4, but the denoiser takes neither text nor classes; needed 1",
+        ),
     ],
 )
 def test_mistakes_end_before_any_step(
