@@ -318,7 +318,7 @@ def _decide(
 
 
 def _channels(name: str, config: DitConfig) -> tuple[int, ...]:
-    """List the channels per latent cell that a patched parameter has: those written are the mean's and the variance's."""
+    """List the channels per latent cell of a patched parameter; what is written has the mean's and the variance's."""
     if _axis(name) == 1:
         return (config.in_channels,)
     return (config.latent_channels,) * (2 if config.learn_sigma else 1)
