@@ -19,6 +19,8 @@ from ltd.interop.card import write_card
 from ltd.interop.mapping import Pair
 from ltd.interop.reading import WEIGHTS, check_dtypes, read_config, read_file, read_weights
 
+#: Denoisers of diffusers.
+DENOISER_CLASSES = (wan_dit.CLASS_NAME, dit.CLASS_NAME)
 LAYOUTS = ("diffusers", "wan", *dit.ORIGINALS)
 
 
@@ -121,7 +123,7 @@ def _read(path: Path, layout: str, settings: Mapping[str, Any]) -> tuple[DitConf
         path = path / "transformer"
     tree, theirs = read_config(path), read_weights(path)
     name = tree.get("_class_name")
-    needed = (wan_dit.ORIGINAL_CLASS_NAME,) if layout == "wan" else (wan_dit.CLASS_NAME, dit.CLASS_NAME)
+    needed = (wan_dit.ORIGINAL_CLASS_NAME,) if layout == "wan" else DENOISER_CLASSES
     if name not in needed:
         raise ConfigError(f"{path}: holds a {name!r}, needed {' or '.join(needed)} for layout {layout}")
     if name == dit.CLASS_NAME:

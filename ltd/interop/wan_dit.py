@@ -250,7 +250,7 @@ def _from_original(theirs: Mapping[str, Any]) -> dict[str, Any]:
     tree = _ORIGINAL_DEFAULTS | dict(theirs)
     if tree["model_type"] not in _MODEL_TYPES:
         raise ConfigError(
-            f"{ORIGINAL_CLASS_NAME}.model_type: got {tree['model_type']}, only {', '.join(_MODEL_TYPES)} can be converted"
+            f"{ORIGINAL_CLASS_NAME}.model_type: got {tree['model_type']}, needed one of {', '.join(_MODEL_TYPES)}"
         )
     for name, needed in (("qk_norm", True), ("text_len", _TEXT_LENGTH), ("window_size", [-1, -1])):
         got = list(tree[name]) if isinstance(needed, list) else tree[name]

@@ -306,7 +306,7 @@ def test_settings_of_the_original_wan_are_checked_too(tmp_path: Path) -> None:
     for change, message in (
         ({"vace_layers": [0, 1]}, "WanModel.vace_layers: got [0, 1], which no known setting"),
         ({"num_layers": "2"}, "WanModel.num_layers: got '2', needed an integer"),
-        ({"model_type": "vace"}, "WanModel.model_type: got vace, only t2v"),
+        ({"model_type": "vace"}, "WanModel.model_type: got vace, needed one of t2v"),
     ):
         config.write_text(json.dumps(tree | change))
         with pytest.raises(ConfigError, match=re.escape(message)):
