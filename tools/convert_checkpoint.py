@@ -36,7 +36,10 @@ from ltd.command import command_line
 from ltd.config import ConfigError, from_dict, merge_stages
 from ltd.inference.run_parts import check_autoencoder, read_run_parts
 from ltd.interop import (
+    AUTOENCODER_CLASSES,
+    DENOISER_CLASSES,
     LAYOUTS,
+    ORIGINALS,
     export_autoencoder,
     export_denoiser,
     export_pipeline,
@@ -49,6 +52,7 @@ from ltd.storage import Fill, Reader, StorageError
 logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+_DEFAULT_WEIGHTS = "ema"
 #: Bytes of tensors held at a time.
 _BATCH_BYTES = 64 * 2**20
 #: How the names of tensors begin that only training needs, by kind of run.
@@ -68,10 +72,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pipeline", action="store_true", help="with --to diffusers: a whole WanPipeline")
     parser.add_argument("--num-heads", type=int, help="of an original checkpoint whose width is no published one")
     parser.add_argument("--autoencoder", help="with --pipeline: where it is, if not where the run's config says")
-    parser.add_argument("--weights", default="ema", help="ema (the first average), raw, or one average: ema_0.999")
+    parser.add_argument(
+        "--weights", help="of a run: ema (the default: its first average), raw or one average: ema_0.999"
+    )
     args = parser.parse_args(arguments)
     if (args.origin == "ltd") == (args.to == "ltd") or (args.origin != "ltd" and args.to != "ltd"):
         parser.error(f"--from {args.origin} --to {args.to}: nothing to convert; --help lists what there is")
+    meant = {
+        "--part": (args.part is not None, args.origin == "diffusers", "--from diffusers"),
+        "--pipeline": (args.pipeline, args.to == "diffusers", "--to diffusers"),
+        "--num-heads": (args.num_heads is not None, args.origin in ORIGINALS, f"--from {', '.join(ORIGINALS)}"),
+        "--autoencoder": (args.autoencoder is not None, args.pipeline, "--pipeline"),
+        "--weights": (args.weights is not None, args.origin == "ltd", "--from ltd"),
+    }
+    for option, (given, fits, needed) in meant.items():
+        if given and not fits:
+            parser.error(f"{option}: only with {needed}; got --from {args.origin} --to {args.to}")
     return args
 
 
@@ -120,7 +136,7 @@ def convert_layout(args: argparse.Namespace) -> str:
         raise ConfigError(f"{args.out}: exists and is no exported folder; name another, or remove it")
     origin = {args.origin: str(args.source)}
     if args.origin != "diffusers" or _part(args.source, args.part) == "denoiser":
-        settings = {"num_heads": args.num_heads} if args.num_heads else {}
+        settings = {} if args.num_heads is None else {"num_heads": args.num_heads}
         denoiser = import_denoiser(args.source, args.origin, settings=settings)
         denoisers.save(denoiser, args.out, lineage=origin)
         network = denoiser.network if isinstance(denoiser, denoisers.Parametrized) else denoiser
@@ -132,17 +148,17 @@ def convert_layout(args: argparse.Namespace) -> str:
 
 def _to_public(args: argparse.Namespace) -> str:
     """Write a run or exported folder in a public layout."""
-    config = _configuration(args.source)
+    config, weights = _configuration(args.source), args.weights or _DEFAULT_WEIGHTS
+    if args.weights is not None and storage.is_export(args.source):
+        raise ConfigError(f"--weights: got {weights}, but {args.source} is an exported folder, which holds one set")
     if config["family"] == "autoencoder":
         if args.to != "diffusers" or args.pipeline:
             raise ConfigError(f"{args.source}: is an autoencoder, which diffusers' layout alone has")
-        return f"{export_autoencoder(autoencoders.load(args.source, weights=args.weights), args.out)} for diffusers"
-    denoiser = denoisers.load(args.source, weights=args.weights)
-    card = _card(args.source, config, args.weights)
+        return f"{export_autoencoder(autoencoders.load(args.source, weights=weights), args.out)} for diffusers"
+    denoiser = denoisers.load(args.source, weights=weights)
+    card = _card(args.source, config, weights)
     if not args.pipeline:
         return f"{export_denoiser(denoiser, args.out, args.to, lineage=card)} in the layout {args.to}"
-    if args.to != "diffusers":
-        raise ConfigError(f"--pipeline: got --to {args.to}, only diffusers has pipelines")
     parts = read_run_parts(args.source)
     autoencoder = autoencoders.load(args.autoencoder or parts.autoencoder)
     check_autoencoder(autoencoder, parts, args.autoencoder)
@@ -153,7 +169,15 @@ def _part(source: Path, given: str | None) -> str:
     """Say which model of a diffusers folder is meant."""
     inside = {"autoencoder": source / "vae", "denoiser": source / "transformer"}
     if (source / "config.json").is_file():
-        return "denoiser" if "Transformer" in str(read_config(source).get("_class_name")) else "autoencoder"
+        found = read_config(source).get("_class_name", "model without _class_name")
+        parts = dict.fromkeys(AUTOENCODER_CLASSES, "autoencoder") | dict.fromkeys(DENOISER_CLASSES, "denoiser")
+        if found not in parts:
+            raise ConfigError(
+                f"{source}: holds a {found!r}, needed {', '.join(AUTOENCODER_CLASSES + DENOISER_CLASSES)}"
+            )
+        if given not in (None, parts[found]):
+            raise ConfigError(f"--part: got {given}, but {source} holds a {found!r}, which is the {parts[found]}")
+        return parts[found]
     there = [name for name, folder in inside.items() if (folder / "config.json").is_file()]
     if given is None and len(there) == 2:
         raise ConfigError(f"{source}: is a pipeline with an autoencoder and a denoiser; say which with --part")
@@ -178,17 +202,18 @@ def _card(source: Path, config: Mapping[str, Any], weights: str) -> dict[str, An
     data = [part.get("data") or {} for part in _stages_of(run, step)]
     sets = [name for part in data for name in _shards_of(part)]
     licences = [part["licence"] for part in data if part.get("licence")]
+    exported, imported = storage.is_export(source), "run" not in config and config.get("lineage")
     began = (config.get("lineage") or {}).get("init_from")
     said = {
-        "Run": run.get("run_dir") or str(source),
+        "Run": run.get("run_dir") or (None if exported else str(source)),
         "Step": step,
         "Forked from": " -> ".join(_ancestor(entry) for entry in config.get("ancestors") or ()) or None,
         "Began with weights of": began and f"{began['path']}, {began['weights']} (state {began['fingerprint'][:12]})",
-        "Weights": origin.get("group") or weights,
+        "Weights": origin.get("group") or ("as imported" if imported else None if exported else weights),
         "Averages": (run.get("ema") or {}).get("decays"),
         "Data": list(dict.fromkeys(sets)) or None,
         "Data licences": "; ".join(dict.fromkeys(licences)) or None,
-        "Imported from": config.get("lineage") if "run" not in config else None,
+        "Imported from": imported or None,
     }
     return {name: value for name, value in said.items() if value is not None}
 
@@ -358,12 +383,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{args.out}: {written}")
         return 0
     with command_line():
-        shapes = convert(args.source, args.out, args.weights)
+        weights = args.weights or _DEFAULT_WEIGHTS
+        shapes = convert(args.source, args.out, weights)
         _check_written(args.out, shapes)
     for dtype in dict.fromkeys(dtype for dtype, _ in shapes.values()):
         same = [prod(shape) for found, shape in shapes.values() if found == dtype]
         print(f"{str(dtype).removeprefix('torch.')}: {len(same)} tensors, {sum(same):,} values")
-    print(f"{args.out}: {args.weights} of {args.source}; names, shapes and dtypes are the model's")
+    print(f"{args.out}: {weights} of {args.source}; names, shapes and dtypes are the model's")
     return 0
 
 

@@ -280,6 +280,16 @@ class DitConfig:
         return self.rope_split or default_rope_split(self.head_dim)
 
     @property
+    def wide_head_split(self) -> tuple[int, int, int]:
+        """Channels of an attention head of ``head`` rotated by (t, h, w): shared among the axes as in the blocks."""
+        assert self.head is not None
+        head_dim = self.head.width // self.head.num_heads
+        if self.rope_split is None:
+            return default_rope_split(head_dim)
+        height, width = (2 * round(part * head_dim / self.head_dim / 2) for part in self.rope_split[1:])
+        return head_dim - height - width, height, width
+
+    @property
     def folds_text(self) -> bool:
         """Whether the padding of a text is computed as one token that counts as many: cross-attention alone sees it."""
         return self.text_length is not None and self.text_stream == "cross" and not self.pooled_text

@@ -17,7 +17,7 @@ from ltd.nn.embed import (
     grid_sinusoid,
     position_sinusoid,
 )
-from ltd.nn.rope import default_rope_split, rope_tables
+from ltd.nn.rope import rope_tables
 
 
 def time_embedding(config: DitConfig, dim: int) -> TimeEmbedding:
@@ -111,7 +111,7 @@ class WideHead(nn.Module):
         condition = self.projection(F.silu(x + time))
         cos = sin = None
         if self.config.rotary:
-            split = self._split(self.config.head.width // self.config.head.num_heads)
+            split = self.config.wide_head_split
             wide = torch.promote_types(x.dtype, torch.float32)
             cos, sin = rope_tables(tokens.positions, split, theta=self.config.rope_theta, dtype=wide)
         own = TokenContext(cos, sin, packing=context.packing, per_token=True)
@@ -119,11 +119,3 @@ class WideHead(nn.Module):
         for block in self.blocks:
             x = block(x, condition, own)
         return x, condition
-
-    def _split(self, head_dim: int) -> tuple[int, int, int]:
-        """Share the head's channels among the axes as the blocks do."""
-        given, own = self.config.rope_split, self.config.head_dim
-        if given is None:
-            return default_rope_split(head_dim)
-        height, width = (2 * round(part * head_dim / own / 2) for part in given[1:])
-        return head_dim - height - width, height, width

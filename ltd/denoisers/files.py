@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ltd.denoisers.config import DitConfig
 from ltd.denoisers.dit import Dit
 from ltd.denoisers.parametrized import Parametrized
 from ltd.diffusion import ParametrizationConfig, read_parametrization
+from ltd.storage import StorageError
 
 TIME_CONVENTION = "noise-at-1"
 """t = 0 is data, t = 1 is noise; a loaded denoiser predicts dx_t/dt."""
@@ -72,6 +73,7 @@ def load(
 
     Raises:
         ConfigError: If nothing is there, or the weights do not belong to the configuration.
+        StorageError: If a tensor is of no floating type, parameters are of several, or a value is not finite.
     """
     path = Path(path)
     if (path / "model.safetensors").is_file():
@@ -84,7 +86,7 @@ def load(
             raise ConfigError(f"{path}: is a run of kind {config.get('kind')!r}, needed a denoiser's")
     if "model" not in config:
         raise ConfigError(f"{path}: its config.yaml has no section 'model'; not a denoiser's")
-    model = build_denoiser(from_dict(DitConfig, config["model"]))
+    model = build_denoiser(read_model(path, config["model"]))
     _load_strictly(model, _exported(tensors), path)
     model = model.to(device=device, dtype=dtype).eval()
     objective = config.get("objective") or config.get("run", {}).get("objective") or {}
@@ -93,6 +95,26 @@ def load(
     except ConfigError as error:
         raise ConfigError(f"{path}: objective.{error}") from None
     return model if parametrization == ParametrizationConfig() else Parametrized(model, parametrization).eval()
+
+
+def read_model(path: Path, section: Mapping[str, Any]) -> DitConfig:
+    """Read the section ``model`` of an exported folder or of a run.
+
+    Args:
+        path: Where it is from, for the message.
+        section: Plain values.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: Names the folder, and the field that is unknown or wrong.
+    """
+    try:
+        found: DitConfig = from_dict(DitConfig, section)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: model: {error}") from None
+    return found
 
 
 def _exported(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +133,42 @@ def _load_strictly(model: Dit, tensors: Mapping[str, Tensor], path: Path) -> Non
             f"{len(extra)} unknown {extra[:3]}, {len(shapes)} of another shape "
             f"{[(name, found[name], expected[name]) for name in shapes[:3]]}"
         )
+    _check_values(tensors, {name for name, _ in model.named_parameters()}, path)
     model.load_state_dict(dict(tensors), assign=True)  # takes the stored dtype
+
+
+def _check_values(tensors: Mapping[str, Tensor], parameters: Set[str], path: Path) -> None:
+    """Refuse tensors that no training leaves, and parameters of several dtypes."""
+    file = path / "model.safetensors" if storage.is_export(path) else path
+    first = next(name for name in tensors if name in parameters)
+    for name, value in tensors.items():
+        check_tensor(file, name, value)
+        if name in parameters and value.dtype != tensors[first].dtype:
+            raise StorageError(
+                f"{file}: {name} is {_name(value)} and {first} {_name(tensors[first])}, needed one type for all"
+            )
+
+
+def check_tensor(file: Path, name: str, value: Tensor) -> None:
+    """Refuse a tensor that no training leaves.
+
+    Args:
+        file: Where it is from, for the message.
+        name: Its name, for the message.
+        value: The tensor.
+
+    Raises:
+        StorageError: If it is of no floating type, or a value is not finite.
+    """
+    if not value.is_floating_point():
+        raise StorageError(f"{file}: {name} is {_name(value)}, needed a floating type")
+    finite = value.isfinite()
+    if not bool(finite.all()):
+        raise StorageError(f"{file}: {int((~finite).sum())} of {value.numel()} values of {name} are not finite")
+
+
+def _name(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def describe(model: Dit) -> str:

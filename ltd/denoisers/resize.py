@@ -70,10 +70,12 @@ def resize_input(weight: Tensor, before: Patch, after: Patch, channels: int, tim
         else:
             frames[after[0] // 2] = 1.0
         cells = cells * frames[:, None, None]
-    return _with_channels(cells, channels)
+    return _as_features(_padded(cells, channels))
 
 
-def resize_output(weight: Tensor, before: Patch, after: Patch, channels: int) -> Tensor:
+def resize_output(
+    weight: Tensor, before: Patch, after: Patch, channels: int, groups: tuple[int, int] = (1, 1)
+) -> Tensor:
     """Fit the weights (or biases) that write a patch to another patch and more channels.
 
     Along (h, w) the new patch is the old one resampled; along t each frame is the old one; new channels, behind the old
@@ -83,17 +85,20 @@ def resize_output(weight: Tensor, before: Patch, after: Patch, channels: int) ->
         weight: ``(pt * ph * pw * c, ...)``.
         before: Its patch along (t, h, w); one frame if ``after`` has another number.
         after: The new patch.
-        channels: The new c, no less than the old.
+        channels: The new c of a group, no less than the old.
+        groups: How many groups of c channels there are before and after, such as mean and variance: each is fitted by
+            itself; those behind the old ones are zero, those that have no place any more are left out.
 
     Returns:
-        ``(pt * ph * pw * c, ...)`` of the new patch and channels.
+        ``(pt * ph * pw * groups * c, ...)`` of the new patch and channels.
     """
     cells = _as_cells(weight.movedim(0, -1), before)
     if before[1:] != after[1:]:
         cells = _resample(cells, resample_matrix(before[1:], after[1:]), after)
     if before[0] != after[0]:
         cells = cells.expand(*cells.shape[:-3], after[0], *cells.shape[-2:])
-    return _with_channels(cells, channels).movedim(-1, 0).contiguous()
+    parts = [_padded(part, channels) for part in cells.chunk(groups[0], dim=-4)[: groups[1]]]
+    return _as_features(_padded(torch.cat(parts, -4), groups[1] * channels)).movedim(-1, 0).contiguous()
 
 
 def regroup_pairs(before: Patch, after: Patch) -> list[int]:
@@ -153,8 +158,11 @@ def _resample(cells: Tensor, matrix: Tensor, after: Patch) -> Tensor:
     return flat.unflatten(-1, after[1:])
 
 
-def _with_channels(cells: Tensor, channels: int) -> Tensor:
-    """Put ``(..., c, pt, ph, pw)`` back to features, with zeros for the channels behind the old ones."""
-    missing = channels - cells.shape[-4]
-    padded = F.pad(cells, (0, 0, 0, 0, 0, 0, 0, missing))
-    return padded.movedim(-4, -1).flatten(-4)
+def _padded(cells: Tensor, channels: int) -> Tensor:
+    """Put zeros behind the channels of ``(..., c, pt, ph, pw)``."""
+    return F.pad(cells, (0, 0, 0, 0, 0, 0, 0, channels - cells.shape[-4]))
+
+
+def _as_features(cells: Tensor) -> Tensor:
+    """View ``(..., c, pt, ph, pw)`` as ``(..., pt * ph * pw * c)``: the inverse of ``_as_cells``."""
+    return cells.movedim(-4, -1).flatten(-4)

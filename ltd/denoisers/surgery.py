@@ -34,11 +34,11 @@ _FIXED = ("kind", "width", "num_heads", "mlp_ratio", "mlp_multiple")
 #: What a run compares besides the model's fields.
 RUN_FIELDS = ("objective.path", "objective.prediction", "autoencoder")
 #: Parameters that have one row or column per feature of a patch.
-_PATCHED = ("patch_embedding.weight", "final.linear.weight", "final.linear.bias")
-_QKV = re.compile(r"blocks\.\d+\.attention\.(qkv\.(weight|bias)|[qk]_norm\.weight)")
+_PATCHED = ("patch_embedding.weight", "head.patch_embedding.weight", "final.linear.weight", "final.linear.bias")
+_QKV = re.compile(r"(head\.)?blocks\.\d+\.attention\.(qkv\.(weight|bias)|[qk]_norm\.weight)")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-#: Where the branches of a block join the stream.
-_OUT = re.compile(r"blocks\.\d+\.(attention|cross_attention|mlp)\.out\.(weight|bias)")
+#: Where the branches of a block join the stream; the ``out`` of experts is a parameter itself.
+_OUT = re.compile(r"blocks\.\d+\.((text|other)\.)?(attention|cross_attention|mlp)\.out(\.weight|\.bias)?")
 _SILENT = "new block, set to zero: its gates come from what all blocks share"
 
 
@@ -192,7 +192,7 @@ def _compare(
         name = field.name
         before, now = (getattr(config, name) for config in (source, target))
         if name == "rope_split":
-            before, now = source.head_split, target.head_split
+            before, now = _splits(source, target)
         if before == now or (name.startswith("mlp_") and source.mlp_hidden == target.mlp_hidden):
             continue
         effect, problem = _effect(name, source, target, shapes, options)
@@ -224,8 +224,9 @@ def _effect(
     if name == "depth":
         if target.depth < source.depth:
             return "", "no rule takes blocks away"
-        text = "the new blocks, behind the old ones, change nothing at first"
-        return text, "" if options.grow_depth else "set grow_depth to add blocks that change nothing at first"
+        return "the new blocks, behind the old ones, change nothing at first", _depth_problem(target, options)
+    if name == "learn_sigma":
+        return f"the variance, which nothing reads, is {'written as 0' if target.learn_sigma else 'left out'}", ""
     if name in _TOLD_BY_TENSORS:
         return "see the tensors that are drawn or dropped", ""
     problem = "" if name in options.accept else f"it changes the function: list {name} in accept, or set it to that"
@@ -236,6 +237,30 @@ def _effect(
         number = "blocks.0.attention.qkv.weight"
         return _split_effect(source, target), problem if number in shapes else f"{number} is not there to be regrouped"
     return "the function changes; every weight is kept", problem
+
+
+def _depth_problem(target: DitConfig, options: SurgeryConfig) -> str:
+    """Say why no blocks can be added that change nothing at first; empty where they can."""
+    if not options.grow_depth:
+        return "set grow_depth to add blocks that change nothing at first"
+    shared = [name for name in ("share_attention", "share_mlp") if getattr(target, name)]
+    if target.modulation == "shared" and shared:
+        return (
+            f"with modulation: shared and {' and '.join(shared)} a new block has neither a gate nor a product of its "
+            "own that could be 0 at first"
+        )
+    return ""
+
+
+def _same_rotating_head(source: DitConfig, target: DitConfig) -> bool:
+    return source.head is not None and source.head == target.head and source.rotary and target.rotary
+
+
+def _splits(source: DitConfig, target: DitConfig) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Give the splits of a head among the axes before and now: the blocks', or where they are equal the wide head's."""
+    if source.head_split == target.head_split and _same_rotating_head(source, target):
+        return source.wide_head_split, target.wide_head_split
+    return source.head_split, target.head_split
 
 
 def _patch_effect(before: tuple[int, int, int], now: tuple[int, int, int], options: SurgeryConfig) -> tuple[str, str]:
@@ -256,7 +281,9 @@ def _patch_effect(before: tuple[int, int, int], now: tuple[int, int, int], optio
 
 def _split_effect(source: DitConfig, target: DitConfig) -> str:
     """Say whether the pairs that an axis keeps turn as fast as they did."""
-    parts = zip(source.head_split[1:], target.head_split[1:], strict=True)
+    parts = [*zip(source.head_split[1:], target.head_split[1:], strict=True)]
+    if _same_rotating_head(source, target):
+        parts += zip(source.wide_head_split[1:], target.wide_head_split[1:], strict=True)
     needed = {source.rope_theta ** (new / old) for old, new in parts if min(old, new) > 2}
     text = "the lowest frequencies of axes that shrink go to those that grow"
     if all(math.isclose(theta, target.rope_theta, rel_tol=1e-6) for theta in needed):
@@ -279,24 +306,36 @@ def _decide(
         return TensorChange(name, "drawn", None, shape, _SILENT if silent else "new block")
     if before is None:
         return TensorChange(name, "drawn", None, shape, "?")
-    if name in _PATCHED and (source.patch != target.patch or before != shape):
-        old, new = (_channels(name, size, config) for size, config in ((before, source), (shape, target)))
-        fits = old is not None and new is not None and old <= new and _others(name, before) == _others(name, shape)
-        return TensorChange(name, "resized", before, shape, f"{old} -> {new} channels" if fits else "?")
-    if source.head_split != target.head_split and _QKV.fullmatch(name) and before == shape:
+    old, new = _channels(name, source), _channels(name, target)
+    if name in _PATCHED and (source.patch != target.patch or old != new or before != shape):
+        fits = old[0] <= new[0] and _others(name, before) == _others(name, shape)
+        told = " -> ".join(" + ".join(map(str, groups)) for groups in (old, new))
+        return TensorChange(name, "resized", before, shape, f"{told} channels" if fits else "?")
+    splits = _splits_of(name, source, target)
+    if splits[0] != splits[1] and _QKV.fullmatch(name) and before == shape:
         return TensorChange(name, "resized", before, shape, "pairs of every head regrouped")
     return TensorChange(name, "copied", before, shape, "" if before == shape else "?")
 
 
-def _channels(name: str, shape: tuple[int, ...], config: DitConfig) -> int | None:
-    """Count the channels per latent cell that a patched parameter has; None where its features do not divide."""
-    features, cells = shape[_axis(name)], math.prod(config.patch)
-    return None if features % cells else features // cells
+def _channels(name: str, config: DitConfig) -> tuple[int, ...]:
+    """List the channels per latent cell of a patched parameter; what is written has the mean's and the variance's."""
+    if _axis(name) == 1:
+        return (config.in_channels,)
+    return (config.latent_channels,) * (2 if config.learn_sigma else 1)
+
+
+def _splits_of(name: str, source: DitConfig, target: DitConfig) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Give the split of the heads that a parameter belongs to, before and now."""
+    if not name.startswith("head."):
+        return source.head_split, target.head_split
+    if not _same_rotating_head(source, target):
+        return (0, 0, 0), (0, 0, 0)
+    return source.wide_head_split, target.wide_head_split
 
 
 def _axis(name: str) -> int:
     """Say along which axis a patched parameter has the features of a patch."""
-    return 1 if name.startswith("patch_embedding.") else 0
+    return 1 if name.removeprefix("head.").startswith("patch_embedding.") else 0
 
 
 def _others(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -307,14 +346,12 @@ def _others(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _resize(change: TensorChange, weights: Weights, target: DitConfig, options: SurgeryConfig) -> Tensor:
     source, name, value = weights.config, change.name, weights.read(change.name)
     if name not in _PATCHED:
-        order = regroup_pairs(source.head_split, target.head_split)
+        order = regroup_pairs(*_splits_of(name, source, target))
         return regroup_heads(value, order, 3 if ".qkv." in name else 1)
-    assert change.target is not None
-    channels = _channels(name, change.target, target)
-    assert channels is not None
+    old, new = _channels(name, source), _channels(name, target)
     if _axis(name) == 1:
-        return resize_input(value, source.patch, target.patch, channels, options.time_patch)
-    return resize_output(value, source.patch, target.patch, channels)
+        return resize_input(value, source.patch, target.patch, new[0], options.time_patch)
+    return resize_output(value, source.patch, target.patch, new[0], (len(old), len(new)))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

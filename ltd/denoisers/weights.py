@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ltd import storage
-from ltd.config import ConfigError, from_dict
+from ltd.config import ConfigError
 from ltd.denoisers.config import DitConfig
-from ltd.denoisers.files import TIME_CONVENTION
+from ltd.denoisers.files import TIME_CONVENTION, check_tensor, read_model
 from ltd.diffusion import ParametrizationConfig, read_parametrization
 
 
@@ -91,17 +91,20 @@ def _open_export(path: Path) -> Weights:
     _check_time(path, config.get("time"))
     file = safe_open(path / "model.safetensors", framework="pt")
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def read(name: str) -> Tensor:
+        value = file.get_tensor(name)
+        check_tensor(path / "model.safetensors", name, value)
+        return value
+
     objective = config if "objective" in config else config.get("run") or {}
-    return Weights(
-        _model(path, config), shapes, file.get_tensor, _objective(path, objective), config.get("lineage") or {}, path
-    )
+    return Weights(_model(path, config), shapes, read, _objective(path, objective), config.get("lineage") or {}, path)
 
 
 def _model(path: Path, config: Mapping[str, Any]) -> DitConfig:
     if "model" not in config:
         raise ConfigError(f"{path}: its config.yaml has no section 'model'; not a denoiser's")
-    found: DitConfig = from_dict(DitConfig, config["model"])
-    return found
+    return read_model(path, config["model"])
 
 
 def _objective(path: Path, config: Mapping[str, Any]) -> ParametrizationConfig:

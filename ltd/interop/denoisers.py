@@ -19,6 +19,8 @@ from ltd.interop.card import write_card
 from ltd.interop.mapping import Pair
 from ltd.interop.reading import WEIGHTS, check_dtypes, read_config, read_file, read_weights
 
+#: Denoisers of diffusers.
+DENOISER_CLASSES = (wan_dit.CLASS_NAME, dit.CLASS_NAME)
 LAYOUTS = ("diffusers", "wan", *dit.ORIGINALS)
 
 
@@ -31,7 +33,8 @@ def import_denoiser(
         source: Folder with ``config.json`` (diffusers' model or pipeline, the original Wan), or an original checkpoint
             of DiT, SiT or LightningDiT: a file, or a folder that holds one.
         layout: ``diffusers``, ``wan``, ``dit``, ``sit`` or ``lightning_dit``.
-        settings: What an original checkpoint does not tell: ``num_heads``, ``use_rope``.
+        settings: What an original checkpoint does not tell: ``num_heads``, ``use_rope``; of an export of ours, its
+            ``config.json`` tells it.
 
     Returns:
         A module ``(x_t, t, cond) -> v`` in the dtype of the files, in evaluation mode.
@@ -41,6 +44,8 @@ def import_denoiser(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout: got {layout!r}, needed one of {', '.join(LAYOUTS)}")
+    if settings and layout not in dit.ORIGINALS:
+        raise ConfigError(f"settings: got {', '.join(settings)}; layout {layout} says all in its config.json")
     path = Path(source)
     try:
         config, pairs, theirs = _read(path, layout, settings or {})
@@ -109,14 +114,16 @@ def export_denoiser(
 def _read(path: Path, layout: str, settings: Mapping[str, Any]) -> tuple[DitConfig, list[Pair], dict[str, Tensor]]:
     """Read configuration, map and weights."""
     if layout in dit.ORIGINALS:
-        theirs = read_file(_only_file(path))
-        config = dit.original_config(layout, theirs, settings)
+        file = _only_file(path)
+        theirs = read_file(file)
+        told = dit.merge_settings(layout, _own_settings(file.parent), settings, str(file.parent / "config.json"))
+        config = dit.original_config(layout, theirs, told)
         return config, dit.original_pairs(layout, config), dit.without_constants(config, theirs)
     if not (path / "config.json").is_file() and (path / "transformer" / "config.json").is_file():
         path = path / "transformer"
     tree, theirs = read_config(path), read_weights(path)
     name = tree.get("_class_name")
-    needed = (wan_dit.ORIGINAL_CLASS_NAME,) if layout == "wan" else (wan_dit.CLASS_NAME, dit.CLASS_NAME)
+    needed = (wan_dit.ORIGINAL_CLASS_NAME,) if layout == "wan" else DENOISER_CLASSES
     if name not in needed:
         raise ConfigError(f"{path}: holds a {name!r}, needed {' or '.join(needed)} for layout {layout}")
     if name == dit.CLASS_NAME:
@@ -139,6 +146,14 @@ def _written(network: Dit, layout: str) -> tuple[str, dict[str, Any], dict[str, 
     if config.text_dim is not None:
         return wan_dit.CLASS_NAME, wan_dit.from_config(config), mapping.to_theirs(wan_dit.pairs(config), ours)
     return dit.CLASS_NAME, dit.from_config(config), mapping.to_theirs(dit.pairs(config), ours)
+
+
+def _own_settings(folder: Path) -> dict[str, Any] | None:
+    """Read the ``config.json`` beside an original checkpoint, if it is one that says the layout, as our exports do."""
+    if not (folder / "config.json").is_file():
+        return None
+    tree = read_config(folder)
+    return tree if "layout" in tree else None
 
 
 def _only_file(path: Path) -> Path:

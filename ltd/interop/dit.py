@@ -18,6 +18,7 @@ from ltd.diffusion import ParametrizationConfig
 from ltd.diffusion.paths import VpPathConfig
 from ltd.diffusion.prediction import NoisePredictionConfig
 from ltd.interop.mapping import Pair, copies, heads_apart, negated, qkv_rotated, reshaped, same, stacked
+from ltd.interop.reading import check_settings
 from ltd.interop.wan_dit import check_same
 from ltd.nn.embed import grid_sinusoid
 from ltd.nn.patch import grid_positions
@@ -41,7 +42,11 @@ _DEFAULTS: dict[str, Any] = {
     "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False,
     "norm_eps": 1e-5,
+    "dropout": 0.0,
+    "norm_num_groups": 32,  # of images in pixels, which a DiT never meets
 }
+#: Settings that an original layout has besides its tensors, as our exports write them.
+_SETTINGS: dict[str, Any] = {"layout": "", "num_heads": 1, "use_rope": True}
 
 
 def parametrization(layout: str) -> ParametrizationConfig:
@@ -64,12 +69,14 @@ def to_config(theirs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DitCo
     Raises:
         ConfigError: If a setting has no counterpart; names it.
     """
+    check_settings(theirs, _DEFAULTS, CLASS_NAME, ("out_channels", "num_embeds_ada_norm"))
     tree = _DEFAULTS | dict(theirs)
     for name, needed in (
         ("activation_fn", "gelu-approximate"),
         ("norm_type", "ada_norm_zero"),
         ("norm_elementwise_affine", False),
         ("upcast_attention", False),
+        ("dropout", 0.0),
     ):
         if tree[name] != needed:
             raise ConfigError(f"{CLASS_NAME}.{name}: got {tree[name]}, only {needed} can be converted")
@@ -177,6 +184,33 @@ def pairs(config: DitConfig) -> list[Pair]:
     return found
 
 
+def merge_settings(
+    layout: str, written: Mapping[str, Any] | None, given: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Put together what is said of an original checkpoint and what its own ``config.json`` says.
+
+    Args:
+        layout: ``dit``, ``sit`` or ``lightning_dit``.
+        written: Contents of a ``config.json`` that names its layout, as our exports have it; None where there is none.
+        given: ``num_heads``, ``use_rope``.
+        source: Where ``written`` is from, for the message.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: If a setting is unknown or of the wrong type, or the two contradict each other.
+    """
+    check_settings(given, {name: _SETTINGS[name] for name in ("num_heads", "use_rope")}, "settings")
+    if written is None:
+        return dict(given)
+    check_settings(written, _SETTINGS, source)
+    for name, value in {"layout": layout, **given}.items():
+        if name in written and written[name] != value:
+            raise ConfigError(f"{name}: got {value}, {source} says {written[name]}")
+    return {**given, **{name: value for name, value in written.items() if name in ("num_heads", "use_rope")}}
+
+
 def original_config(layout: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> DitConfig:
     """Read the configuration off the tensors of an original checkpoint.
 
@@ -203,10 +237,11 @@ def original_config(layout: str, tensors: Mapping[str, Tensor], settings: Mappin
         grid = math.isqrt(tensors["pos_embed"].shape[1])
     except (KeyError, IndexError) as error:
         raise ConfigError(f"tensors are not of a {layout} checkpoint: {error} is missing or misshapen") from None
-    num_heads = settings.get("num_heads") or _HEADS.get(width)
+    num_heads = settings.get("num_heads", _HEADS.get(width))
     if num_heads is None:
         raise ConfigError(
-            f"num_heads: cannot be read off a width of {width}, which is no published one; give it in the settings"
+            f"num_heads: cannot be read off a width of {width}, which is no published one; say it with "
+            "--num-heads (in code: settings)"
         )
     if modulation != 6 * width:
         raise ConfigError(

@@ -21,6 +21,8 @@ from ltd.interop.reading import WEIGHTS, check_dtypes, read_config, read_weights
 logger = logging.getLogger(__name__)
 
 _LAYOUTS: dict[str, ModuleType] = {layout.CLASS_NAME: layout for layout in (wan_vae, kl_vae)}
+#: Autoencoders of diffusers.
+AUTOENCODER_CLASSES = tuple(_LAYOUTS)
 
 
 def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,55 @@ def check_dtypes(tensors: Mapping[str, Tensor], folder: Path) -> None:
     if len(found) > 1 or not all(dtype.is_floating_point for dtype in found):
         listed = ", ".join(f"{name}: {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
         raise ConfigError(f"{folder}: tensors are of several or no floating types ({listed}); needed one")
+
+
+def check_settings(
+    tree: Mapping[str, Any], known: Mapping[str, Any], name: str, nullable: Collection[str] = ()
+) -> None:
+    """Refuse settings that are unknown, or of another type than their default.
+
+    Args:
+        tree: Contents of a ``config.json``. Keys that begin with ``_`` are notes of who wrote it; unknown ones that are
+            null or false are off.
+        known: Default of every setting: None stands for an integer, or none.
+        name: Of the class, for the message.
+        nullable: Further settings that may be null.
+
+    Raises:
+        ConfigError: Names the first setting that is unknown or of another type.
+    """
+    for key, value in tree.items():
+        if key.startswith("_"):
+            continue
+        if key not in known:
+            if value is None or value is False:  # of a wider class that the model was saved as before
+                continue
+            raise ConfigError(f"{name}.{key}: got {value!r}, which no known setting of {name} is")
+        default = known[key]
+        may_be_null = default is None or key in nullable
+        if not (may_be_null and value is None) and not _is_like(value, 1 if default is None else default):
+            needed = _needed(1 if default is None else default) + (" or null" if may_be_null else "")
+            raise ConfigError(f"{name}.{key}: got {value!r}, needed {needed}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Say whether a value is of its default's type; integers count 1 or more, floats are finite and 0 or more."""
+    if isinstance(default, list):
+        return isinstance(value, list | tuple) and len(value) == len(default) and all(type(x) is int for x in value)
+    if isinstance(default, bool | str):
+        return type(value) is type(default)
+    if isinstance(value, bool):
+        return False
+    if isinstance(default, int):
+        return isinstance(value, int) and value >= 1
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _needed(default: Any) -> str:
+    if isinstance(default, list):
+        return f"a list of {len(default)} integers"
+    if isinstance(default, bool):
+        return "true or false"
+    if isinstance(default, str):
+        return "a text"
+    return "an integer of 1 or more" if isinstance(default, int) else "a number of 0 or more"

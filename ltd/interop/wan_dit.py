@@ -12,6 +12,7 @@ from torch import Tensor
 from ltd.config import ConfigError
 from ltd.denoisers import DitConfig
 from ltd.interop.mapping import Pair, heads_apart, qkv_rotated, reshaped, same, stacked
+from ltd.interop.reading import check_settings
 
 CLASS_NAME = "WanTransformer3DModel"
 ORIGINAL_CLASS_NAME = "WanModel"
@@ -33,6 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "rope_max_seq_len": 1024,
     "pos_embed_seq_len": None,
 }
+_MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 _ORIGINAL_DEFAULTS: dict[str, Any] = {
     "model_type": "t2v",
     "patch_size": [1, 2, 2],
@@ -128,6 +130,7 @@ def to_config(theirs: Mapping[str, Any]) -> DitConfig:
     """
     if theirs.get("_class_name") == ORIGINAL_CLASS_NAME:
         theirs = _from_original(theirs)
+    check_settings(theirs, _DEFAULTS, CLASS_NAME, ("out_channels", "qk_norm"))
     tree = _DEFAULTS | dict(theirs)
     width = tree["num_attention_heads"] * tree["attention_head_dim"]
     out = tree["out_channels"] or tree["in_channels"]
@@ -243,7 +246,12 @@ def original_config(config: DitConfig) -> dict[str, Any]:
 
 
 def _from_original(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    check_settings(theirs, _ORIGINAL_DEFAULTS, ORIGINAL_CLASS_NAME)
     tree = _ORIGINAL_DEFAULTS | dict(theirs)
+    if tree["model_type"] not in _MODEL_TYPES:
+        raise ConfigError(
+            f"{ORIGINAL_CLASS_NAME}.model_type: got {tree['model_type']}, needed one of {', '.join(_MODEL_TYPES)}"
+        )
     for name, needed in (("qk_norm", True), ("text_len", _TEXT_LENGTH), ("window_size", [-1, -1])):
         got = list(tree[name]) if isinstance(needed, list) else tree[name]
         if got != needed:

@@ -3,6 +3,7 @@ import torch
 
 from ltd import config as configuration
 from ltd import denoisers, storage
+from ltd.config import ConfigError
 from ltd.denoisers import Dit, DitConfig, count_parameters
 
 
@@ -67,6 +68,60 @@ def test_weights_of_another_model_are_refused(tmp_path, build):
     storage.save_model(tmp_path / "other", model.state_dict(), {"model": config, "time": "noise-at-1"})
     with pytest.raises(ValueError, match=r"\d+ missing \['blocks.2.*0 unknown.*of another shape"):
         denoisers.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.to(torch.int32), r"blocks.0.mlp.out.weight is int32, needed a floating type"),
+        (lambda x: x.bfloat16(), r"blocks.0.mlp.out.weight is bfloat16 and .* float64, needed one type for all"),
+        (
+            lambda x: x.index_fill(0, torch.tensor([1]), float("nan")),
+            r"\d+ of \d+ values of blocks.0.mlp.out.weight are",
+        ),
+        (
+            lambda x: x.index_fill(1, torch.tensor([0]), float("inf")),
+            r"24 of \d+ values of blocks.0.mlp.out.weight are",
+        ),
+    ],
+)
+def test_spoilt_weights_are_refused_by_name(tmp_path, build, spoil, message):
+    model = build()
+    name = "blocks.0.mlp.out.weight"
+    state = model.state_dict()
+    denoisers.save(model, tmp_path / "model")
+    storage.save_model(
+        tmp_path / "model", state | {name: spoil(state[name])}, storage.read_export_config(tmp_path / "model")
+    )
+    with pytest.raises(storage.StorageError, match=rf"model/model.safetensors: {message}"):
+        denoisers.load(tmp_path / "model")
+    if "one type" not in message:  # what begins from it is refused as well
+        with pytest.raises(storage.StorageError, match=rf"model/model.safetensors: {message}"):
+            denoisers.open_weights(tmp_path / "model").read(name)
+
+
+def test_buffers_may_keep_their_own_dtype(tmp_path, build):
+    model = build(time_embedding="fourier").bfloat16()
+    model.time_embedding.frequencies = model.time_embedding.frequencies.float()
+    denoisers.save(model, tmp_path / "model")
+    assert equal(denoisers.load(tmp_path / "model"), model)
+
+
+def test_average_that_is_not_finite_is_refused(tmp_path, build):
+    write_run(tmp_path, build(), {"ema_0.99": float("nan")})
+    with pytest.raises(storage.StorageError, match=rf"{tmp_path}: .* values of \S+ are not finite"):
+        denoisers.load(tmp_path)
+    assert denoisers.load(tmp_path, weights="raw").config.depth == 2
+
+
+def test_a_model_with_unknown_or_wrong_fields_is_refused_with_its_folder(tmp_path, build):
+    model = build()
+    for change, message in (({"windows": 3}, "model: .*windows"), ({"depth": 0}, "model: depth: got 0")):
+        config = {"model": configuration.to_dict(model.config) | change, "time": "noise-at-1"}
+        storage.save_model(tmp_path / "model", model.state_dict(), config)
+        for read in (denoisers.load, denoisers.open_weights):
+            with pytest.raises(ConfigError, match=f"{tmp_path / 'model'}: {message}"):
+                read(tmp_path / "model")
 
 
 def test_another_time_convention_is_refused(tmp_path, build):

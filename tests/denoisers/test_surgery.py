@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ltd import denoisers
 from ltd.config import ConfigError
 from ltd.denoisers import Conditioning, Dit, DitConfig, Frames, SurgeryConfig, Weights, open_weights, transplant
+from ltd.denoisers.config import ExpertsConfig, HeadConfig
 from ltd.denoisers.resize import regroup_heads, regroup_pairs, resample_matrix, resize_input, resize_output
 from ltd.nn.patch import grid_positions, patchify
 from ltd.nn.rope import apply_rope, rope_tables
@@ -63,6 +64,90 @@ def test_new_blocks_get_gradients(options, build, inputs):
     deeper, _ = inflate(build(**options), depth=3, grow_depth=True)
     deeper(*inputs).square().sum().backward()
     assert any(p.grad.abs().max() > 0 for p in deeper.blocks[2].parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"experts": ExpertsConfig(num=2, every=2), "depth": 3},
+        {"experts": ExpertsConfig(num=2, every=2), "depth": 3, "modulation": "shared"},
+        {"text_dim": 5, "text_stream": "joint", "dual_depth": 2, "modulation": "shared"},
+        {"share_attention": True, "share_mlp": True},
+        {"head": HeadConfig(width=24, depth=1, num_heads=2)},
+    ],
+)
+def test_new_blocks_of_every_kind_change_nothing(options, build, inputs):
+    old = build(**options)
+    x_t, t, cond = inputs
+    cond = cond if old.config.text_dim else None
+    dual = {"dual_depth": 5} if old.config.dual_depth else {}
+    deeper, report = inflate(old, accept=tuple(dual), depth=5, grow_depth=True, **dual)
+    assert_same(deeper(x_t, t, cond), old(x_t, t, cond), 0.0)
+    assert report.count("drawn") > 0
+
+
+@pytest.mark.parametrize("shared", ["share_attention", "share_mlp"])
+def test_new_blocks_without_anything_of_their_own_to_zero_are_refused(shared, build):
+    old = build(modulation="shared", **{shared: True})
+    with pytest.raises(ConfigError, match=f"model.depth: got 3, .*with modulation: shared and {shared} a new block"):
+        inflate(old, depth=3, grow_depth=True)
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
+def test_variances_keep_apart_from_means(before, after, build, inputs):
+    """Means of the old channels as they were, no row of an old variance among those of new channels."""
+    old = build(learn_sigma=before, patch=(1, 2, 2))
+    x_t, t, _ = inputs
+    wider, report = inflate(old, latent_channels=6, learn_sigma=after)
+    out = wider(torch.cat([x_t, torch.randn_like(x_t)], dim=1), t)
+    assert_same(out[:, :3], old(x_t, t))
+    assert not out[:, 3:].any()
+    rows = wider.final.linear.weight.unflatten(0, (4, -1, 3))
+    known = old.final.linear.weight.unflatten(0, (4, -1, 3))
+    assert torch.equal(rows[:, 0], known[:, 0]) and not rows[:, 1].any()
+    if after:
+        assert torch.equal(rows[:, 2], known[:, 1] if before else torch.zeros_like(known[:, 0]))
+        assert not rows[:, 3].any()
+    said = {"learn_sigma": f"the variance, which nothing reads, is {'written as 0' if after else 'left out'}"}
+    assert {c.field: c.effect for c in report.fields if c.field == "learn_sigma"} == (said if before != after else {})
+    names = {c.name: c.how for c in report.tensors if c.action == "resized"}
+    assert names["final.linear.bias"] == f"{'3 + 3' if before else '3'} -> {'6 + 6' if after else '6'} channels"
+
+
+def test_the_wide_head_reads_another_patch_and_turns_by_another_split(build, inputs):
+    head = HeadConfig(width=36, depth=1, num_heads=3)
+    old = build(patch=(1, 2, 4), head=head)
+    other, report = inflate(old, patch=(1, 4, 2))
+    assert report.count("resized") == 4
+    flat = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64).reshape(1, 3, 1, 1, 1)
+    before, after = (
+        model.head.patch_embedding(patchify(flat.expand(1, 3, 1, size[1], size[2]), size))
+        for model, size in ((old, (1, 2, 4)), (other, (1, 4, 2)))
+    )
+    assert_same(after, before)
+    image = build(patch=(1, 1, 1), head=head, rope_split=(0, 6, 6), rope_theta=1e9)
+    accept = ("rope_split", "rope_theta")
+    video, report = inflate(image, accept, rope_split=(4, 4, 4), rope_theta=1e6)
+    x_t, t, _ = inputs
+    one = x_t[:, :, :1, :2, :2]
+    expected = image(one, t)
+    assert float(((video(one, t) - expected).abs().max() / expected.std()).detach()) < 2e-5
+    assert report.count("resized") == 3 * 4
+    assert "prevents" not in next(c.effect for c in report.fields if c.field == "rope_split")
+
+
+def test_a_wide_head_whose_split_alone_changes_is_asked_about(build):
+    """The default of the blocks written out: theirs is as it was, the head's becomes the same in proportion."""
+    head = HeadConfig(width=20, depth=1, num_heads=2)
+    old = build(head=head, rope_split=None)
+    named = dataclasses.replace(old.config, rope_split=old.config.head_split)
+    assert named.wide_head_split != old.config.wide_head_split
+    with pytest.raises(ConfigError, match=r"model\.rope_split: got .* it changes the function"):
+        transplant(weights_of(old), Dit(named))
+    _, report = inflate(old, ("rope_split",), rope_split=named.rope_split)
+    assert {c.name for c in report.tensors if c.action == "resized"} == {
+        f"head.blocks.0.attention.{name}" for name in ("qkv.weight", "qkv.bias", "q_norm.weight", "k_norm.weight")
+    }
 
 
 @pytest.mark.parametrize("time_patch", ["average", "central"])

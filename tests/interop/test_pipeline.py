@@ -174,3 +174,53 @@ def test_commands_of_the_converter(run: Path, tmp_path: Path, capsys: pytest.Cap
         main([str(run / "export"), str(tmp_path / "z"), "--to", "sit"])
     with pytest.raises(SystemExit):
         main([str(tmp_path / "w"), str(tmp_path / "z"), "--from", "wan", "--to", "sit"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--from", "diffusers", "--to", "ltd", "--pipeline"], "--pipeline: only with --to diffusers"),
+        (["--from", "diffusers", "--to", "ltd", "--num-heads", "2"], "--num-heads: only with --from dit, sit"),
+        (["--from", "diffusers", "--to", "ltd", "--weights", "raw"], "--weights: only with --from ltd"),
+        (["--from", "wan", "--to", "ltd", "--part", "denoiser"], "--part: only with --from diffusers"),
+        (["--to", "wan", "--pipeline"], "--pipeline: only with --to diffusers"),
+        (["--to", "diffusers", "--autoencoder", "x"], "--autoencoder: only with --pipeline"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main([*options, "a", "b"])
+    assert message in capsys.readouterr().err
+
+
+def test_a_card_claims_no_weights_that_are_not_known(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = convert_checkpoint.main
+    assert main([str(run / "export"), str(tmp_path / "d"), "--to", "diffusers"]) == 0
+    assert "| Weights | not recorded |" in (tmp_path / "d" / "README.md").read_text()
+    assert main([str(tmp_path / "d"), str(tmp_path / "ours"), "--from", "diffusers", "--to", "ltd"]) == 0
+    assert main([str(tmp_path / "ours"), str(tmp_path / "e"), "--to", "diffusers"]) == 0
+    card = (tmp_path / "e" / "README.md").read_text()
+    assert "| Weights | as imported |" in card and "| Run | not recorded |" in card and str(tmp_path / "d") in card
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "ours"), str(tmp_path / "f"), "--to", "diffusers", "--weights", "foo"])
+    assert "--weights: got foo, but" in capsys.readouterr().err and not (tmp_path / "f").exists()
+
+
+def test_the_part_of_a_folder_is_what_it_holds(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "d"
+    assert convert_checkpoint.main([str(run / "export"), str(source), "--to", "diffusers"]) == 0
+    command = [str(source), str(tmp_path / "x"), "--from", "diffusers", "--to", "ltd"]
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main([*command, "--part", "autoencoder"])
+    assert "--part: got autoencoder, but" in capsys.readouterr().err
+    assert convert_checkpoint.main([*command, "--part", "denoiser"]) == 0
+    config = source / "config.json"
+    config.write_text(config.read_text().replace("WanTransformer3DModel", "UNet2DModel"))
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main(command)
+    said = capsys.readouterr().err
+    assert "holds a 'UNet2DModel', needed AutoencoderKLWan, AutoencoderKL, WanTransformer3DModel, DiTTransf" in said

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ltd.denoisers import Conditioning, Dit, DitConfig, SurgeryConfig, SurgeryReport, Weights, transplant
+from ltd.denoisers.config import ExpertsConfig, HeadConfig
 from ltd.denoisers.resize import resample_matrix, resize_input
 from tools.proofs.table import Cell, Proof
 
@@ -34,8 +35,8 @@ frames*: k equal frames against the image. *larger patch*: each patch of the lat
 first output enlarged in the same way. *smaller patch*: tokens of latents that are constant over 2 x 2 cells, against
 those of their means; *smooth*: root mean square difference of tokens for waves of 32 cells, limit {_SMOOTH_LIMIT:g}.
 *split*: an image model without channels for time, on 8 x 12 tokens; the pairs of its lowest frequencies become
-time's, so that one frame is near and not equal, limit {NEAR[0]:g}; *copied without regrouping* is what the same
-weights give without that, and has to exceed the limit."""
+time's, in the wide head too, so that one frame is near and not equal, limit {NEAR[0]:g}; *copied without regrouping*
+is what the same weights give without that, and has to exceed the limit."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,16 @@ CASES = (
     Case("4 -> 16 channels", {"latent_channels": 16}, give=_more_channels, take=lambda v: v[:, :4], frames=3),
     Case("3 -> 5 blocks", {"depth": 5}, EXACT, _ADD_BLOCKS, frames=3),
     Case("3 -> 5 blocks, shared modulation", {"depth": 5}, EXACT, _ADD_BLOCKS, {"modulation": "shared"}, frames=3),
+    Case("3 -> 5 blocks, experts, shared modulation", {"depth": 5}, EXACT, _ADD_BLOCKS,
+         {"modulation": "shared", "experts": ExpertsConfig(num=2)}, frames=3),
+    Case("3 -> 5 blocks of two streams, shared modulation", {"depth": 5, "dual_depth": 5}, EXACT,
+         SurgeryConfig(grow_depth=True, accept=("dual_depth",)),
+         {"modulation": "shared", "text_stream": "joint", "dual_depth": 3}, frames=3),
+    Case("3 -> 5 blocks of shared parts", {"depth": 5}, EXACT, _ADD_BLOCKS,
+         {"share_attention": True, "share_mlp": True}, frames=3),
+    Case("4 -> 16 channels with variances", {"latent_channels": 16}, ROUNDING, SurgeryConfig(), {"learn_sigma": True},
+         give=_more_channels, take=lambda v: v[:, :4], frames=3),
+    Case("variances left out", {"learn_sigma": False}, ROUNDING, SurgeryConfig(), {"learn_sigma": True}, frames=3),
     Case("patch of 2 frames, average", {"patch": (2, 2, 2)}, give=_frames(2), expect=_frames(2)),
     Case("patch of 2 frames, central", {"patch": (2, 2, 2)}, ROUNDING, SurgeryConfig(time_patch="central"),
          give=_frames(2), expect=_frames(2)),
@@ -93,6 +104,8 @@ CASES = (
          ROUNDING, _ADD_BLOCKS, give=lambda x: _more_channels(_frames(2)(_enlarge(x))), take=lambda v: v[:, :4],
          expect=lambda v: _frames(2)(_enlarge(v))),
     Case("split (0, 12, 12) -> (8, 8, 8)", _TO_SPLIT, NEAR, _REGROUP, _SPLIT),
+    Case("split (0, 12, 12) -> (8, 8, 8), wide head", _TO_SPLIT, NEAR, _REGROUP,
+         _SPLIT | {"head": HeadConfig(width=96, depth=1, num_heads=4)}),
 )  # fmt: skip
 
 
