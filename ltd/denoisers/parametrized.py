@@ -43,7 +43,7 @@ class Parametrized(nn.Module):
 
         Args:
             x_t: Noisy latents ``(b, c, t, h, w)``, or b samples ``(c, t, h, w)`` of any sizes.
-            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise.
+            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise. Or ``(b, t)``, a time for every latent frame.
             cond: Conditions, passed on to the network.
 
         Returns:
