@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ltd.denoisers.checks import check_times
 from ltd.denoisers.conditioning import Conditioning
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.dit import Dit
@@ -48,6 +49,10 @@ class Parametrized(nn.Module):
 
         Returns:
             The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
+
+        Raises:
+            ValueError: If a time lies outside [0, 1] (looked at on the CPU only), or the network takes no such input.
         """
+        check_times(t)
         denoiser: Callable[..., Any] = as_denoiser(self.network, self.parametrization)
         return denoiser(x_t, t, cond)
