@@ -170,6 +170,8 @@ class Generator:
             raise ConfigError(
                 f"guidance: got {sampler.guidance.scale:g}, but the denoiser takes neither text nor classes; needed 1"
             )
+        if denoiser.config.image_dim is not None:
+            logger.warning("model.image_dim: samples are made without an image encoder's tokens; none is given here")
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device
