@@ -320,10 +320,17 @@ def _build_dataclass(cls: Any, mapping: Mapping[str, Any], path: str) -> Any:
     try:
         return cls(**values)
     except ConfigError as error:
-        absolute = str(error).startswith(f"{path.split('.')[0]}.") or not path
-        raise ConfigError(str(error) if absolute else f"{path}.{error}") from None
+        raise ConfigError(_located(path, str(error))) from None
     except ValueError as error:
         raise ConfigError(f"{path or 'config'}: {error}") from error
+
+
+def _located(path: str, message: str) -> str:
+    """Put the path of a section before what it says, which may begin with the path or with the section's name."""
+    parent, _, name = path.rpartition(".")
+    if not path or message.startswith((f"{path.split('.')[0]}.", f"{path}:")):
+        return message
+    return _join(parent if message.startswith((f"{name}.", f"{name}:")) else path, message)
 
 
 def _first_leaf(path: str, value: Any) -> str:
@@ -344,8 +351,21 @@ def _paths(annotation: Any, path: str) -> Iterator[str]:
                 yield from _paths(hints[field.name], name)
 
 
+def _kinds_with(annotation: Any, path: Sequence[str]) -> Iterator[str]:
+    """Every kind of the section of a path that knows its last field."""
+    for member in _variants(annotation):
+        hints = typing.get_type_hints(member) if dataclasses.is_dataclass(member) else {}
+        if path[0] in hints and len(path) > 1:
+            yield from _kinds_with(hints[path[0]], path[1:])
+        elif path[0] in hints and "kind" in hints:
+            yield _kind(member)
+
+
 def _unknown_message(cls: Any, path: str) -> str:
     known = list(dict.fromkeys(_paths(cls, "")))
+    if path in known:  # of another member of a union
+        section, kinds = path.rpartition(".")[0], dict.fromkeys(_kinds_with(cls, path.split(".")))
+        return f"{path}: unknown field; only of {_join(section, 'kind')}: {' or '.join(kinds)}"
     leaf = path.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]

@@ -29,8 +29,36 @@ class Large:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inner:
+    high: int = 1
+
+    def __post_init__(self) -> None:
+        if self.high < 0:
+            raise ConfigError(f"inner.high: must be positive, got {self.high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Says its mistakes in each of the ways there are."""
+
+    low: int = 0
+    high: int = 1
+    inner: Inner = field(default_factory=Inner)
+    model: Small | Large = field(default_factory=Large)
+
+    def __post_init__(self) -> None:
+        if self.low < 0:
+            raise ConfigError(f"low: must be positive, got {self.low}")
+        if self.high < 0:
+            raise ConfigError(f"place.high: must be positive, got {self.high}")
+        if self.low >= self.high:
+            raise ConfigError("place: low must be below high")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     steps: int
+    place: Place = field(default_factory=Place)
     optim: Small = field(default_factory=Small)
     model: Small | Large = field(default_factory=Small)
     shards: str | tuple[str, ...] | None = None
@@ -41,7 +69,7 @@ class Run:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text("steps: 3\nmodel: {kind: large}\n")
+    path.write_text("steps: 3\nmodel: {kind: large}\nplace: {model: {kind: large}}\n")
     return path
 
 
@@ -51,6 +79,12 @@ def file(tmp_path: Path) -> Path:
         ("optm.lr=1", "optm.lr: unknown field; did you mean 'optim.lr'?"),
         ("optim.lrr=1", "optim.lrr: unknown field; did you mean 'optim.lr'?"),
         ("lr=1", "lr: unknown field; did you mean 'optim.lr'?"),
+        ("model.lr=1", "model.lr: unknown field; only of model.kind: small"),
+        ("place.model.lr=1", "place.model.lr: unknown field; only of place.model.kind: small"),
+        ("place.low=2", "place: low must be below high"),
+        ("place.low=-1", "place.low: must be positive, got -1"),
+        ("place.high=-1", "place.high: must be positive, got -1"),
+        ("place.inner.high=-1", "place.inner.high: must be positive, got -1"),
         ("optim.lr=-1", "optim.lr: must be positive, got -1.0"),
         ("optim.lr=fast", "optim.lr: expected float, got 'fast' (str)"),
         ("steps=1.5", "steps: expected int, got 1.5 (float)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 
@@ -101,6 +102,7 @@ def describe(config: DataConfig, source: Source, arrangement: Arrangement, repor
             total,
             _counts(arrangement.left_out),
         )
+    _warn_unused(config)
     if config.batching.kind == "packed":
         shapes = len(arrangement.views)
         placed = sum(len(ids) for ids in arrangement.ids)
@@ -166,4 +168,16 @@ def _check_sizes(config: DataConfig, arrangement: Arrangement) -> None:
             raise ConfigError(
                 f"{field}: a global batch is {units} samples, but {names.format(number, view)} has only {len(ids)} "
                 f"samples; needed at least one global batch: lower {field}, drop the view or add data"
+            )
+
+
+def _warn_unused(config: DataConfig) -> None:
+    """Name the fields of fixed batching that another kind passes over; a recipe may have them from before."""
+    if config.batching.kind == "fixed":
+        return
+    for item in fields(config):
+        if item.name in ("global_batch", "views") and getattr(config, item.name) != item.default:
+            logger.warning(
+                "data.%s: only of data.batching.kind: fixed; this run is %s, whose sizes are those of data.batching",
+                *(item.name, config.batching.kind),
             )

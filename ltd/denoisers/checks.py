@@ -12,6 +12,8 @@ from ltd.denoisers.config import DitConfig
 
 #: Difference of times, from rounding, up to which they are one.
 _SAME_TIME = 1e-4
+#: Largest size of a time that a network is given: beyond EDM's ln(sigma / alpha) / 4, below diffusion steps up to 1000.
+_MAX_TIME = 20.0
 
 
 def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, cond: Conditioning) -> None:
@@ -44,8 +46,7 @@ def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, c
                 f"text: got {cond.text.shape[1]} tokens, needed {wanted}: those of all model.text_parts = "
                 f"{config.text_parts}"
             )
-    if cond.label is not None and config.num_classes is None:
-        raise ValueError("label: the model was built without classes (model.num_classes)")
+    _check_label(config, cond.label)
     if cond.batch_size not in (None, len(x_t)):
         raise ValueError(f"conditions: got {cond.batch_size} rows for {len(x_t)} latents")
     if cond.scalars is not None and cond.scalars.shape[1] != len(config.scalars):
@@ -59,8 +60,45 @@ def check_inputs(config: DitConfig, x_t: Tensor | Sequence[Tensor], t: Tensor, c
             raise ValueError(f"{name}: cannot be given with samples of several sizes in one sequence")
     if cond.kept is not None and config.mixer_depth == 0:
         raise ValueError("kept: the model drops no tokens (model.mixer_depth is 0)")
+    _check_size(t)
     _check_step(t, cond)
     _check_frames(config, x_t, cond)
+
+
+def check_times(t: Tensor) -> None:
+    """Refuse times of a denoiser outside [0, 1]; on another device than the CPU, looking would wait for it.
+
+    Args:
+        t: Times, of any shape.
+
+    Raises:
+        ValueError: If one lies outside, or is NaN.
+    """
+    if _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t: got {t.flatten().tolist()}, needed times in [0, 1], 0 of data and 1 of noise")
+
+
+def _check_size(t: Tensor) -> None:
+    """Refuse steps out of 1000 and the like; a network under EDM's prediction is rightly told times beyond [0, 1]."""
+    if _readable(t) and not bool((t.abs() <= _MAX_TIME).all()):
+        raise ValueError(f"t: got {t.flatten().tolist()}, needed times in [0, 1], 0 of data and 1 of noise")
+
+
+def _readable(x: Tensor) -> bool:
+    """Say whether looking at values costs nothing."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_label(config: DitConfig, label: Tensor | None) -> None:
+    if label is None:
+        return
+    if config.num_classes is None:
+        raise ValueError("label: the model was built without classes (model.num_classes)")
+    if _readable(label) and bool((label >= config.num_classes).any()):
+        raise ValueError(
+            f"label: got {int(label.max())}, needed less than model.num_classes = {config.num_classes}; the null class "
+            "is a negative label"
+        )
 
 
 def _check_step(t: Tensor, cond: Conditioning) -> None:
@@ -72,7 +110,7 @@ def _check_step(t: Tensor, cond: Conditioning) -> None:
         raise ValueError(
             "t: got a time for every latent frame with conditions prepared for a step, needed one a sample"
         )
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and abs(float(t[0]) - step.time) > _SAME_TIME:
+    if _readable(t) and abs(float(t[0]) - step.time) > _SAME_TIME:
         raise ValueError(f"t: got {float(t[0]):g} with conditions prepared for the step at {step.time:g}")
 
 

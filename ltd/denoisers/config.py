@@ -259,6 +259,18 @@ class DitConfig:
             raise ConfigError(f"mixer_depth: got {self.mixer_depth}, needed fewer than depth = {self.depth}")
         if self.mixer_depth and (self.head is not None or self.text_stream == "joint"):
             raise ConfigError("mixer_depth: cannot be combined with head or text_stream: joint; set it to 0")
+        if self.frame_mask_channels != 1 and self.frames != "channels":
+            raise ConfigError(
+                f"frame_mask_channels: got {self.frame_mask_channels} for frames: {self.frames}, needed frames: "
+                "channels, or 1"
+            )
+        if len(set(self.scalars)) < len(self.scalars):
+            raise ConfigError(f"scalars: got {', '.join(self.scalars)}, needed each at most once")
+        if self.experts is not None and "experts" not in self.block_kinds:
+            raise ConfigError(
+                f"experts.every: got {self.experts.every} for depth = {self.depth}, which leaves no block with experts "
+                f"(the last never has any); needed less than depth, or experts: null"
+            )
         if self.experts is not None and self.share_mlp:
             raise ConfigError("experts: cannot be combined with share_mlp")
         if self.share_attention and self.image_dim is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ltd.denoisers.checks import check_times
 from ltd.denoisers.conditioning import Conditioning
 from ltd.denoisers.config import DitConfig
 from ltd.denoisers.dit import Dit
@@ -43,11 +44,15 @@ class Parametrized(nn.Module):
 
         Args:
             x_t: Noisy latents ``(b, c, t, h, w)``, or b samples ``(c, t, h, w)`` of any sizes.
-            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise.
+            t: Times ``(b,)`` in [0, 1]; 0 is data, 1 is noise. Or ``(b, t)``, a time for every latent frame.
             cond: Conditions, passed on to the network.
 
         Returns:
             The velocity in the shapes and dtypes of ``x_t``; a list where ``x_t`` is samples.
+
+        Raises:
+            ValueError: If a time lies outside [0, 1] (looked at on the CPU only), or the network takes no such input.
         """
+        check_times(t)
         denoiser: Callable[..., Any] = as_denoiser(self.network, self.parametrization)
         return denoiser(x_t, t, cond)

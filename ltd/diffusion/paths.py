@@ -21,8 +21,25 @@ from ltd.config import ConfigError
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
-    """Give times ``(b,)`` the trailing dimensions that broadcast against ``like`` ``(b, ...)``."""
-    return t.reshape(-1, *[1] * (like.ndim - 1))
+    """Give times the dimensions that broadcast against what they are of.
+
+    Args:
+        t: Times ``(b,)``; or ``(b, t)``, one for every latent frame.
+        like: Samples ``(b, ...)``; ``(b, c, t, h, w)`` for a time per latent frame.
+
+    Returns:
+        The times, ``(b, 1, ...)``, or ``(b, 1, t, 1, 1)``.
+
+    Raises:
+        ValueError: If times per latent frame are not of the samples' frames.
+    """
+    if t.ndim < 2:
+        return t.reshape(-1, *[1] * (like.ndim - 1))
+    if like.ndim != 5 or tuple(t.shape) != (len(like), like.shape[2]):
+        raise ValueError(
+            f"t: got {tuple(t.shape)} for {tuple(like.shape)}, needed one a sample, or (b, t) for (b, c, t, h, w)"
+        )
+    return t[:, None, :, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,10 @@ class ParametrizationConfig:
 
 
 class Prediction(Protocol):
-    """Conversions between a network's output and the velocity, per sample ``(b, ...)`` with times ``(b,)``."""
+    """Conversions between a network's output and the velocity, per sample ``(b, ...)``.
+
+    Times are ``(b,)``, or ``(b, t)`` for the latent frames of ``(b, c, t, h, w)``.
+    """
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Make what the network is given of the state and the time."""
@@ -169,8 +172,8 @@ class _Edm(_Plain):
         _, _, norm = self._coefficients(t, x_t)
         if self.config.time_input == "time":
             return x_t / norm, t
-        near = self.clamp(t)
-        return x_t / norm, torch.log(self.path.sigma(near) / self.path.alpha(near)) / 4
+        near = self.clamp(t.double())  # 1 - t has few digits in fp32 next to 1, and c_noise grows as its logarithm
+        return x_t / norm, (torch.log(self.path.sigma(near) / self.path.alpha(near)) / 4).to(t.dtype)
 
     def velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         _, out, norm = self._coefficients(t, x_t)
@@ -222,7 +225,7 @@ def network_times(config: ParametrizationConfig, t: Tensor) -> Tensor:
 
     Args:
         config: What the network predicts, on which path.
-        t: Times ``(k,)`` of the denoiser.
+        t: Times ``(k,)`` of the denoiser, in the dtype that it is given: next to 1 another rounding is another c_noise.
 
     Returns:
         Times ``(k,)`` of the network.

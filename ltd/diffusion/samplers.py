@@ -117,8 +117,9 @@ def sample(  # noqa: PLR0913 - each is a choice of its own, and all but four hav
     x = noise.to(torch.promote_types(noise.dtype, getattr(torch, config.state)))
     grid = time_grid(config, noise[0, 0].numel(), noise.shape[1])
     asked = grid[:-1]
-    rows = asked.to(noise.device, torch.promote_types(noise.dtype, torch.float32)).unsqueeze(1).expand(-1, len(noise))
-    conditions = [cond] * len(asked) if ready is None else ready(cond, asked)
+    told_times = asked.to(torch.promote_types(noise.dtype, torch.float32))  # rounded as the denoiser will see them
+    rows = told_times.to(noise.device).unsqueeze(1).expand(-1, len(noise))
+    conditions = [cond] * len(asked) if ready is None else ready(cond, told_times)
     steps = dict(zip(asked.tolist(), zip(rows.unbind(0), conditions, strict=True), strict=True))
 
     def velocity(state: Tensor, time: float) -> Tensor:

@@ -92,6 +92,8 @@ class Generator:
             raise ConfigError(f"text: makes {dim} features, the denoiser takes {denoiser.config.text_dim}")
         if guide is None:
             check_guidance(sampler.guidance.scale, denoiser.config, "guidance")
+        if denoiser.config.image_dim is not None:
+            logger.warning("model.image_dim: samples are made without an image encoder's tokens; none is given here")
         self.denoiser, self.autoencoder, self.text = denoiser, autoencoder, text
         self.sampler, self.negative, self.guide, self.tiling = sampler, negative, guide, tiling
         self.device = next(denoiser.parameters()).device

@@ -35,7 +35,7 @@ from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.condition_dropout import ConditionDropout
 from ltd.training.denoiser_alignment import DenoiserAlignmentRun
-from ltd.training.denoiser_checks import check_lineage, check_objective
+from ltd.training.denoiser_checks import check_conditions, check_lineage, check_objective, check_trainable
 from ltd.training.denoiser_heldout import heldout_losses, with_given
 from ltd.training.denoiser_work import DenoiserWork
 from ltd.training.evaluators import build_evaluators
@@ -92,7 +92,7 @@ class DenoiserRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_conditions()
+        check_conditions(self)
         if not 0 <= self.token_dropping < 1:
             raise ConfigError(f"token_dropping: must lie in [0, 1), got {self.token_dropping}")
         if self.token_dropping and self.model.mixer_depth == 0:
@@ -122,27 +122,6 @@ class DenoiserRun(RunConfig):
                 f"objective.prediction: got path {kinds[0]} and prediction {kinds[1]} for model.prediction data, which "
                 "makes a velocity of the linear path; set model.prediction to velocity"
             )
-
-    def _check_conditions(self) -> None:
-        for name in ("caption_dropout", "label_dropout", "scalar_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: must lie in [0, 1], got {getattr(self, name)}")
-        if self.text is None and self.model.text_dim is not None:
-            raise ConfigError("text: got null for model.text_dim; give a text encoder, or set model.text_dim to null")
-        encoders = len(self.text) if isinstance(self.text, tuple) else 1
-        if self.text == ():
-            raise ConfigError("text: got no encoder, needed one or more, or null")
-        if self.model.text_parts and len(self.model.text_parts) != encoders:
-            raise ConfigError(
-                f"model.text_parts: got {len(self.model.text_parts)}, needed one for each encoder of text ({encoders})"
-            )
-        if self.text_dropout and (encoders < 2 or len(self.text_dropout) != encoders):
-            raise ConfigError(
-                f"text_dropout: got {len(self.text_dropout)} rates for {encoders} text encoders; needed one for each, "
-                "of several"
-            )
-        if any(not 0 <= rate <= 1 for rate in self.text_dropout):
-            raise ConfigError(f"text_dropout: must lie in [0, 1], got {self.text_dropout}")
 
     def _check_frames(self) -> None:
         if self.frame_tasks is None or self.frame_tasks.total == 0:
@@ -280,6 +259,7 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     if found is None:
         return None
     config = found.run
+    check_trainable(config.model)
     check_objective(found.manifest, _parametrization(config))
     origin = find_origin(config.init_from, config.model, _parametrization(config), found, layout)
     inputs: list[LatentInputs] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ltd.config import ConfigError, from_dict, to_dict
-from ltd.denoisers import Conditioning, Dit, DitConfig, ExpertsConfig, Frames, HeadConfig, stack
+from ltd.denoisers import Conditioning, Dit, DitConfig, ExpertsConfig, Frames, HeadConfig, Parametrized, stack
 from ltd.denoisers.alignment import DenoiserAlignmentConfig, TokenProjector
 from ltd.denoisers.blocks import DualBlock
+from ltd.diffusion import EdmPredictionConfig, ParametrizationConfig
 from ltd.nn.moe import ExpertChoice
 from ltd.nn.patch import grid_positions, patchify, unpatchify
 from ltd.nn.rope import apply_rope, rope_tables
@@ -307,6 +309,10 @@ def test_a_tap_is_given_the_projected_tokens_of_the_patches_alone() -> None:
         ({"head": HeadConfig(width=2, depth=1, num_heads=1)}, "head.width: got 2 for latent_channels = 3"),
         ({"head": HeadConfig(width=30, depth=1, num_heads=2), "registers": 1}, "head: cannot be combined"),
         ({"experts": ExpertsConfig(), "share_mlp": True}, "experts: cannot be combined"),
+        ({"experts": ExpertsConfig(every=3)}, "experts.every: got 3 for depth = 3, which leaves no block with experts"),
+        ({"frame_mask_channels": 4}, "frame_mask_channels: got 4 for frames: none, needed frames: channels, or 1"),
+        ({"frames": "times", "frame_mask_channels": 4}, "frame_mask_channels: got 4 for frames: times"),
+        ({"scalars": ("fps", "height", "fps")}, "scalars: got fps, height, fps, needed each at most once"),
     ],
 )
 def test_bad_options_name_the_field(options: dict[str, Any], message: str) -> None:
@@ -325,6 +331,22 @@ def test_bad_options_name_the_field(options: dict[str, Any], message: str) -> No
 def test_bad_parts_name_the_field(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_labels_and_times_out_of_range_are_refused() -> None:
+    model = member("registers")
+    x_t, t, cond = inputs("registers", False, F64)
+    classes = model.config.num_classes
+    with pytest.raises(ValueError, match=rf"label: got {classes}, needed less than model.num_classes = {classes}; the"):
+        model(x_t, t, dataclasses.replace(cond, label=torch.tensor([classes, 0])))
+    for outside in (500.0, math.nan):
+        with pytest.raises(ValueError, match=rf"t: got \[{outside}, 0.5\], needed times in \[0, 1\]"):
+            model(x_t, torch.tensor([outside, 0.5]), cond)
+    assert torch.isfinite(model(x_t, torch.tensor([-3.4, 3.4], dtype=F64), cond)).all(), "EDM's c_noise"
+    wrapped = Parametrized(model, ParametrizationConfig(prediction=EdmPredictionConfig()))
+    for outside in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=rf"t: got \[{outside}, 0.5\], needed times in \[0, 1\]"):
+            wrapped(x_t, torch.tensor([outside, 0.5], dtype=F64), cond)
 
 
 def test_conditions_that_do_not_fit_are_refused() -> None:

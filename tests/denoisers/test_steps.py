@@ -10,10 +10,17 @@ from ltd import denoisers
 from ltd.denoisers import Conditioning, Parametrized, stack, steps
 from ltd.denoisers.blocks import DualBlock
 from ltd.diffusion import (
+    DataPredictionConfig,
     EdmPredictionConfig,
     GuidanceConfig,
+    GvpPathConfig,
+    LinearPathConfig,
+    NoisePredictionConfig,
     ParametrizationConfig,
     SamplerConfig,
+    ShiftConfig,
+    VelocityPredictionConfig,
+    VpPathConfig,
     guided,
     network_times,
     sample,
@@ -22,6 +29,14 @@ from tests.parallel.family_check import FAMILY, inputs, member
 
 F64 = torch.float64
 TIMES = torch.tensor([1.0, 0.7, 0.2], dtype=F64)
+PATHS = [LinearPathConfig(), GvpPathConfig(), VpPathConfig()]
+PREDICTIONS = [
+    VelocityPredictionConfig(),
+    DataPredictionConfig(),
+    NoisePredictionConfig(),
+    EdmPredictionConfig(),
+    EdmPredictionConfig(min_time=1e-6),
+]
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -117,6 +132,19 @@ def test_a_sampler_gives_what_it_gives_step_by_step(kind, interval):
     for found in results[1:]:
         assert torch.allclose(found, results[0], rtol=0, atol=1e-10)
     assert (results[0] - x_t).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
+@pytest.mark.parametrize("prediction", PREDICTIONS, ids=lambda prediction: prediction.kind)
+def test_prepared_steps_of_a_single_precision_sampler_are_its_steps(prediction, path):
+    """The sampler's grid is fp64, what the network sees is fp32: next to 1 the two are different noise levels."""
+    network = member("numbers", torch.float32).eval()
+    model = Parametrized(network, ParametrizationConfig(prediction=prediction, path=path))
+    x_t, _, cond = inputs("numbers", False, torch.float32)
+    config = SamplerConfig(kind="euler", steps=3, shift=ShiftConfig(factor=30.0))
+    plain, prepared = (sample(model, x_t, cond, config, prepare_steps=ready) for ready in (None, model.prepare_steps))
+    assert torch.isfinite(plain).all()
+    assert (prepared - plain).abs().max() < 1e-5 * plain.std()
 
 
 def test_times_of_a_network_are_those_that_its_denoiser_gives():

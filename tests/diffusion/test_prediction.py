@@ -22,6 +22,7 @@ from ltd.diffusion import (
     as_denoiser,
     build_path,
     build_prediction,
+    expand_time,
     read_parametrization,
     sample,
 )
@@ -213,6 +214,27 @@ def test_a_list_of_samples_meets_what_a_batch_does(prediction):
 
     denoiser = as_denoiser(network, ParametrizationConfig(path=GvpPathConfig(), prediction=prediction))
     assert torch.equal(torch.stack(denoiser(list(x_t), t, None)), denoiser(x_t, t, None))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda config: config.kind)
+@pytest.mark.parametrize("prediction", PREDICTIONS[1:], ids=str)
+def test_a_time_per_frame_is_met_by_each_frame(prediction, path):
+    x_t, t = torch.randn(2, 3, 4, 1, 2), torch.linspace(0.05, 0.95, 8).reshape(2, 4)
+
+    def network(x, time, cond):
+        return x.sin() * (1 + expand_time(time, x))
+
+    denoiser = as_denoiser(network, ParametrizationConfig(path=path, prediction=prediction))
+    found = denoiser(x_t, t, None)
+    for frame in range(4):
+        alone = denoiser(x_t[:, :, frame : frame + 1], t[:, frame], None)
+        assert torch.allclose(found[:, :, frame : frame + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_times_of_other_frames_are_refused():
+    denoiser = as_denoiser(lambda x, time, c: x, ParametrizationConfig(prediction=DataPredictionConfig()))
+    with pytest.raises(ValueError, match=r"t: got \(1, 3\) for \(1, 2, 4, 1, 1\), needed one a sample, or \(b, t\)"):
+        denoiser(torch.zeros(1, 2, 4, 1, 1), torch.full((1, 3), 0.5), None)
 
 
 def test_what_runs_could_not_choose_is_velocity_on_the_linear_path():

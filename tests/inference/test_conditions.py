@@ -17,6 +17,7 @@ from ltd.data.decode import decode_image
 from ltd.data.synthetic import make_toy_shards
 from ltd.denoisers import Conditioning
 from ltd.diffusion import GuidanceConfig, SamplerConfig
+from ltd.encoders.text import BytesTextConfig, build_text_encoder
 from ltd.inference.conditions import find_class, label_prompts, parse_pair
 from ltd.inference.generate import Generator, Request, load_generator
 from ltd.rng import DrawRandom, derive_seed
@@ -180,3 +181,12 @@ def test_a_denoiser_that_is_told_nothing_cannot_be_guided(folder: Path) -> None:
     made.denoiser.config = dataclasses.replace(made.denoiser.config, num_classes=None)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="guidance: got 3, but the denoiser takes neither text nor classes"):
         Generator(made.denoiser, made.autoencoder, None, sampler=made.sampler)
+
+
+def test_that_no_image_encoder_is_asked_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = generator(folder, scale=1.0)
+    assert not any("model.image_dim" in message for message in caplog.messages)
+    made.denoiser.config = dataclasses.replace(made.denoiser.config, image_dim=6, text_dim=4)  # type: ignore[assignment]
+    text = build_text_encoder(BytesTextConfig(dim=4))
+    Generator(made.denoiser, made.autoencoder, text, sampler=made.sampler)
+    assert [message for message in caplog.messages if message.startswith("model.image_dim: samples are made without")]

@@ -38,7 +38,8 @@ CLIP = GENERATOR.integers(0, 255, (9, 32, 32, 3), np.uint8)
 @pytest.fixture(scope="module", params=["times", "channels"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    make_run(folder, f"model.frames={request.param}", "model.frame_mask_channels=2")
+    channels = 2 if request.param == "channels" else 1
+    make_run(folder, f"model.frames={request.param}", f"model.frame_mask_channels={channels}")
     write_image(folder / "first.png", CLIP[0])
     write_image(folder / "last.png", CLIP[-1])
     write_video(folder / "clip.mp4", CLIP, 8.0)

@@ -115,16 +115,15 @@ def test_damage_in_the_folder_is_named(runs: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "0001.mp4").write_bytes(b"damaged")
     assert call(runs, "text", tmp_path / "other") == 0
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(runs, "text", tmp_path, "--shapes", "5x32x32")
-    assert stop.value.code == 2 and "0001.mp4: is damaged" in capsys.readouterr().err
+    assert call(runs, "text", tmp_path, "--shapes", "5x32x32") == 1
+    assert "0001.mp4 of an earlier job is damaged" in (tmp_path / "failed.jsonl").read_text()
     (tmp_path / "0001.mp4").unlink()
     assert call(runs, "text", tmp_path, "--shapes", "5x32x32") == 0
     assert (tmp_path / "0001.mp4").read_bytes() == whole
     for content in ("{", "3", '{"samples": "x"}'):
         (tmp_path / "request.json").write_text(content)
         capsys.readouterr()
-        assert "request.json: is damaged" in refused(capsys, runs, "text", tmp_path, "--shapes", "5x32x32")
+        assert "request.json is damaged" in refused(capsys, runs, "text", tmp_path, "--shapes", "5x32x32")
         assert (tmp_path / "0001.mp4").exists()
 
 

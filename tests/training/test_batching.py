@@ -119,3 +119,14 @@ def test_compiled_packs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stop:
         train.main([config, f"run_dir={tmp_path}", "parallel.compile=blocks"])
     assert stop.value.code == 2 and "parallel.compile" in capsys.readouterr().err
+
+
+def test_fields_of_fixed_batching_are_named_where_nothing_reads_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run("denoiser", tmp_path / "buckets", "steps=1", "checkpoint.every=0", "evaluation.every=0", *BUCKETS) == 0
+    found = [message for message in caplog.messages if "only of data.batching.kind: fixed" in message]
+    assert [message.split(":")[0] for message in found] == ["data.global_batch", "data.views"]
+    caplog.clear()
+    assert run("denoiser_packed", tmp_path / "packed", "steps=1", "checkpoint.every=0", "evaluation.every=0") == 0
+    assert not any("only of data.batching.kind" in message for message in caplog.messages)

@@ -29,7 +29,11 @@ SMALL = ("toy_data.num_samples=8", "toy_data.num_heldout=4", "parallel.engine=to
 @pytest.fixture(scope="module", params=["times", "channels"])
 def stage(request: pytest.FixtureRequest) -> Iterator[DenoiserStage]:
     """A stage whose weights are redrawn, so that what is given changes what it predicts."""
-    options = [f"model.frames={request.param}", "model.frame_mask_channels=3", "data.shards=nowhere"]
+    options = [
+        f"model.frames={request.param}",
+        f"model.frame_mask_channels={3 if request.param == 'channels' else 1}",
+        "data.shards=nowhere",
+    ]
     run = config.load(DenoiserRun, CONFIG, [*options, "parallel.engine=torch", "evaluation.every=0"])
     model = build_denoiser(run.model)
     random = torch.Generator().manual_seed(0)

@@ -262,6 +262,12 @@ def test_packs_hold_labels_and_numbers() -> None:
         (("data.classes=[a,b,c,d,e,f,g,h,i]",), "data.classes: got 9 names for model.num_classes = 8"),
         (("model.text_dim=32",), "text: got null for model.text_dim"),
         (("text={kind: bytes}",), "model.text_dim: got None, the text encoder makes 32; set text to null"),
+        (("caption_dropout=0.3",), "caption_dropout: got 0.3 for a model without text; needed that, or leave it out"),
+        (
+            ("model.num_classes=null", "label_dropout=0.3"),
+            "label_dropout: got 0.3 for a model without model.num_classes",
+        ),
+        (("model.scalars=[]", "scalar_dropout=0.3"), "scalar_dropout: got 0.3 for a model without model.scalars"),
         (("label_dropout=2",), "label_dropout: must lie in [0, 1], got 2"),
         (("data.classes=nowhere.txt",), "data.classes: nowhere.txt does not read"),
     ],
@@ -315,3 +321,24 @@ def test_stretches_of_another_length_are_refused(
     with pytest.raises(SystemExit):
         run(tmp_path / "run", shards, *TWO, "model.text_parts=[[24, 32], [41, 16]]", config=TEXT)
     assert "the text encoders give (tokens, channels) ((24, 32), (40, 16))" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.text_length=8",), "model.text_length: got 8, but the text encoder gives 48 tokens (text.max_length)"),
+        (("model.image_dim=16",), "model.image_dim: got 16, but there is no image encoder in training"),
+    ],
+)
+def test_a_model_that_its_texts_and_images_do_not_reach_is_refused(
+    overrides: tuple[str, ...], message: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", shards, *overrides, config=TEXT)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_rate_of_0_of_what_a_model_lacks_says_nothing() -> None:
+    rates = ["data.shards=x", "model.num_classes=null", "label_dropout=0", "caption_dropout=0"]
+    assert config_io.load(DenoiserRun, LABELS, rates).label_dropout == 0
