@@ -127,20 +127,7 @@ def plan(args: argparse.Namespace) -> list[Request]:
     Raises:
         ConfigError: If the prompt file or a shape is unusable.
     """
-    if args.prompts is None and args.labels is None:
-        raise ConfigError("--prompts: missing, needed a file with one prompt per line, or --labels")
-    lines, labels = _lines(args.prompts, "--prompts"), read_labels(args.labels)
-    if args.fps is not None and not 0 < args.fps < math.inf:
-        raise ConfigError(f"--fps: must be above 0 and finite, got {args.fps}")
-    if args.prompts is not None and not lines:
-        raise ConfigError(f"--prompts: {args.prompts} holds no prompt; needed one per line")
-    if args.labels is not None and not labels:
-        raise ConfigError(f"--labels: {args.labels[0]} holds no class; needed one per line")
-    if args.segments > 1 and args.sequence > 1:
-        raise ConfigError(f"--segments: got {args.segments} with --sequence {args.sequence}; needed one of them at 1")
-    for name in ("per_prompt", "batch_size", "segments", "overlap"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
+    lines, labels = read_told(args)
     parts = read_run_parts(args.run)
     if parts.text is not None and args.prompts is None:
         raise ConfigError("--prompts: missing, but the denoiser takes text; needed a file with one prompt per line")
@@ -167,6 +154,35 @@ def plan(args: argparse.Namespace) -> list[Request]:
         for (prompt, given), (label, name) in zip(prompts, told, strict=True)
         for k in range(args.per_prompt)
     ]
+
+
+def read_told(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Read prompts and classes, and check the numbers that need no run.
+
+    Args:
+        args: The arguments.
+
+    Returns:
+        Lines of the prompt file, and classes; one of them may be empty.
+
+    Raises:
+        ConfigError: If there are neither, a file is unusable, or a number is.
+    """
+    if args.prompts is None and args.labels is None:
+        raise ConfigError("--prompts: missing, needed a file with one prompt per line, or --labels")
+    lines, labels = _lines(args.prompts, "--prompts"), read_labels(args.labels)
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise ConfigError(f"--fps: must be above 0 and finite, got {args.fps}")
+    if args.prompts is not None and not lines:
+        raise ConfigError(f"--prompts: {args.prompts} holds no prompt; needed one per line")
+    if args.labels is not None and not labels:
+        raise ConfigError(f"--labels: {args.labels[0]} holds no class; needed one per line")
+    if args.segments > 1 and args.sequence > 1:
+        raise ConfigError(f"--segments: got {args.segments} with --sequence {args.sequence}; needed one of them at 1")
+    for name in ("per_prompt", "batch_size", "segments", "overlap"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
+    return lines, labels
 
 
 def _views(args: argparse.Namespace, parts: RunParts) -> list[tuple[VideoShape, float | None]]:
@@ -256,6 +272,7 @@ def read_job(
     Raises:
         ConfigError: If an argument is unusable, or changes nothing.
     """
+    read_told(named)  # what needs no run is said before one is looked for
     args = argparse.Namespace(**vars(named))
     args.run = find_weights(named.run)
     args.guide = None if named.guide is None else find_weights(named.guide)

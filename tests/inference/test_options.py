@@ -148,3 +148,9 @@ def test_interpolation_keeps_more_than_the_first(tmp_path: Path) -> None:
     late = Given(task="interpolation", media=given.media, known=3)
     with pytest.raises(ConfigError, match="known = 3 keeps the first of 3 latent frames"):
         check_given(late, shape, compression, (1, 1, 1))
+
+
+def test_a_missing_prompt_file_is_said_before_a_missing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        sample.main([str(tmp_path), "--prompts", str(tmp_path / "absent.txt"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "absent.txt does not exist" in capsys.readouterr().err
