@@ -233,7 +233,7 @@ class Measuring:
                 moved()
                 try:
                     rows += self._rows(step, measure, metric, clips, known, against)
-                except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+                except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                     logger.warning("step %d: %s of the %s is left out: %s", step, metric, self.making.what, error)
         if rows:
             write_rows(self.run_dir, rows)
