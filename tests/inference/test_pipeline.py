@@ -173,7 +173,9 @@ def test_solvers_and_guidance_are_options(pipeline: Path, tmp_path: Path, capsys
     assert np.abs(frames("calm", "--solver", "sde", "--noise", "0.5") - euler).max() > 0
     assert np.abs(frames("unipc", "--solver", "unipc", "--order", "3") - euler).max() < 128  # runs
     sde = frames("sde", "--solver", "sde")
-    assert np.array_equal(frames("single", "--solver", "sde", "--batch-size", "1"), sde), "noise of its own"
+    # Noise of its own; products of other sizes may round differently.
+    assert np.abs(frames("single", "--solver", "sde", "--batch-size", "1") - sde).max() <= 1
+    assert np.abs(euler - sde).max() > 16
     # Led away from itself, a denoiser is left as it is: guidance of 1.
     itself = frames("itself", "--guide", str(pipeline / "denoiser"), "--guidance", "7")
     assert np.abs(itself - frames("one", "--guidance", "1")).max() <= 1
