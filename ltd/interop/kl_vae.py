@@ -10,6 +10,7 @@ from torch import Tensor
 from ltd.autoencoders import ConvVaeConfig
 from ltd.config import ConfigError
 from ltd.interop.mapping import Pair, reshaped, same, stacked
+from ltd.interop.reading import check_settings
 
 CLASS_NAME = "AutoencoderKL"
 _DEFAULTS: dict[str, Any] = {
@@ -26,6 +27,12 @@ _DEFAULTS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
+#: Checked where they are used, or of no effect on encoding and decoding.
+_ELSEWHERE = dict.fromkeys(
+    ("down_block_types", "up_block_types", "block_out_channels", "scaling_factor", "shift_factor")
+    + ("latents_mean", "latents_std", "sample_size", "force_upcast"),
+    ...,
+)
 #: Names that attention had in older files.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -42,6 +49,7 @@ def to_config(theirs: Mapping[str, Any]) -> ConvVaeConfig:
     Raises:
         ConfigError: If a setting has no counterpart; names it.
     """
+    check_settings(theirs, _DEFAULTS | _ELSEWHERE, CLASS_NAME)
     tree = _DEFAULTS | dict(theirs)
     widths = tree["block_out_channels"]
     for name, needed in (

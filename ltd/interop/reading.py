@@ -131,7 +131,7 @@ def check_settings(
     Args:
         tree: Contents of a ``config.json``. Keys that begin with ``_`` are notes of who wrote it; unknown ones that are
             null or false are off.
-        known: Default of every setting: None stands for an integer, or none.
+        known: Default of every setting: None stands for an integer, or none; ``...`` for what is checked elsewhere.
         name: Of the class, for the message.
         nullable: Further settings that may be null.
 
@@ -146,6 +146,8 @@ def check_settings(
                 continue
             raise ConfigError(f"{name}.{key}: got {value!r}, which no known setting of {name} is")
         default = known[key]
+        if default is ...:
+            continue
         may_be_null = default is None or key in nullable
         if not (may_be_null and value is None) and not _is_like(value, 1 if default is None else default):
             needed = _needed(1 if default is None else default) + (" or null" if may_be_null else "")

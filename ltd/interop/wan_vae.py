@@ -11,6 +11,7 @@ from torch import Tensor
 from ltd.autoencoders import ConvVaeConfig
 from ltd.config import ConfigError
 from ltd.interop.mapping import Pair, reshaped, same
+from ltd.interop.reading import check_settings
 
 CLASS_NAME = "AutoencoderKLWan"
 _DEFAULTS: dict[str, Any] = {
@@ -27,6 +28,12 @@ _DEFAULTS: dict[str, Any] = {
     "out_channels": 3,
     "patch_size": None,
 }
+#: Checked where they are used, or told by the other settings.
+_ELSEWHERE = dict.fromkeys(
+    ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std")
+    + ("scale_factor_temporal", "scale_factor_spatial"),
+    ...,
+)
 
 
 def to_config(theirs: Mapping[str, Any]) -> ConvVaeConfig:
@@ -41,6 +48,7 @@ def to_config(theirs: Mapping[str, Any]) -> ConvVaeConfig:
     Raises:
         ConfigError: If a setting has no counterpart; names it.
     """
+    check_settings(theirs, _DEFAULTS | _ELSEWHERE, CLASS_NAME)
     tree = _DEFAULTS | dict(theirs)
     patch = tree["patch_size"] or 1
     folded = tree["in_channels"]

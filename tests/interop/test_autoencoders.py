@@ -163,7 +163,7 @@ def test_statistics_of_channels_and_a_scale_are_what_pipelines_make_of_them(tmp_
     [
         ({"latents_mean": None}, r"latents_mean, latents_std: missing in config\.json, needed 4 numbers each"),
         ({"latents_std": [0.0] * 4}, r"latents_std: got .*, needed numbers above 0"),
-        ({"base_dim": "x"}, r"cannot be read|encoder_width"),
+        ({"base_dim": "x"}, r"base_dim: got .*, needed an integer of 1 or more"),
         ({"dim_mult": None}, r"config\.json or the index of weights cannot be read"),
     ],
 )
@@ -282,6 +282,10 @@ def _tensors(source: Path, change: Any) -> None:
         (lambda s: _edit(s, attn_scales=[0.5]), r"attn_scales: got \[0.5\], only \[\]"),
         (lambda s: _edit(s, dropout=0.1), "dropout: got 0.1"),
         (lambda s: _edit(s, out_channels=4), "out_channels: got 4"),
+        (lambda s: _edit(s, window=4), "AutoencoderKLWan.window: got 4, which no known setting"),
+        (lambda s: _edit(s, base_dim="8"), "AutoencoderKLWan.base_dim: got '8', needed an integer of 1 or more"),
+        (lambda s: _edit(s, is_residual="false"), "is_residual: got 'false', needed true or false"),
+        (lambda s: _edit(s, _class_name="AutoencoderKL"), r"AutoencoderKL\.\w+: got .*, which no known setting"),
         (lambda s: _edit(s, z_dim=5), "decoder.conv_in.weight|conv_out|latents_mean"),
         (lambda s: _edit(s, num_res_blocks=2), "missing .*unknown"),
         (lambda s: _edit(s, latents_mean=[0.0]), "latents_mean: got 1 numbers"),
