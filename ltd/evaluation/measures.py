@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ltd.evaluation.banks import FeatureBank
 from ltd.evaluation.controls import disjoint_draws
-from ltd.evaluation.distribution import DISTRIBUTION_METRICS, check_count, distribution_values
-from ltd.evaluation.figures import MOTION_METRICS, caption_figures, motion_figures
+from ltd.evaluation.distribution import DISTRIBUTION_METRICS, check_count
+from ltd.evaluation.figures import MOTION_METRICS, Figure, caption_figures, distribution_figures, motion_figures
 from ltd.evaluation.motion import motion_statistics, warping_errors
 from ltd.evaluation.protocol import REPEATS, ClipFeatures, Clips, Reference
 from ltd.evaluation.rows import MetricRow
@@ -74,32 +74,30 @@ def distribution_rows(
         check_count(name, len(samples) * features.num_vectors(samples.pixels.shape[1]), features.dim)
     rows = []
     for name in metrics:
-        metric = DISTRIBUTION_METRICS[name]
-        pool = features.vectors(reference.pool.pixels, metric.output)
-        mine = _bank(features.vectors(samples.pixels, metric.output))
-        found: dict[str, list[float]] = {}
-        floors: dict[str, list[float]] = {}
+        output = DISTRIBUTION_METRICS[name].output
+        pool = features.vectors(reference.pool.pixels, output)
+        mine = _bank(features.vectors(samples.pixels, output))
+        found: dict[str, list[Figure]] = {}
+        floors: dict[str, list[Figure]] = {}
         for repeat in range(REPEATS):
             held, drawn = disjoint_draws(len(pool), len(samples), seed=seed, repeat=repeat)
             against = _bank(pool[held])
             for kept, bank in ((found, mine), (floors, _bank(pool[drawn]))):
-                for key, value in distribution_values(name, bank, against, seed=seed).items():
-                    kept.setdefault(key, []).append(value)
-        how = metric.how(mine.num_samples)
-        said = "; ".join(filter(None, (note, metric.caution(mine.num_samples, mine.dim))))
+                for key, figure in distribution_figures(name, bank, against, seed=seed).items():
+                    kept.setdefault(key, []).append(figure)
         rows += [
             MetricRow(
                 part="samples",
                 name=key + suffix,
-                value=_mean(values),
+                value=_mean([figure.value for figure in figures]),
                 unit="",
                 network=features.name,
-                preprocessing="; ".join(filter(None, (features.preprocessing, how))),
-                n=mine.num_samples,
-                floor=_mean(floors[key]),
-                note=said,
+                preprocessing="; ".join(filter(None, (features.preprocessing, figures[0].how))),
+                n=figures[0].n,
+                floor=_mean([figure.value for figure in floors[key]]),
+                note="; ".join(filter(None, (note, figures[0].note))),
             )
-            for key, values in found.items()
+            for key, figures in found.items()
         ]
     return rows
 

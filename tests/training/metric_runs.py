@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import train
 from ltd import storage
 
 ROOT = Path(__file__).resolve().parents[2]
+OFF = ("metrics.every=0",)
 PAIR = ("parallel.engine=deepspeed", "parallel.precision=fp32")
 
 
@@ -38,18 +40,38 @@ def measured(run_dir: Path) -> dict[int, dict[str, float]]:
     return {step: values for step, values in found.items() if values}
 
 
-def run(config: Path, run_dir: Path, *overrides: str) -> Path:
-    assert train.main([str(config), f"run_dir={run_dir}", "parallel.engine=torch", *overrides]) == 0
-    return run_dir
+@dataclass(frozen=True)
+class Runs:
+    """A configuration made small, and its run with metrics."""
+
+    config: Path
+    small: tuple[str, ...]
+    measured: tuple[str, ...] = ()
+
+    def run(self, run_dir: Path, *overrides: str) -> Path:
+        arguments = [str(self.config), f"run_dir={run_dir}", "parallel.engine=torch", *self.small, *overrides]
+        assert train.main(arguments) == 0
+        return run_dir
+
+    def launch(self, run_dir: Path, *overrides: str) -> Path:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+        command += [str(self.config), f"run_dir={run_dir}", *PAIR, *self.small, *overrides]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return run_dir
+
+    def pair(self, folder: Path) -> dict[str, Path]:
+        """Run without metrics and with them."""
+        return {"plain": self.run(folder / "plain", *OFF), "measured": self.run(folder / "measured", *self.measured)}
 
 
-def launch(config: Path, run_dir: Path, *overrides: str) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += [str(config), f"run_dir={run_dir}", *PAIR, *overrides]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run_dir
+def check_training_goes_on(runs: dict[str, Path]) -> None:
+    assert same(state(runs["plain"]), state(runs["measured"]))
+    assert trained(runs["plain"]) == trained(runs["measured"])
+    assert list(measured(runs["measured"])) == [2, 4] and not measured(runs["plain"])
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

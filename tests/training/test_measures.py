@@ -31,7 +31,7 @@ from ltd.training.measures import Against, Captions, ClipSet, MeasureConfig, Net
 from ltd.training.reference import ReferenceFeatures, read_features, write_features
 from tests.encoders.standins import save_clip
 from tests.training import metric_runs
-from tests.training.metric_runs import measured, same, state
+from tests.training.metric_runs import Runs, measured, same, state
 
 CONFIG = metric_runs.ROOT / "configs" / "debug" / "denoiser_metrics.yaml"
 SMALL = ("toy_data.num_samples=18", "toy_data.num_heldout=2", "data.global_batch=2", "evaluation.every=0")
@@ -53,8 +53,8 @@ def measures(clip: Path) -> str:
     return f"metrics.measures=[{{name: clip, features: {network}, metrics: [fid, clip_score]}}, {MOTION}]"
 
 
-def run(run_dir: Path, *overrides: str) -> Path:
-    return metric_runs.run(CONFIG, run_dir, *SMALL, *overrides)
+RUNS = Runs(CONFIG, SMALL)
+run = RUNS.run
 
 
 def seen(monkeypatch: pytest.MonkeyPatch, change: float = 1.0) -> list[Tensor]:
@@ -140,9 +140,7 @@ def test_one_and_two_processes_find_the_same_bits(clip: Path, tmp_path: Path) ->
     still = (f"resume={trunk}", "optim.lr=0", "steps=3", "optim.weight_decay=0", "optim.warmup_steps=0")
     still += (f"data.shards={trunk / 'toy_data' / 'train'}", measures(clip))
     one = run(tmp_path / "one", *still, f"metrics.cache={tmp_path / 'cache1'}")
-    two = metric_runs.launch(
-        CONFIG, tmp_path / "two", *SMALL, *still, f"metrics.cache={tmp_path / 'cache2'}", "parallel.zero=2"
-    )
+    two = RUNS.launch(tmp_path / "two", *still, f"metrics.cache={tmp_path / 'cache2'}", "parallel.zero=2")
     assert measured(one)[3] == measured(two)[3]
     assert {f"eval/{name}" for name in ALL} - {"eval/warping_error"} <= measured(one)[3].keys()
     assert same(state(one, 3), state(trunk, 2)) is False, "a step was taken"

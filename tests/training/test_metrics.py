@@ -33,33 +33,25 @@ from ltd.training.measures import MeasureConfig
 from ltd.training.metrics import MetricsConfig
 from ltd.training.reference import read_features, write_features
 from tests.training import metric_runs
-from tests.training.metric_runs import measured, same, state, trained
+from tests.training.metric_runs import OFF, Runs, check_training_goes_on, measured, same, state, trained
 
 CONFIG = metric_runs.ROOT / "configs" / "debug" / "denoiser_metrics.yaml"
 SMALL = ("toy_data.num_samples=18", "toy_data.num_heldout=2", "data.global_batch=2", "evaluation.every=0")
 SMALL += ("optim.lr=0.02", "optim.warmup_steps=0", "steps=4", "ema.decays=[0.5]", "checkpoint.every=2")
 MEASURED = ("metrics.every=2", "metrics.num_samples=7", "metrics.steps=2", "metrics.batch_size=3")
-OFF = ("metrics.every=0",)
 
 
-def run(run_dir: Path, *overrides: str) -> Path:
-    return metric_runs.run(CONFIG, run_dir, *SMALL, *overrides)
-
-
-def launch(run_dir: Path, *overrides: str) -> Path:
-    return metric_runs.launch(CONFIG, run_dir, *SMALL, *overrides)
+RUNS = Runs(CONFIG, SMALL, MEASURED)
+run, launch = RUNS.run, RUNS.launch
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("metrics")
-    return {"plain": run(folder / "plain", *OFF), "measured": run(folder / "measured", *MEASURED)}
+    return RUNS.pair(tmp_path_factory.mktemp("metrics"))
 
 
 def test_training_goes_on_bit_for_bit(runs: dict[str, Path]) -> None:
-    assert same(state(runs["plain"]), state(runs["measured"]))
-    assert trained(runs["plain"]) == trained(runs["measured"])
-    assert list(measured(runs["measured"])) == [2, 4] and not measured(runs["plain"])
+    check_training_goes_on(runs)
 
 
 def test_a_resume_between_measurements_changes_nothing(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ltd.evaluation.rows import rows_from_json
 from ltd.inference.media import pixels_to_video, video_to_pixels
 from ltd.training.autoencoder import AutoencoderRun
 from tests.training import metric_runs
-from tests.training.metric_runs import measured, same, state, trained
+from tests.training.metric_runs import OFF, Runs, check_training_goes_on, measured, same, state, trained
 
 DEBUG = metric_runs.ROOT / "configs" / "debug"
 CONFIG = DEBUG / "autoencoder_metrics.yaml"
@@ -36,30 +36,22 @@ SMALL = ("toy_data.num_samples=16", "toy_data.num_heldout=18", "data.global_batc
 SMALL += ("optim.lr=0.002", "optim.warmup_steps=0", "steps=4", "ema.decays=[0.5]", "checkpoint.every=2")
 SMALL += ("statistics_from=2",)
 MEASURED = ("metrics.every=2", "metrics.num_samples=7", "metrics.batch_size=3")
-OFF = ("metrics.every=0",)
 #: The adversarial configuration's run, with a metric of motion statistics.
 BESIDE = ("metrics={every: 2, num_samples: 7, batch_size: 3, measures: [{features: {kind: packaged, "
 "name: frame_differences}, metrics: [fvd]}]}",)  # fmt: skip
 
 
-def run(run_dir: Path, *overrides: str) -> Path:
-    return metric_runs.run(CONFIG, run_dir, *SMALL, *overrides)
-
-
-def launch(run_dir: Path, *overrides: str) -> Path:
-    return metric_runs.launch(CONFIG, run_dir, *SMALL, *overrides)
+RUNS = Runs(CONFIG, SMALL, MEASURED)
+run, launch = RUNS.run, RUNS.launch
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("reconstruction")
-    return {"plain": run(folder / "plain", *OFF), "measured": run(folder / "measured", *MEASURED)}
+    return RUNS.pair(tmp_path_factory.mktemp("reconstruction"))
 
 
 def test_training_goes_on_bit_for_bit(runs: dict[str, Path]) -> None:
-    assert same(state(runs["plain"]), state(runs["measured"]))
-    assert trained(runs["plain"]) == trained(runs["measured"])
-    assert list(measured(runs["measured"])) == [2, 4] and not measured(runs["plain"])
+    check_training_goes_on(runs)
     exports = [storage.sha256_file(run_dir / "model" / "model.safetensors") for run_dir in runs.values()]
     assert exports[0] == exports[1]
 
@@ -80,7 +72,7 @@ def test_what_is_trained_beside_it_goes_on_too(beside: str, runs: dict[str, Path
         chosen = ["adversarial=null", "equivariance=null", "model.bottleneck={kind: vq, num_codes: 16}"]
     common = [*data, *chosen, "evaluation.every=0", "steps=4", "data.global_batch=2", "statistics_from=2"]
     for name, overrides in {"plain": (), "measured": BESIDE}.items():
-        metric_runs.run(DEBUG / "autoencoder_adversarial.yaml", tmp_path / name, *common, *overrides)
+        Runs(DEBUG / "autoencoder_adversarial.yaml", (*common, *overrides)).run(tmp_path / name)
     assert same(state(tmp_path / "plain"), state(tmp_path / "measured"))
     assert trained(tmp_path / "plain") == trained(tmp_path / "measured")
     assert list(measured(tmp_path / "measured")) == [2, 4]
