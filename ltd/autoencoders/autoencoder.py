@@ -203,6 +203,13 @@ class Autoencoder(nn.Module):
         """Take the data set's latent statistics, ``(latent_channels,)`` each."""
         self.latent_norm.set(mean, std)
 
+    def lay_out_kernels(self) -> None:
+        """Put the kernels of convolutions into the activations' memory layout, so that no call has to."""
+        for parameter in self.parameters():
+            if parameter.ndim in (4, 5):
+                layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+
     def decay_groups(self) -> dict[str, list[str]]:
         """Sort parameter names into those that weight decay applies to ("decay") and biases and norms ("no_decay")."""
         groups: dict[str, list[str]] = {"decay": [], "no_decay": []}

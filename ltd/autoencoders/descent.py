@@ -15,7 +15,7 @@ from ltd.nn.causal_conv import START, State, is_first
 
 #: Pixels (over frames and batch) that a stage works on at once without gradients: enough to keep all threads busy, few
 #: enough that what lies between two layers stays small.
-PIECE_PIXELS = 1 << 14
+PIECE_PIXELS = 1 << 15
 
 Stage = Callable[[Tensor, State, "Tensor | None"], "tuple[Tensor, State]"]
 

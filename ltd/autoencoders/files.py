@@ -75,7 +75,9 @@ def load(
     model = build_autoencoder(ltd_config.from_dict(AutoencoderConfig, tree["model"]))
     _fill(model, {name: value for name, value in tensors.items() if not name.startswith(TRAINING_ONLY)}, path)
     model.latents_of = tree.get("lineage", {}).get("latents_of") if tree.get("family") else None
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model.lay_out_kernels()
+    return model
 
 
 def weights_hash(model: Autoencoder) -> str:

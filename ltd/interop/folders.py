@@ -73,6 +73,7 @@ def import_autoencoder(source: str | Path, *, subfolder: str = "vae") -> ConvVae
         ours | {f"latent_norm.{k}": v for k, v in model.latent_norm.state_dict().items()}, assign=True
     )
     model.set_latent_norm(*statistics)
+    model.lay_out_kernels()
     return model.eval().requires_grad_(False)
 
 

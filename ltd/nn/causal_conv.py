@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ltd.nn import winograd
 from ltd.nn.seams import ExtendRows
 
 # None: a whole clip. (): the start of a stream. Otherwise what a module carries to the next chunk; a list is handed
@@ -69,6 +70,10 @@ class CausalConv3d(nn.Conv3d):
     Raises:
         ValueError: If a kernel is smaller than its stride, so that input would be skipped.
     """
+
+    #: Whether frames that come one by one may be convolved by fewer products where that pays (``ltd.nn.winograd``):
+    #: bf16 on a CPU, without gradients. Set it to False on a module, or here, for the direct convolution's rounding.
+    fewer_products = True
 
     def __init__(
         self,
@@ -133,16 +138,27 @@ class CausalConv3d(nn.Conv3d):
         if self._adds_taps():
             y, sums = self._convolve_taps(frames, state)
             return (y if kept is None else y.add_(kept)), None if state is None else sums
-        count = self.kernel_size[0] - 1
+        count, t, (b, _, _, h, w) = self.kernel_size[0] - 1, len(frames), frames[0].shape
+        after_nothing = count > 0 and is_first(state) and self.front == "zeros"
         frames = [*self._frames_before(frames[0], state), *frames]
         carried: State = None if state is None else tuple(frames[len(frames) - count :])
         del state
+        if self._is_half() and self._takes_bands():
+            if after_nothing and t == 1:
+                y = self._convolve_last_tap(frames[-1])
+                return (y if kept is None else y.add_(kept)), carried
+            if self.fewer_products and winograd.pays(self.weight, (b, t, h, w)):
+                y = self._convolve_pairs(frames, band_pixels, after_nothing=after_nothing)
+                return (y if kept is None else y.add_(kept)), carried
+        return self._convolve_direct(frames, band_pixels, kept), carried
+
+    def _convolve_direct(self, frames: list[Tensor], band_pixels: int, kept: Tensor | None = None) -> Tensor:
         b, _, _, h, w = frames[0].shape
         cuts = even_cuts(h, b * w, band_pixels) if self._takes_bands() else [(0, h)]
-        if len(cuts) == 1:
-            y = self._convolve(torch.cat(frames, dim=2))
-            return (y if kept is None else y.add_(kept)), carried
-        return self._convolve_bands(frames, cuts, kept), carried
+        if len(cuts) > 1:
+            return self._convolve_bands(frames, cuts, kept)
+        y = self._convolve(torch.cat(frames, dim=2))
+        return y if kept is None else y.add_(kept)
 
     def _convolve_bands(self, frames: list[Tensor], cuts: list[tuple[int, int]], kept: Tensor | None) -> Tensor:
         _, _, top, bottom = self.edges
@@ -161,10 +177,32 @@ class CausalConv3d(nn.Conv3d):
             del y  # not beside the next band's
         return out
 
-    def _adds_taps(self) -> bool:
+    def _convolve_pairs(self, frames: list[Tensor], band_pixels: int, *, after_nothing: bool) -> Tensor:
+        """Convolve pairs of output frames by fewer products, and before them the first of an odd number alone."""
+        b, _, _, h, w = frames[0].shape
+        t = len(frames) - 2
+        alone = t % 2
+        out = frames[0].new_empty(b, t, h, w, self.out_channels).permute(0, 4, 1, 2, 3)
+        if after_nothing and alone:
+            out[:, :, :1] = self._convolve_last_tap(frames[2])
+        elif alone:
+            out[:, :, :1] = self._convolve_direct(frames[:3], band_pixels)
+        winograd.convolve_pairs(frames[alone:], self.weight, self.bias, out[:, :, alone:])
+        return out
+
+    def _convolve_last_tap(self, frame: Tensor) -> Tensor:
+        """Convolve a clip's first frame, before which there are zeros: other taps have nothing to add."""
+        return F.conv2d(
+            frame.squeeze(2), self.weight[:, :, -1], self.bias, padding=(self.edges[2], self.edges[0])
+        ).unsqueeze(2)
+
+    def _is_half(self) -> bool:
         # fp32 and fp64 keep to the plain convolution's bits.
-        half = self.weight.dtype in (torch.bfloat16, torch.float16)
-        return half and self.out_channels < _LANES and 2 * self.out_channels <= self.in_channels and self._takes_bands()
+        return self.weight.dtype in (torch.bfloat16, torch.float16)
+
+    def _adds_taps(self) -> bool:
+        few = self.out_channels < _LANES and 2 * self.out_channels <= self.in_channels
+        return few and self._is_half() and self._takes_bands()
 
     def _convolve_taps(self, frames: list[Tensor], state: State) -> tuple[Tensor, State]:
         """Convolve each frame by all taps at once, as channels of one kernel, and add what belongs to one output."""

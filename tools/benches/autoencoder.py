@@ -44,6 +44,8 @@ TARGETS = {"as shipped": 3.0, "tuned": 1.4}
 MEMORY_TARGET = 0.5
 _LATENTS = (1, 16, 13, 32, 32)
 _memory: dict[str, float] = {}
+#: Error in bf16 against fp64 with the same rounded weights, over the output's standard deviation, by side and system.
+_errors: dict[str, dict[str, float]] = {}
 
 
 def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
@@ -60,6 +62,7 @@ def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     _check_equal(theirs, ours)
     theirs, ours = theirs.bfloat16(), ours.bfloat16()
     tuned = _channels_last(copy.deepcopy(theirs))
+    _errors.update(_rounding(theirs, ours, tuned, 32 if tiny else 64))
     rows = []
     num_frames = TINY_FRAMES if tiny else FRAMES
     for size in TINY_SIZES if tiny else SIZES:
@@ -99,6 +102,11 @@ def summary(rows: list[Row]) -> list[str]:
         "- Wan 2.1's configuration (width 96, 127M weights), weights drawn at random; an item is a clip.",
         "- The ratios to reach are those that matrix units for bf16 (AMX) allow, where channels-last convolutions run "
         "several times faster than contiguous ones; without them both run at the same rate, near the peak of the core.",
+        *(
+            f"- Error of the {side} in bf16, root mean square over the output's standard deviation: "
+            + ", ".join(f"{system} {error:.2g}" for system, error in found.items())
+            for side, found in _errors.items()
+        ),
     ]
     for work in dict.fromkeys(row.work for row in rows):
         same = [row for row in rows if row.work == work]
@@ -158,6 +166,22 @@ def _check_equal(theirs: Any, ours: ConvVae) -> None:
         worst = float((got - wanted).abs().max() / wanted.std())
         if worst > 1e-6:  # theirs casts to fp32 where it enlarges
             raise RuntimeError(f"{what} differ by {worst:.2g} of their standard deviation: nothing is compared")
+
+
+@torch.no_grad()
+def _rounding(theirs: Any, ours: ConvVae, tuned: Any, size: int) -> dict[str, dict[str, float]]:
+    """Measure the error in bf16 of both sides of each system."""
+    exact = copy.deepcopy(theirs).double()
+    video = (torch.rand(1, 3, 9, size, size) * 2 - 1).bfloat16()
+    latents = torch.randn(1, 16, 3, size // 8, size // 8).bfloat16()
+    mean, frames = exact.encode(video.double()).latent_dist.mean, exact.decode(latents.double()).sample
+    peers = {"as shipped": theirs, "tuned": tuned}
+    encoded = {"ltd": ours.encode(video).mean} | {k: v.encode(video).latent_dist.mean for k, v in peers.items()}
+    decoded = {"ltd": ours.decode(latents)} | {k: v.decode(latents).sample for k, v in peers.items()}
+    return {
+        side: {_named(name): float((y - exact).square().mean().sqrt() / exact.std()) for name, y in found.items()}
+        for side, found, exact in (("encoder", encoded, mean), ("decoder", decoded, frames))
+    }
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
