@@ -90,7 +90,9 @@ def _over_time(rows: list[Tensor], start: int, stop: int) -> Tensor:
     made[:, :, :, stop - start - bottom :].zero_()
     inside = made[:, :, :, top : stop - start - bottom]
     for pair in range(made.shape[2]):
-        _differences([frame[:, start + top : stop - bottom] for frame in rows[2 * pair : 2 * pair + 4]], inside[:, :, pair])
+        _differences(
+            [frame[:, start + top : stop - bottom] for frame in rows[2 * pair : 2 * pair + 4]], inside[:, :, pair]
+        )
     return made
 
 

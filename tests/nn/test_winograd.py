@@ -1,0 +1,93 @@
+"""Convolution by fewer products equals the direct one, and is used where it may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltd.nn import winograd
+from ltd.nn.causal_conv import START, CausalConv3d, State
+
+
+def _frames(x: Tensor) -> list[Tensor]:
+    return [frame.clone(memory_format=torch.channels_last_3d) for frame in x.split(1, dim=2)]
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).square().mean().sqrt() / exact.std())
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("tile_elements", [1, 3 * 2 * 2 * 5 * 4, 1 << 20])  # single rows, uneven bands, all rows
+@torch.no_grad()
+def test_pairs_of_frames_equal_the_direct_convolution(tile_elements: int, biased: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 8, 10, 5, dtype=torch.float64), torch.randn(4, 3, 3, 3, 3, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64) if biased else None
+    whole = torch.full((2, 7, 10, 5, 4), 9.0, dtype=torch.float64).permute(0, 4, 1, 2, 3)
+    frames = _frames(x)
+    winograd.convolve_pairs(frames, weight, bias, whole[:, :, 1:], tile_elements=tile_elements)
+    torch.testing.assert_close(whole[:, :, 1:], F.conv3d(x, weight, bias, padding=(0, 1, 1)), rtol=1e-12, atol=1e-12)
+    assert bool((whole[:, :, 0] == 9).all())  # the frame that was not asked for
+    assert torch.equal(torch.cat(frames, 2), x)
+
+
+def test_it_is_used_in_bf16_on_a_cpu_for_wide_kernels_and_many_pixels() -> None:
+    weight = torch.zeros(64, 64, 3, 3, 3, dtype=torch.bfloat16)
+    size = (1, 2, 16, 32)
+    assert winograd.pays(weight, size) and winograd.pays(weight, (1, 3, 16, 32))
+    others = [weight.float(), weight.half(), weight[:32], weight[:, :32], weight[:, :, :1], weight.to("meta")]
+    assert not any(winograd.pays(other, size) for other in others)
+    assert not any(winograd.pays(weight, other) for other in [(1, 1, 64, 64), (1, 2, 17, 32), (1, 2, 16, 31)])
+
+
+@pytest.mark.parametrize("front", ["repeat", "zeros"])
+@torch.no_grad()
+def test_chunks_of_any_length_are_the_clip_to_the_rounding_of_bf16(front: str, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    conv = CausalConv3d(64, 64, front=front).bfloat16()  # type: ignore[arg-type]
+    x, kept = F.silu(torch.randn(1, 64, 9, 32, 16)).bfloat16(), torch.randn(1, 64, 9, 32, 16).bfloat16()
+    exact = conv.double()(x.double())[0]
+    conv.bfloat16()
+    calls: list[int] = []
+    pairs = winograd.convolve_pairs
+
+    def counted(frames: list[Tensor], *rest: Any, **more: Any) -> None:
+        calls.append(len(frames))
+        pairs(frames, *rest, **more)
+
+    monkeypatch.setattr(winograd, "convolve_pairs", counted)
+    for cuts in ((9,), (1, 4, 4), (1, 1, 3, 4), (2, 5, 2)):
+        state: State = START
+        parts = []
+        for chunk, more in zip(x.split(cuts, 2), kept.split(cuts, 2), strict=True):
+            y, state = conv.convolve_frames(_frames(chunk), state, more.clone())
+            parts.append(y)
+        # Direct: 0.0017 by rounding the output. A wrong tap, sign or row is far above this.
+        assert _error(torch.cat(parts, 2), exact + kept.double()) < 0.008
+    assert calls == [10, 6, 6, 4, 6, 4, 6, 4]  # of an odd number the first goes alone
+    calls.clear()
+    conv.fewer_products = False
+    direct, _ = conv.convolve_frames(_frames(x), None)
+    assert not calls and _error(direct, exact) < 0.0025
+
+
+@torch.no_grad()
+def test_the_first_frame_after_zeros_takes_one_tap(monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    conv = CausalConv3d(8, 16, front="zeros").bfloat16()
+    x, kept = torch.randn(2, 8, 1, 6, 5).bfloat16(), torch.randn(2, 16, 1, 6, 5).bfloat16()
+    exact = conv.double()(x.double())[0]
+    conv.bfloat16()
+    volumes: list[int] = []
+    volume = F.conv3d
+    monkeypatch.setattr(F, "conv3d", lambda *args: volumes.append(1) or volume(*args))  # type: ignore[func-returns-value]
+    y, state = conv.convolve_frames(_frames(x), START, kept.clone())
+    assert _error(y, exact + kept.double()) < 2**-8 and not volumes
+    # a later frame has others before it
+    later, _ = conv.convolve_frames(_frames(x), state, kept.clone())
+    assert volumes and _error(later, conv.double()(torch.cat([x, x], 2).double())[0][:, :, 1:] + kept.double()) < 2**-8
