@@ -386,7 +386,8 @@ def _flags(prefix: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{prefix}{error}") from None
+        # The scale is the option that the others of guidance are named after.
+        raise ConfigError(f"{prefix}{error}".replace("--guidance-scale:", "--guidance:")) from None
 
 
 def read_tiling(args: argparse.Namespace) -> TilingConfig | None:

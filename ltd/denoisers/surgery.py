@@ -142,7 +142,7 @@ def plan(
     changed = _compare(weights.config, target, shapes, options)
     tensors = [_decide(name, shape, weights, target, options) for name, shape in shapes.items()]
     tensors += [
-        TensorChange(name, "dropped", shape, None, "drop" if _matches(name, options.drop) else "?")
+        TensorChange(name, "dropped", shape, None, "drop" if names_match(name, options.drop) else "?")
         for name, shape in weights.shapes.items()
         if name not in shapes
     ]
@@ -299,7 +299,7 @@ def _decide(
     source = weights.config
     before = weights.shapes.get(name)
     block = _BLOCK.match(name)
-    if _matches(name, options.redraw):
+    if names_match(name, options.redraw):
         return TensorChange(name, "drawn", before, shape, "redraw")
     if block and int(block[1]) >= source.depth:
         silent = target.modulation == "shared" and _OUT.fullmatch(name)
@@ -354,14 +354,23 @@ def _resize(change: TensorChange, weights: Weights, target: DitConfig, options: 
     return resize_output(value, source.patch, target.patch, new[0], (len(old), len(new)))
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def names_match(name: str, patterns: Iterable[str]) -> bool:
+    """Say whether a parameter, or a module that holds it, is named.
+
+    Args:
+        name: Of the parameter.
+        patterns: Names of parameters or modules, ``*`` for any text.
+
+    Returns:
+        Whether one of them does.
+    """
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
 
 
 def _check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:
     names = list(names)
     for pattern in patterns:
-        if not any(_matches(name, [pattern]) for name in names):
+        if not any(names_match(name, [pattern]) for name in names):
             raise ConfigError(f"{option}: {pattern!r} names no tensor that this could be done with")
 
 

@@ -81,7 +81,9 @@ def open_weights(path: str | Path, weights: str = "ema") -> Weights:
     shapes = {name: reader.shape(where, name) for name, where in names.items()}
 
     def read(name: str) -> Tensor:
-        return reader.read(names[name], name).view(shapes[name])
+        value = reader.read(names[name], name).view(shapes[name])
+        check_tensor(reader.directory, name, value)
+        return value
 
     return Weights(_model(path, config), shapes, read, _objective(path, config), lineage, reader.directory)
 

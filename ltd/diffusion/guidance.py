@@ -22,7 +22,7 @@ class GuidanceConfig:
     """How strongly, when and where the condition is exaggerated."""
 
     scale: float = 1.0
-    """w in v_null + w (v_cond - v_null); 1 = off, the second pass is skipped."""
+    """w in v_null + w (v_cond - v_null), 0 or more; 1 = off, the second pass is skipped."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times (noise-at-1) between which guidance acts, ends included; outside, the conditional velocity is used."""
     channels: int | None = None
@@ -33,6 +33,8 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale: got {self.scale}, needed a finite number (1 = off)")
+        if self.scale < 0:  # away from the condition: what a negative prompt is for
+            raise ConfigError(f"scale: got {self.scale}, needed 0 or more (1 = off)")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"interval: got {self.interval}, needed 0 <= low <= high <= 1")

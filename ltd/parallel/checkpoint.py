@@ -109,7 +109,7 @@ def load(
     reader = _Refit(reader, engine)
     check_same_model(reader, engine, field)
     engine.load_shards(reader, int(reader.manifest["optimizer_step"]))
-    reader.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(engine).items()])
+    reader.fill(_buffer_fills(engine))
     if ema is not None:
         ema.load(reader)
     if critic is not None:
@@ -124,7 +124,11 @@ def _load_critic(reader: Reader, critic: Engine, field: str) -> None:
     part = _CriticReader(reader)
     check_same_model(part, critic, field)
     critic.load_shards(part, int(reader.manifest["critic_step"]))
-    part.fill([Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(critic).items()])
+    part.fill(_buffer_fills(critic))
+
+
+def _buffer_fills(engine: Engine) -> list[Fill]:
+    return [Fill("buffer", name, 0, buffer) for name, buffer in kept_buffers(engine).items()] + engine.frozen.fills()
 
 
 class _CriticReader(Reader):
@@ -167,7 +171,7 @@ class _Refit(Reader):
                 logger.warning("%s: %d parameters were %s now", reader.directory, len(found), what)
 
     def groups(self) -> set[str]:
-        return self._reader.groups()
+        return self._reader.groups() | ({"buffer"} if self._frozen else set())
 
     def names(self, group: str) -> list[str]:
         names = self._reader.names(group)

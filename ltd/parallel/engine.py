@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ltd.config import ConfigError
 from ltd.parallel import zero_views
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
+from ltd.parallel.frozen import FrozenWeights
 from ltd.parallel.interface import (
     DiscardedStepError,
     Engine,
@@ -140,6 +141,7 @@ class DeepSpeedEngine:
             )
         self._resolved = deepspeed_config(config, optim, stage=self._stage, num_backwards=num_backwards)
         self._parameters = trainable_parameters(module)
+        self.frozen = FrozenWeights(module, config, layout.global_rank, layout.world_size)
         # DeepSpeed makes its masters from the already rounded weights: keep what is lost by that.
         exact = {name: p.detach().clone() for name, p in self._parameters.items()} if config.precision == "bf16" else {}
         self._torch_optimizer = build_optimizer(self._parameters, decay_groups(module), optim)

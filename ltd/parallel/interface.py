@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ltd.config import ConfigError
 from ltd.storage import Fill, Reader, Slice
+
+if TYPE_CHECKING:
+    from ltd.parallel.frozen import FrozenWeights
 
 
 class DiscardedStepError(RuntimeError):
@@ -66,6 +69,8 @@ class Engine(Protocol):
     module: nn.Module
     #: Optimizer steps that were applied so far.
     applied_steps: int
+    #: Exact values of its frozen parameters, where the module holds rounded ones.
+    frozen: FrozenWeights
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward pass."""

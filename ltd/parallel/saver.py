@@ -288,7 +288,7 @@ class Saver:
 
 
 def shard_slices(engine: Engine, ema: Ema | None, layout: Layout) -> list[Slice]:
-    """List what this process writes: its masters and optimizer state, its averages; the main process buffers too.
+    """List what this process writes: masters, optimizer state, averages, frozen weights; the main process buffers too.
 
     Args:
         engine: Engine of the model.
@@ -302,8 +302,9 @@ def shard_slices(engine: Engine, ema: Ema | None, layout: Layout) -> list[Slice]
     if ema is not None:
         slices += ema.slices()
     if layout.is_main:
-        slices += [Slice("buffer", name, tuple(b.shape), 0, flat(b)) for name, b in kept_buffers(engine).items()]
-    return slices
+        buffers = {name: b for name, b in kept_buffers(engine).items() if name not in engine.frozen.names}
+        slices += [Slice("buffer", name, tuple(b.shape), 0, flat(b)) for name, b in buffers.items()]
+    return slices + engine.frozen.slices()
 
 
 def kept_buffers(engine: Engine) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltd.parallel.config import OptimizerSettings, ParallelConfig
+from ltd.parallel.frozen import FrozenWeights
 from ltd.parallel.interface import DiscardedStepError, MasterShard, copy_parameters, decay_groups, restore_shards
 from ltd.parallel.optimizer import (
     build_optimizer,
@@ -41,6 +42,7 @@ class TorchEngine:
         self._optim = optim
         self._parameters = trainable_parameters(module)
         self._mixed = config.precision == "bf16"
+        self.frozen = FrozenWeights(module, config)
         self._masters: dict[str, Tensor] = dict(self._parameters)
         if self._mixed:
             self._masters = {name: value.detach().float().clone() for name, value in self._parameters.items()}

@@ -48,6 +48,7 @@ from ltd.training.samples import SamplesConfig
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.start import find_start
 from ltd.training.toy import ToyDataConfig, with_data
+from ltd.training.trainable import check_parts, check_start, freeze
 from ltd.training.work import Work
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ class DenoiserRun(RunConfig):
     model: DitConfig
     #: Weights of another denoiser that a new run starts from, shaped to ``model``; a run that goes on ignores it.
     init_from: InitFromConfig | None = None
+    #: Parameters that are trained, or modules with all of theirs, ``*`` for any text (``blocks.*.attention``); the
+    #: others are frozen. Empty trains all.
+    trainable: tuple[str, ...] = ()
     objective: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     #: Run directory or exported folder of the autoencoder that the latents are of.
     autoencoder: str | None = None
@@ -113,6 +117,7 @@ class DenoiserRun(RunConfig):
             raise ConfigError(
                 f"alignment.block: got {self.alignment.block}, needed 1 to model.depth = {self.model.depth}"
             )
+        check_parts(self)
         kinds = self.objective.path.kind, self.objective.prediction.kind
         for name in ("samples", "metrics"):
             if getattr(self, name) is not None:
@@ -262,6 +267,7 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     check_trainable(config.model)
     check_objective(found.manifest, _parametrization(config))
     origin = find_origin(config.init_from, config.model, _parametrization(config), found, layout)
+    check_start(config, fresh=found.checkpoint is None and origin is None)
     inputs: list[LatentInputs] = []
 
     def accept(lineage: dict[str, Any]) -> None:
@@ -301,13 +307,15 @@ def _build(config: DenoiserRun, layout: Layout, inputs: LatentInputs, *, fresh: 
     device = "cpu" if fresh else "meta"
     with torch.device(device):
         model = build_denoiser(config.model)
+    report = None
     if fresh and origin is not None:  # before anything wraps the blocks or splits the weights
-        origin.apply(model, config.run_dir, layout)
+        report = origin.apply(model, config.run_dir, layout)
     if inputs.aligner is not None:
         with torch.device(device):  # drawn last: the model's own values are those without it
             model.alignment = inputs.aligner.projector(config.model.width)
     if not fresh:  # at stage 3 the engine brings parameters to the device one by one
         model.to_empty(device="cpu" if config.parallel.zero == 3 else layout.device)
+    freeze(model, config.trainable, report)
     checkpoint_blocks(model, config.parallel)
     sequence.shard(model, layout)
     return model

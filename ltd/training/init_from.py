@@ -13,7 +13,16 @@ import torch
 from ltd import config as config_io
 from ltd import storage
 from ltd.config import ConfigError
-from ltd.denoisers import Dit, DitConfig, SurgeryConfig, Weights, build_denoiser, open_weights, transplant
+from ltd.denoisers import (
+    Dit,
+    DitConfig,
+    SurgeryConfig,
+    SurgeryReport,
+    Weights,
+    build_denoiser,
+    open_weights,
+    transplant,
+)
 from ltd.denoisers.surgery import plan
 from ltd.diffusion import ParametrizationConfig
 from ltd.parallel.layout import Layout
@@ -61,19 +70,23 @@ class Origin:
                 "its channels mean something else: list autoencoder in init_from.accept, or set autoencoder to that one"
             )
 
-    def apply(self, model: Dit, run_dir: str, layout: Layout) -> None:
+    def apply(self, model: Dit, run_dir: str, layout: Layout) -> SurgeryReport:
         """Give the model its first values; log and write what was done.
 
         Args:
             model: Newly built, whole on this process; the same on all.
             run_dir: Where ``init_from.json`` goes.
             layout: This process's position; the main one writes.
+
+        Returns:
+            What was done.
         """
         report = transplant(self.weights, model, self.options)
         for line in report.lines():
             logger.info("init_from: %s", line)
         if layout.is_main:
             storage.write_json(Path(run_dir) / REPORT, {**self.record, **report.to_plain()})
+        return report
 
 
 def find_origin(

@@ -358,8 +358,9 @@ def _announce(run: RunConfig, layout: Layout, module: nn.Module, loader: Loader)
     if not layout.is_main:
         return
     parallel, optim = run.parallel, run.optim
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    logger.info("%s: %.2fM trained parameters", type(module).__name__, trained / 1e6)
+    counts = [sum(p.numel() for p in module.parameters() if p.requires_grad is trained) for trained in (True, False)]
+    frozen = f", {counts[1] / 1e6:.2f}M frozen" if counts[1] else ""
+    logger.info("%s: %.2fM trained parameters%s", type(module).__name__, counts[0] / 1e6, frozen)
     engine = f"deepspeed, ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "torch"
     for units in sorted({kind.units for kind in loader.plan.kinds}):
         logger.info(

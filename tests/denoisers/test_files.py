@@ -112,6 +112,10 @@ def test_average_that_is_not_finite_is_refused(tmp_path, build):
     with pytest.raises(storage.StorageError, match=rf"{tmp_path}: .* values of \S+ are not finite"):
         denoisers.load(tmp_path)
     assert denoisers.load(tmp_path, weights="raw").config.depth == 2
+    name = "blocks.0.mlp.out.weight"  # what begins from it is refused as well
+    with pytest.raises(storage.StorageError, match=rf"step-00000010: .* values of {name} are not finite"):
+        denoisers.open_weights(tmp_path).read(name)
+    assert denoisers.open_weights(tmp_path, "raw").read(name).isfinite().all()
 
 
 def test_a_model_with_unknown_or_wrong_fields_is_refused_with_its_folder(tmp_path, build):

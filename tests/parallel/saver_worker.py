@@ -24,6 +24,7 @@ from torch import nn
 from ltd import storage
 from ltd.parallel import Ema, EmaConfig, Layout, ParallelConfig
 from ltd.parallel.checkpoint import Saver, load
+from ltd.parallel.frozen import FrozenWeights
 from ltd.parallel.interface import MasterShard, restore_shards
 from ltd.storage import Reader, ShardImage
 from tests.parallel.setup import save
@@ -38,6 +39,7 @@ class Halves:
         self.applied_steps = 0
         self.module = nn.Linear(30, 40)
         self.module.register_buffer("mean", torch.full((3,), value))
+        self.frozen = FrozenWeights(self.module, ParallelConfig())
         self._shards = []
         for name, parameter in self.module.named_parameters():
             size = parameter.numel() // layout.world_size

@@ -167,28 +167,6 @@ def test_a_step_of_any_stage_can_be_taken_again(staged: Path, tmp_path: Path) ->
         replay(run, tmp_path / "run", 5)
 
 
-def test_a_denoiser_goes_through_stages_and_resumes_at_their_boundary(shards: Path, tmp_path: Path) -> None:
-    tree = config_io.to_dict(config_io.load(DenoiserRun, ROOT / "configs" / "debug" / "denoiser.yaml"))
-    later = [{"num_frames": 9, "height": 48, "width": 48}, {"num_frames": 1, "height": 48, "width": 48}]
-    larger = {"data": {"views": later}, "objective": {"shift": {"factor": 3.0}}, "optim": {"lr": 5e-4}}
-    tree |= {"steps": 4, "toy_data": None, "stages": [{"from_step": 2, "set": larger}]}
-    tree["data"] |= {"shards": str(shards), "views": [{"num_frames": 5, "height": 32, "width": 32}]}
-    tree["evaluation"] |= {"every": 0, "shards": None}
-    tree["checkpoint"] |= {"every": 0, "keep_last": None}
-    for name in ("whole", "again"):
-        path = tmp_path / f"{name}.yaml"
-        config_io.save(tree, path)
-        if name == "again":
-            shutil.copytree(tmp_path / "whole", tmp_path / "again")
-            shutil.rmtree(storage.checkpoint_path(tmp_path / "again", 4))
-            storage.write_latest(tmp_path / "again", storage.checkpoint_path(tmp_path / "again", 2))
-        assert train.main([str(path), f"run_dir={tmp_path / name}"]) == 0
-    assert equal(state(tmp_path / "whole", 4), state(tmp_path / "again", 4))
-    found = rows(tmp_path / "again")
-    assert found == rows(tmp_path / "whole")
-    assert found[2]["optim/lr"] <= 5e-4 and found[1]["data/keys_hash"] != found[2]["data/keys_hash"]
-
-
 @pytest.mark.dist
 def test_two_processes_go_through_the_stages(staged: Path, shards: Path, tmp_path: Path) -> None:
     sgd = ("optim.kind=sgd", "parallel.engine=deepspeed", "parallel.zero=2", "optim.lr=0.01")

@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ltd.parallel import Ema, EmaConfig, Layout, ParallelConfig, checkpoint
+from ltd.parallel.frozen import FrozenWeights
 from ltd.parallel.interface import MasterShard, restore_shards
 from ltd.storage import Reader
 
@@ -45,6 +46,7 @@ class ShardedState:
     def __init__(self, layout: Layout) -> None:
         self.applied_steps = 1
         self.module = nn.ModuleDict({f"block{index}": _block() for index in range(_BLOCKS)})
+        self.frozen = FrozenWeights(self.module, ParallelConfig())
         self._shards = []
         generator = torch.Generator().manual_seed(layout.global_rank)
         for name, parameter in self.module.named_parameters():
