@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ltd.autoencoders import CausalVae, CausalVaeConfig
+from tests import launched
 from tests.inference.halo_worker import CONFIG, MODELS, SIZES, WORLDS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 #: Architectures, and what (height, width) in cells their decoder and encoder reach, worked out by hand.
 REACHES: dict[str, tuple[CausalVaeConfig, tuple[int, int] | None, tuple[int, int] | None]] = {
@@ -111,10 +106,7 @@ def test_one_cell_of_pixels_changes_latents_exactly_as_far_as_the_halo_says(name
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What every process of every world measured, by world and rank."""
     folder = tmp_path_factory.mktemp("halo")
-    command = [sys.executable, "-m", "tests.inference.halo_worker", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    launched.fork("tests.inference.halo_worker", str(folder))
     return {
         name: [json.loads((folder / name / f"rank{rank}.json").read_text()) for rank in range(size)]
         for name, (size, _) in WORLDS.items()

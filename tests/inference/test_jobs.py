@@ -21,6 +21,7 @@ from ltd.inference.generate import Request
 from ltd.inference.jobs import SampleJob
 from ltd.inference.sample_folder import SampleFolder
 from ltd.shapes import VideoShape
+from tests import launched
 from tests.inference.jobs_worker import ARGUMENTS, PROMPTS, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,10 +32,7 @@ NAMES = [f"{number:04d}.{'mp4' if number < 4 else 'png'}" for number in range(8)
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which all the jobs of ``jobs_worker`` ran."""
     folder = tmp_path_factory.mktemp("jobs")
-    command = [sys.executable, "-m", "tests.inference.jobs_worker", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    launched.fork("tests.inference.jobs_worker", str(folder))
     return folder
 
 

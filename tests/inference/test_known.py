@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,9 @@ from ltd.inference.known import Given, Tail, arrange, known_latents, read_clips,
 from ltd.inference.media import pixels_to_video
 from ltd.inference.segments import make_segments, segment_length
 from ltd.shapes import VideoShape
+from tests import launched
 from tests.inference.jobs_worker import make_run
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = VideoShape(9, 32, 32)
 GENERATOR = np.random.default_rng(0)
 CLIP = GENERATOR.integers(0, 255, (9, 32, 32, 3), np.uint8)
@@ -330,10 +327,7 @@ def test_samples_do_not_depend_on_what_the_denoiser_says_of_known_cells(run: Pat
 
 @pytest.mark.dist
 def test_known_frames_and_segments_are_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.inference.known_worker", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    launched.fork("tests.inference.known_worker", str(tmp_path))
     codes = json.loads((tmp_path / "codes.json").read_text())
     said = {name: [path.read_text()[-2000:] for path in (tmp_path / "logs" / name).glob("log?")] for name in codes}
     assert all(set(found) == {0} for found in codes.values()), (codes, said)

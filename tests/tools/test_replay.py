@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,7 @@ from ltd.training.denoiser import DenoiserStage
 from ltd.training.latent_inputs import LatentInputs
 from ltd.training.trace import Trace
 from ltd.training.trace_compare import Comparison, compare
+from tests import launched
 from tools import replay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,12 +280,8 @@ def layouts(run: Path, packed: Path, reference: Path) -> Path:
     """Traces of two processes, each case of ``replay_worker.py``."""
     out = run.parent / "layouts"
     out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.tools.replay_worker", str(run), str(packed), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    (out / "stdout.txt").write_text(done.stdout)
+    said = launched.launch("tests.tools.replay_worker", str(run), str(packed), str(out))
+    (out / "stdout.txt").write_text(said)
     return out
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 
 import train
 from ltd import storage
+from tests import launched
 
 ROOT = Path(__file__).resolve().parents[2]
 OFF = ("metrics.every=0",)
@@ -54,13 +52,7 @@ class Runs:
         return run_dir
 
     def launch(self, run_dir: Path, *overrides: str) -> Path:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-        command += [str(self.config), f"run_dir={run_dir}", *PAIR, *self.small, *overrides]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launched.train(str(self.config), f"run_dir={run_dir}", *PAIR, *self.small, *overrides)
         return run_dir
 
     def pair(self, folder: Path) -> dict[str, Path]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from ltd.data.synthetic import make_toy_shards
 from ltd.parallel import Layout, ParallelConfig, preflight
 from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.autoencoder_heldout import Heldout
+from tests import launched
 from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,11 +51,7 @@ def run(shards: Path, run_dir: Path, *overrides: str, steps: int = 6) -> int:
 
 
 def launch(shards: Path, run_dir: Path, *overrides: str, steps: int = 6) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += arguments(shards, run_dir, *overrides, "parallel.engine=deepspeed", steps=steps)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    launched.train(*arguments(shards, run_dir, *overrides, "parallel.engine=deepspeed", steps=steps))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

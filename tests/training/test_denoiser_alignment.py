@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from ltd.nn.patch import patchify
 from ltd.shapes import Compression
 from ltd.training.denoiser import DenoiserRun
 from ltd.training.denoiser_alignment import Aligner, features_per_token
+from tests import launched
 from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,11 +64,7 @@ def run(shards: Path, run_dir: Path, *overrides: str, name: str = "denoiser", st
 
 
 def launch(shards: Path, run_dir: Path, *overrides: str, name: str = "denoiser", steps: int = 4) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += arguments(shards, run_dir, *overrides, "parallel.engine=deepspeed", name=name, steps=steps)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    launched.train(*arguments(shards, run_dir, *overrides, "parallel.engine=deepspeed", name=name, steps=steps))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

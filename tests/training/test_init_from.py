@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from ltd.denoisers import Dit
 from ltd.tracking.lineage_section import lineage_section
 from ltd.tracking.run_record import read_run
 from ltd.training.denoiser import DenoiserRun
+from tests import launched
 from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,11 +131,7 @@ def test_exported_folders_do_too(image_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("zero", [2, 3])
 def test_every_zero_stage_begins_with_the_same_weights(zero: int, image_run: Path, tmp_path: Path) -> None:
     more = (f"parallel.zero={zero}", "parallel.activation_checkpointing=full", "parallel.sequence=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += arguments(tmp_path / "run", *grown(image_run, *more), steps=1, engine="deepspeed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    launched.train(*arguments(tmp_path / "run", *grown(image_run, *more), steps=1, engine="deepspeed"))
     assert_starts_as(tmp_path / "run", tensors(image_run, 3, "ema_0.95"))
 
 

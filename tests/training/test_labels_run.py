@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from ltd.rng import DrawRandom
 from ltd.training.condition_dropout import ConditionDropout
 from ltd.training.denoiser import DenoiserRun, DenoiserStage
 from ltd.training.latent_inputs import LatentInputs, pack
+from tests import launched
 from tools import cache_latents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,12 +187,8 @@ def test_a_run_goes_on_where_it_stopped(shards: Path, tmp_path: Path) -> None:
 def test_two_processes_equal_one(config: str, more: tuple[str, ...], shards: Path, tmp_path: Path) -> None:
     alone = tuple(word for word in more if not word.startswith("parallel"))
     one = run(tmp_path / "one", shards, *alone, config=DEBUG / f"{config}.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += [str(DEBUG / f"{config}.yaml"), f"run_dir={tmp_path / 'two'}", "parallel.precision=fp32", *FAST, *more]
-    command += [f"data.shards={shards}/train", f"evaluation.shards={shards}/heldout"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [str(DEBUG / f"{config}.yaml"), f"run_dir={tmp_path / 'two'}", "parallel.precision=fp32", *FAST, *more]
+    launched.train(*words, f"data.shards={shards}/train", f"evaluation.shards={shards}/heldout")
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     for name in ("loss/denoise", "eval/denoise"):
         ours, theirs = figures(one, name)[0], figures(two, name)[0]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from ltd.inference.generate import Generator, Request
 from ltd.shapes import VideoShape
 from ltd.training.denoiser import DenoiserRun
 from ltd.training.latent_inputs import open_autoencoder
+from tests import launched
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "debug" / "denoiser.yaml"
@@ -51,11 +49,7 @@ def rows(run_dir: Path) -> list[tuple[Any, ...]]:
 
 
 def launch(run_dir: Path, zero: int, *overrides: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += [str(CONFIG), f"run_dir={run_dir}", f"parallel.zero={zero}", *SMALL, *overrides]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched.train(str(CONFIG), f"run_dir={run_dir}", f"parallel.zero={zero}", *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")

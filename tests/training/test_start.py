@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from ltd.data import MicroBatch
 from ltd.data.synthetic import make_toy_shards
 from ltd.training import session, start
 from ltd.training.autoencoder import AutoencoderStage
+from tests import launched
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "debug" / "autoencoder.yaml")
@@ -57,19 +55,8 @@ def masters(run_dir: Path, step: int) -> dict[str, Tensor]:
 
 def test_two_processes_start_from_another_run_in_a_new_directory(shards: Path, tmp_path: Path) -> None:
     assert run(shards, tmp_path / "a", steps=2) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    command += arguments(shards, tmp_path / "new" / "b", f"resume={tmp_path / 'a'}", steps=4)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "parallel.engine=deepspeed"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    words = arguments(shards, tmp_path / "new" / "b", f"resume={tmp_path / 'a'}", steps=4)
+    launched.train(*words, "parallel.engine=deepspeed")
     assert steps_of(tmp_path / "new" / "b") == [4]
 
 
