@@ -3,7 +3,8 @@
 Every part is called as ``part(x, state, guide) -> (x, state)`` on channels-last ``(b, c, t, h, w)`` and sees no later
 frame than the one it writes; ``guide`` is the latent that a spatially conditional norm reads, already repeated to x's
 frames. Without gradients, a norm writes frames that the next convolution reads and carries as they are, and resampling
-into its output: the same numbers with fewer copies. Knows nothing of bottlenecks, files or training.
+into its output: the same numbers with fewer copies, in bf16 to its rounding. Knows nothing of bottlenecks, files
+or training.
 """
 
 from __future__ import annotations

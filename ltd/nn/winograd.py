@@ -26,6 +26,8 @@ _CHANNELS = 64
 TILE_ELEMENTS = 3 << 16
 #: What each of the four products of F(2, 3) adds to the first and to the second of two outputs.
 _OUTPUTS = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+#: Products that the first of two frames is made of, and the second.
+_OF_FRAMES = slice(0, 12), slice(4, 16)
 
 
 def pays(weight: Tensor, size: Sequence[int]) -> bool:
@@ -67,7 +69,7 @@ def convolve_pairs(
         out: Channels-last ``(b, out, 2k, h, w)``, is written; its frames may be part of a longer clip.
         tile_elements: Elements of one product that are worked on at once, in bands of rows.
     """
-    kernels, mix = _kernels(weight), _mix(bias is not None, weight)
+    kernels, mixes = _kernels(weight), _mixes(bias, weight)
     rows = [frame.squeeze(2).permute(0, 2, 3, 1) for frame in frames]  # b h w in
     b, h, w, channels = rows[0].shape
     pairs = len(frames) // 2 - 1
@@ -77,8 +79,13 @@ def convolve_pairs(
     for band in range(count):
         start, stop = h // 2 * band // count, h // 2 * (band + 1) // count
         products = _products(_over_time(rows, 2 * start - 1, 2 * stop + 1), kernels, bias)
-        mixed = torch.mm(mix, products).view(2, 2, b, pairs, stop - start, w, -1)
-        written[:, :, :, start:stop] = mixed.permute(2, 3, 0, 4, 1, 5, 6)
+        mixed = products.new_empty(4, products.shape[1])
+        # The first frame takes no product of the later one: 0 times what is not finite there would not be 0.
+        first, second = (products[used] for used in _used(bias))
+        torch.mm(mixes[0], first, out=mixed[:2])
+        torch.mm(mixes[1], second, out=mixed[2:])
+        parts = mixed.view(2, 2, b, pairs, stop - start, w, -1)
+        written[:, :, :, start:stop] = parts.permute(2, 3, 0, 4, 1, 5, 6)
 
 
 def _over_time(rows: list[Tensor], start: int, stop: int) -> Tensor:
@@ -97,19 +104,20 @@ def _over_time(rows: list[Tensor], start: int, stop: int) -> Tensor:
 
 
 def _products(over_time: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
-    """Give the sixteen products, ``(16, -1)``, and the bias for each of their places as a last row if there is one."""
+    """Give the sixteen products, ``(16, -1)``, and before and behind them the bias for each place if there is one."""
     _, b, pairs, rows, w, c = over_time.shape
     tiles, width = rows // 2 - 1, len(kernels[0][0])
-    room = over_time.new_empty(16 + (bias is not None), b * pairs * tiles, w, width)
+    biased = int(bias is not None)
+    room = over_time.new_empty(16 + 2 * biased, b * pairs * tiles, w, width)
     entered = over_time.new_empty(4, b, pairs, tiles, w, c)
     for index, part in enumerate(over_time):
         # Tile i has rows 2i to 2i + 3.
         _differences([part[:, :, first : first + 2 * tiles - 1 : 2] for first in range(4)], entered)
         for place, kernel in enumerate(kernels[index]):
             image = entered[place].view(1, -1, w, c).permute(0, 3, 1, 2)
-            room[4 * index + place] = F.conv2d(image, kernel, padding=(0, 1)).squeeze(0).permute(1, 2, 0)
+            room[biased + 4 * index + place] = F.conv2d(image, kernel, padding=(0, 1)).squeeze(0).permute(1, 2, 0)
     if bias is not None:
-        room[16] = bias
+        room[0], room[17] = bias, bias
     return room.view(len(room), -1)
 
 
@@ -139,8 +147,17 @@ def _halves(taps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return a, outer + middle, outer - middle, c
 
 
-def _mix(biased: bool, like: Tensor) -> Tensor:
-    """Give what each product adds to each output: ``(2 frames x 2 rows, 16)``, and 1 for a bias."""
+def _used(bias: Tensor | None) -> tuple[slice, slice]:
+    """Say which rows of ``_products`` either frame is made of."""
+    return _OF_FRAMES if bias is None else (slice(0, 13), slice(5, 18))
+
+
+def _mixes(bias: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Give what each used product adds to the two rows of either frame, ``(2, 12)``, and 1 for a bias."""
     once = like.new_tensor(_OUTPUTS)
-    mix = torch.kron(once, once)
-    return torch.cat([mix, mix.new_ones(4, 1)], dim=1) if biased else mix
+    both = torch.kron(once, once)
+    first, second = (both[2 * frame : 2 * frame + 2, used] for frame, used in enumerate(_OF_FRAMES))
+    if bias is None:
+        return first.contiguous(), second.contiguous()
+    ones = first.new_ones(2, 1)
+    return torch.cat([ones, first], dim=1), torch.cat([second, ones], dim=1)

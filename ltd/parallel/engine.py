@@ -27,6 +27,7 @@ from ltd.parallel.interface import (
     MasterShard,
     copy_parameters,
     decay_groups,
+    flat,
     full_shape,
     restore_shards,
 )
@@ -159,7 +160,7 @@ class DeepSpeedEngine:
         self._fragments = self._find_fragments()
         if exact:
             for shard in self.master_shards():
-                values = exact[shard.name].view(-1).narrow(0, shard.start, shard.data.numel())
+                values = flat(exact[shard.name]).narrow(0, shard.start, shard.data.numel())
                 shard.data.copy_(values.view(shard.data.shape))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -36,6 +36,20 @@ def test_pairs_of_frames_equal_the_direct_convolution(tile_elements: int, biased
     assert torch.equal(torch.cat(frames, 2), x)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@torch.no_grad()
+def test_no_frame_sees_a_later_one_even_where_that_is_not_finite(biased: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(3, 2, 3, 3, 3), torch.randn(3) if biased else None
+    x, out = torch.randn(1, 2, 6, 4, 4), torch.empty(1, 4, 4, 4, 3).permute(0, 4, 1, 2, 3)
+    for spoilt, value in ((3, torch.nan), (5, torch.inf)):
+        frames = _frames(x)
+        frames[spoilt][0, 0, 0, 1, 2] = value
+        winograd.convolve_pairs(frames, weight, bias, out)
+        sound = [bool(out[:, :, frame].isfinite().all()) for frame in range(4)]
+        assert sound == [frame + 2 < spoilt for frame in range(4)]
+
+
 def test_it_is_used_in_bf16_on_a_cpu_for_wide_kernels_and_many_pixels() -> None:
     weight = torch.zeros(64, 64, 3, 3, 3, dtype=torch.bfloat16)
     size = (1, 2, 16, 32)
