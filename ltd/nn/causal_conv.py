@@ -72,8 +72,9 @@ class CausalConv3d(nn.Conv3d):
         ValueError: If a kernel is smaller than its stride, so that input would be skipped.
     """
 
-    #: Whether frames that come one by one may be convolved by fewer products where that pays (``ltd.nn.winograd``):
-    #: bf16 on a CPU, without gradients. Set it to False on a module, or here, for the direct convolution's rounding.
+    #: Whether frames that come one by one, without gradients, may be convolved by fewer products: the first after zeros
+    #: by one tap, in half precision; pairs as ``ltd.nn.winograd`` does where that pays, in bf16 on a CPU. Set it to
+    #: False on a module, or here, for the direct convolution's bits.
     fewer_products = True
 
     def __init__(
@@ -144,11 +145,11 @@ class CausalConv3d(nn.Conv3d):
         frames = [*self._frames_before(frames[0], state), *frames]
         carried: State = None if state is None else tuple(frames[len(frames) - count :])
         del state
-        if self._is_half() and self._takes_bands():
+        if self.fewer_products and self._is_half() and self._takes_bands():
             if after_nothing and t == 1:
                 y = self._convolve_last_tap(frames[-1])
                 return (y if kept is None else y.add_(kept)), carried
-            if self.fewer_products and winograd.pays(self.weight, (b, t, h, w)):
+            if winograd.pays(self.weight, (b, t, h, w)):
                 y = self._convolve_pairs(frames, band_pixels, after_nothing=after_nothing)
                 return (y if kept is None else y.add_(kept)), carried
         return self._convolve_direct(frames, band_pixels, kept), carried

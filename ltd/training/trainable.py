@@ -89,6 +89,8 @@ def freeze(model: nn.Module, patterns: Sequence[str], report: SurgeryReport | No
         patterns: Of ``DenoiserRun.trainable``.
         report: What its first values were made of, for a warning of those that were drawn; None where nothing was.
     """
+    if not patterns:
+        return
     frozen = set(frozen_names([name for name, _ in model.named_parameters()], patterns))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

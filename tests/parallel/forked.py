@@ -5,6 +5,7 @@ The rendezvous store lives in a process of its own, as torchrun's agent keeps it
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -29,10 +32,14 @@ class World:
 
 
 def fork(body: Callable[[], None], log: Path) -> int:
-    """Run a function in a child whose stderr is a file; exit code 1 and a traceback if it raises."""
+    """Run a function in a child whose stderr is a file; exit code 1 and a traceback if it raises.
+
+    The child is killed when its parent ends: one that hangs outlives no tests.
+    """
     pid = os.fork()
     if pid:
         return pid
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     code = 1
     try:
         with log.open("w") as file:

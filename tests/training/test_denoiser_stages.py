@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +19,9 @@ from ltd.parallel.frozen import FrozenWeights
 from ltd.training.denoiser import DenoiserRun
 from ltd.training.replay import load_run, replay
 from ltd.training.stages import at_step
+from tests import launched
 from tests.training.test_autoencoder_run import equal, rows, state, worst
+from tests.training.test_stages import go_back
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "debug" / "denoiser_stages.yaml"
@@ -53,15 +51,6 @@ def arguments(shards: Path, folder: Path, *overrides: str) -> list[str]:
     path = folder / "config.yaml"
     config_io.save(tree, path)
     return [str(path), f"run_dir={folder / 'run'}", f"data.shards={shards}", "parallel.engine=torch", *overrides]
-
-
-def go_back(source: Path, run_dir: Path, step: int) -> None:
-    """Copy a run as it was after a step."""
-    shutil.copytree(source, run_dir)
-    for path in storage.checkpoints(run_dir):
-        if storage.checkpoint_step(path) > step:
-            shutil.rmtree(path)
-    storage.write_latest(run_dir, storage.checkpoint_path(run_dir, step))
 
 
 def trained(name: str) -> bool:
@@ -149,17 +138,11 @@ def test_processes_share_exact_values() -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_processes_resume_at_a_boundary_bit_for_bit(shards: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     zero2 = ("parallel.engine=deepspeed", "parallel.zero=2", "parallel.precision=bf16")
     for name in ("whole", "again"):
         if name == "again":
             go_back(tmp_path / "whole" / "run", tmp_path / "again" / "run", 4)
-        words = [*command, *arguments(shards, tmp_path / name, *zero2)]
-        done = subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        launched.train(*arguments(shards, tmp_path / name, *zero2))
     assert_only_parts_move(tmp_path / "whole" / "run")
     assert equal(state(tmp_path / "whole" / "run", STEPS), state(tmp_path / "again" / "run", STEPS))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.denoiser import DenoiserRun
 from ltd.training.replay import load_run, replay
 from ltd.training.stages import at_step
+from tests import launched
 from tests.training.test_autoencoder_run import equal, rows, state, worst
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +36,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     make_toy_shards(folder, num_videos=16, num_images=8, num_frames=9, height=48, width=48, seed=0)
     return folder
+
+
+def go_back(source: Path, run_dir: Path, step: int) -> None:
+    """Copy a run as it was after a step."""
+    shutil.copytree(source, run_dir)
+    for path in storage.checkpoints(run_dir):
+        if storage.checkpoint_step(path) > step:
+            shutil.rmtree(path)
+    storage.write_latest(run_dir, storage.checkpoint_path(run_dir, step))
 
 
 def stages() -> list[dict[str, Any]]:
@@ -91,11 +99,7 @@ def test_each_stage_changes_what_it_says_and_nothing_else(staged: Path) -> None:
 def test_resuming_at_a_boundary_is_going_on_bit_for_bit(
     staged: Path, shards: Path, tmp_path: Path, stopped: int
 ) -> None:
-    shutil.copytree(staged, tmp_path / "run")
-    for step in (*BOUNDARIES, STEPS):
-        if step > stopped:
-            shutil.rmtree(storage.checkpoint_path(tmp_path / "run", step))
-    storage.write_latest(tmp_path / "run", storage.checkpoint_path(tmp_path / "run", stopped))
+    go_back(staged, tmp_path / "run", stopped)
     assert train.main(arguments(shards, tmp_path)) == 0
     assert equal(state(tmp_path / "run", STEPS), state(staged, STEPS))
     assert rows(tmp_path / "run") == rows(staged)
@@ -170,8 +174,6 @@ def test_a_step_of_any_stage_can_be_taken_again(staged: Path, tmp_path: Path) ->
 @pytest.mark.dist
 def test_two_processes_go_through_the_stages(staged: Path, shards: Path, tmp_path: Path) -> None:
     sgd = ("optim.kind=sgd", "parallel.engine=deepspeed", "parallel.zero=2", "optim.lr=0.01")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     plain = [{**stage, "set": {k: v for k, v in stage["set"].items() if k != "adversarial"}} for stage in stages()]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -180,10 +182,7 @@ def test_two_processes_go_through_the_stages(staged: Path, shards: Path, tmp_pat
         if name == "one":
             assert train.main([*words, "parallel.engine=torch", "parallel.zero=0"]) == 0
             continue
-        done = subprocess.run(
-            [*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        launched.train(*words)
     one, two = (state(tmp_path / name / "run", STEPS)["master"] for name in ("one", "two"))
     assert worst(one, two) < 1e-5
 
