@@ -65,6 +65,8 @@ class AutoencoderRun(RunConfig):
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     #: Network of ``loss.perceptual_weight``.
     perceptual: PerceptualConfig = field(default_factory=StLpipsConfig)
+    #: Network of ``eval/lpips_video`` and ``eval/lpips_image`` of held-out samples; null measures neither.
+    lpips: PerceptualConfig | None = None
     #: A discriminator trained beside it; null trains none.
     adversarial: AdversarialConfig | None = None
     #: Latents are turned and scaled, and the video with them, so that a decoder of moved latents moves its frames
@@ -103,6 +105,8 @@ class AutoencoderRun(RunConfig):
         self._check_parts()
         if self.metrics is not None:
             self.metrics.check(self.ema, "metrics")
+        if self.lpips is not None and not self.evaluation.every:
+            raise ConfigError("lpips: is measured of held-out samples; set evaluation.every, or lpips to null")
         if self.parallel.activation_checkpointing != "none":
             raise ConfigError(
                 "parallel.activation_checkpointing: is for denoisers; set it to none, and frames_per_chunk instead"
@@ -152,13 +156,18 @@ class AutoencoderRun(RunConfig):
         needed = {"loss.perceptual_weight": LEAST_PIXELS} if self.loss.perceptual_weight else {}
         if self.adversarial is not None:
             needed["adversarial.discriminator"] = self.adversarial.discriminator.least_size
-        if self.data.batching.kind != "fixed" or not needed:
+        if self.data.batching.kind != "fixed":
             return
+        sides = [min(view.shape.height, view.shape.width) for view in self.data.views]
+        if self.lpips is not None and max(sides) < LEAST_PIXELS:
+            raise ConfigError(
+                f"lpips: no view of data.views has {LEAST_PIXELS} pixels or more on its shorter side, got {max(sides)}"
+            )
         scale = 1.0
         if self.equivariance is not None:
             scale = self.equivariance.scales[0] / self.equivariance.scale_unit
-        for number, view in enumerate(self.data.views):
-            size = int(min(view.shape.height, view.shape.width) * scale)
+        for number, side in enumerate(sides):
+            size = int(side * scale)
             for field_name, least in needed.items():
                 if size < least:
                     why = f", times the least scale {scale:g} of equivariance.scales" if scale != 1 else ""
@@ -212,6 +221,7 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
         Objective(
             loss=config.loss,
             perceptual=config.perceptual,
+            lpips=config.lpips,
             adversarial=config.adversarial,
             equivariance=config.equivariance,
             alignment=config.alignment,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -33,17 +33,19 @@ class Heldout:
 
     Args:
         model: The autoencoder; the residual blocks of its decoder are watched for droplets.
-        perceptual: Perceptual distance of two ``(b, 3, t, h, w)`` in [-1, 1]; None measures none.
+        distances: Perceptual distances of two ``(b, 3, t, h, w)`` in [-1, 1], by the names of their figures.
     """
 
-    def __init__(self, model: Autoencoder, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, model: Autoencoder, distances: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None
+    ) -> None:
         self._model = model
         self._layers = [
             name
             for name, module in model.named_modules()
             if name.startswith("decoder.") and isinstance(module, ConvBlock | ResidualBlock)
         ]
-        self._perceptual = perceptual
+        self._distances = dict(distances or {})
         self._scores = {kind: self._empty() for kind in ("video", "image")}
         self._artifacts = Artifacts()
         self._latents = LatentHealth()
@@ -96,8 +98,8 @@ class Heldout:
         scores["psnr"].update(decoded, pixels[kept])
         if least >= _SSIM_PIXELS:
             scores["ssim"].update(decoded, pixels[kept])
-        if "perceptual" in scores and least >= LEAST_PIXELS:
-            scores["perceptual"].update(decoded.to(video.device), pixels[kept].to(video.device))
+        for name in self._distances if least >= LEAST_PIXELS else ():
+            scores[name].update(decoded.to(video.device), pixels[kept].to(video.device))
         on_device = kept.to(video.device)
         if min(video.shape[3:]) >= LEAST_PIXELS:
             self._artifacts.update(reconstruction[on_device].float(), video[on_device])
@@ -152,7 +154,7 @@ class Heldout:
 
     def _empty(self) -> dict[str, Psnr | Ssim | PairedDistance]:
         scores: dict[str, Psnr | Ssim | PairedDistance] = {"psnr": Psnr(), "ssim": Ssim()}
-        return scores | ({} if self._perceptual is None else {"perceptual": PairedDistance(self._perceptual)})
+        return scores | {name: PairedDistance(distance) for name, distance in self._distances.items()}
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {

@@ -94,6 +94,8 @@ class Objective:
     loss: AutoencoderLossConfig
     #: Network of the perceptual term.
     perceptual: PerceptualConfig = field(default_factory=StLpipsConfig)
+    #: Network of the held-out samples' LPIPS; None measures none.
+    lpips: PerceptualConfig | None = None
     #: A discriminator; None without one.
     adversarial: AdversarialConfig | None = None
     #: Latents that are moved; None leaves them alone.
@@ -140,9 +142,17 @@ class AutoencoderStage:
         assert isinstance(engine.module, Autoencoder)
         self.model = engine.module
         perceptual: PerceptualDistance | None = None
+        self._distances: dict[str, PerceptualDistance] = {}
         if objective.loss.perceptual_weight > 0:
             perceptual = build_perceptual(objective.perceptual, device=layout.device)
             logger.info("perceptual distance: %s", perceptual.name)
+            self._distances["perceptual"] = perceptual
+        if objective.lpips is not None:
+            same = perceptual is not None and objective.lpips == objective.perceptual
+            lpips = perceptual if same else build_perceptual(objective.lpips, device=layout.device)
+            assert lpips is not None
+            logger.info("lpips of held-out samples: %s", lpips.name)
+            self._distances["lpips"] = lpips
         self.loss = AutoencoderLoss(objective.loss, perceptual)
         self.frames_per_chunk = frames_per_chunk
         # The discriminator's own engine must not hear of the autoencoder's pass through it: that goes through a copy.
@@ -284,10 +294,10 @@ class AutoencoderStage:
         """Reconstruct every held-out sample from its latent mean.
 
         Returns:
-            Mean PSNR in dB, SSIM and, with a perceptual term, perceptual distance over clips and over images;
-            artefacts of both, and the state of the latents.
+            Mean PSNR in dB, SSIM, the perceptual term's distance and LPIPS where there are networks for them, over
+            clips and over images; artefacts of both, and the state of the latents.
         """
-        found = Heldout(self.model, self.loss.perceptual)
+        found = Heldout(self.model, self._distances)
         self.model.eval()
         for batch in heldout_batches(self.run, self.layout):
             pixels = media_pixels(batch)
