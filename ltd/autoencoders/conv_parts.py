@@ -20,6 +20,7 @@ from ltd.autoencoders.descent import split_state
 from ltd.nn.causal_conv import (
     CausalConv3d,
     Factors,
+    Frame,
     Front,
     State,
     depth_to_space,
@@ -107,12 +108,13 @@ class NormConv(nn.Module):
         return self.convolve([x], [state], guide)
 
     def convolve(
-        self, held: list[Tensor], states: list[State], guide: Tensor | None, kept: Tensor | None = None
+        self, held: list[Frame], states: list[State], guide: Tensor | None, kept: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Map a chunk without gradients, letting go of it and of its state as soon as they are read.
 
         Args:
-            held: The chunk ``(b, c, t, h, w)`` as its last element, which is taken off.
+            held: The chunk ``(b, c, t, h, w)`` as its last element, which is taken off; bands of a chunk of one frame
+                are written to.
             states: The state as its last element, which is taken off.
             guide: What a conditional norm reads.
             kept: Is added to the output.
@@ -120,21 +122,44 @@ class NormConv(nn.Module):
         Returns:
             As ``forward``.
         """
-        x = held.pop()
-        frames = [self._enter(x, index, guide) for index in range(x.shape[2])]
-        del x
-        return self.conv.convolve_frames(frames, states.pop(), kept)
+        return self.conv.convolve_frames(self._frames(held, states, guide), states.pop(), kept)
 
-    def _enter(self, x: Tensor, index: int, guide: Tensor | None) -> Tensor:
-        """Normalise and activate one frame, into a storage of its own."""
-        x, guide = x[:, :, index : index + 1], None if guide is None else guide[:, :, index : index + 1]
-        b, c, _, h, w = x.shape
-        out = x.new_empty(b, 1, h, w, c).permute(0, 4, 1, 2, 3)
+    def convolve_in_bands(self, held: list[Frame], states: list[State], guide: Tensor | None) -> tuple[Frame, State]:
+        """Map as ``convolve``, but leave what comes of one large frame in bands of rows."""
+        return self.conv.convolve_in_bands(self._frames(held, states, guide), states.pop())
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the norm sees single pixels, so that rows can be taken one band after another."""
+        return isinstance(self.norm, ChannelRMSNorm)
+
+    def _frames(self, held: list[Frame], states: list[State], guide: Tensor | None) -> list[Frame]:
+        """Normalise and activate the chunk's frames, each into storages of its own."""
+        x = held.pop()
+        if isinstance(x, tuple):
+            for band in x:
+                self._enter(band, None, band)
+            return [x]
+        b, _, t, h, w = x.shape
+        # A clip's first frame is the only one of its chunk, but not of its level: what comes next may be read whole.
+        cuts = self.conv.cuts(b, h, w) if t == 1 and self.takes_rows and not is_first(states[-1]) else [(0, h)]
+        frames: list[Frame] = []
+        for index in range(t):
+            own = None if guide is None else guide[:, :, index : index + 1]
+            bands = []
+            for start, stop in cuts:
+                band = x[:, :, index : index + 1, start:stop]
+                bands.append(torch.empty_like(band, memory_format=torch.channels_last_3d))
+                self._enter(band, own, bands[-1])
+            frames.append(tuple(bands) if len(bands) > 1 else bands[0])
+        return frames
+
+    def _enter(self, x: Tensor, guide: Tensor | None, out: Tensor) -> None:
+        """Normalise and activate rows of one frame; ``out`` may be x itself."""
+        b, _, _, h, w = x.shape
         # A norm over single pixels may take rows one band after another: what lies in between stays small.
-        cuts = even_cuts(h, b * w, NORM_PIXELS) if isinstance(self.norm, ChannelRMSNorm) else [(0, h)]
-        for start, stop in cuts:
+        for start, stop in even_cuts(h, b * w, NORM_PIXELS) if self.takes_rows else [(0, h)]:
             torch.ops.aten.silu.out(self._normalize(x[:, :, :, start:stop], guide), out=out[:, :, :, start:stop])
-        return out
 
     def _normalize(self, x: Tensor, guide: Tensor | None) -> Tensor:
         normed: Tensor = self.norm(x, guide) if isinstance(self.norm, ConditionalNorm) else self.norm(x)
@@ -166,7 +191,8 @@ class ConvBlock(nn.Module):
             y, second = self.second(y, states[1], guide)
             y = y + kept if torch.is_grad_enabled() else y.add_(kept)
         else:
-            y, first = self.first.convolve([x], [states.pop(0)], guide)
+            begin = self.first.convolve_in_bands if self.second.takes_rows else self.first.convolve
+            y, first = begin([x], [states.pop(0)], guide)
             held = [y]
             del y
             y, second = self.second.convolve(held, states, guide, kept)

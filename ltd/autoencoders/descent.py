@@ -117,11 +117,18 @@ class _Descent:
             if length < x.shape[2]:
                 if self.states[index] is None:
                     self.states[index:] = [START] * (len(self.steps) - index)
-                waiting.append((index, x[:, :, length:], None if guide is None else guide[:, :, length:]))
-                x, follow = x[:, :, :length], None if guide is None else guide[:, :, :length]
+                waiting += reversed(list(self._rest(index, x[:, :, length:], _cut(guide, length, None))))
+                x, follow = x[:, :, :length], _cut(guide, 0, length)
             x = self._run(index, x, follow)
             waiting.append((index + 1, x, _follow(follow, x, first=first)))
             del x, guide, follow
+
+    def _rest(self, index: int, x: Tensor, guide: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Cut what comes behind a first piece; copies, so that none keeps the storage of those before it alive."""
+        length = self._length(index, x, first=False)
+        for start in range(0, x.shape[2], length):
+            piece = x[:, :, start : start + length].clone(memory_format=torch.channels_last_3d)
+            yield index, piece, _cut(guide, start, start + length)
 
     def _length(self, index: int, x: Tensor, *, first: bool) -> int:
         """Count the frames of the next piece: about ``piece_pixels``, in whole units; a clip's first frame is one."""
@@ -137,6 +144,10 @@ class _Descent:
         del state
         x, self.states[index] = self.steps[index].run(x, handed, guide)
         return x
+
+
+def _cut(guide: Tensor | None, start: int, stop: int | None) -> Tensor | None:
+    return None if guide is None else guide[:, :, start:stop]
 
 
 def _follow(guide: Tensor | None, x: Tensor, *, first: bool) -> Tensor | None:

@@ -15,7 +15,7 @@ The first frame stands alone: a module that divides time by ``f`` takes ``1 + k 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -31,6 +31,8 @@ from ltd.nn.seams import ExtendRows
 State: TypeAlias = "Tensor | tuple[State, ...] | list[State] | None"
 START: State = ()
 Padding: TypeAlias = Literal["zeros", "replicate"]
+#: One frame ``(b, c, 1, h, w)``, or its bands of rows from top to bottom, each with a storage of its own.
+Frame: TypeAlias = "Tensor | tuple[Tensor, ...]"
 #: What lies before a clip: its first frame again, or zeros.
 Front: TypeAlias = Literal["repeat", "zeros"]
 Factors: TypeAlias = tuple[int, int, int]
@@ -76,6 +78,8 @@ class CausalConv3d(nn.Conv3d):
     #: by one tap, in half precision; pairs as ``ltd.nn.winograd`` does where that pays, in bf16 on a CPU. Set it to
     #: False on a module, or here, for the direct convolution's bits.
     fewer_products = True
+    #: Pixels of a frame, over the batch, whose rows are gathered at once without gradients.
+    band_pixels = BAND_PIXELS
 
     def __init__(
         self,
@@ -116,70 +120,106 @@ class CausalConv3d(nn.Conv3d):
         if (x.shape[2] - first) % stride_t or not x.shape[2]:
             rule = f"1 + k * {stride_t}" if first else f"k * {stride_t}"
             raise ValueError(f"a {'first' if first else 'later'} chunk needs {rule} frames, got {x.shape[2]}")
-        x = pad_front(x, kernel_t - 1, self.front) if first else torch.cat([*self._frames_before(x, state), x], dim=2)
+        x = (
+            pad_front(x, kernel_t - 1, self.front)
+            if first
+            else torch.cat([*map(_whole, self._frames_before(x, state)), x], dim=2)
+        )
         carried: State = None if state is None else _last_frames(x, kernel_t - stride_t)
         return self._convolve(x), carried
 
     def convolve_frames(
-        self, frames: list[Tensor], state: State, kept: Tensor | None = None, *, band_pixels: int = BAND_PIXELS
+        self, frames: Sequence[Frame], state: State, kept: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Convolve a chunk that comes frame by frame, large frames in bands of rows; stride 1 in time, no gradients.
 
         What is carried is the last frames themselves: none is copied, and none keeps the others alive. In half
-        precision a convolution to few channels carries what these frames add to the outputs to come instead.
+        precision a convolution to few channels carries what these frames add to the outputs to come instead. Bands of
+        a frame that nobody else holds are let go of as soon as they are read, while the output grows.
 
         Args:
-            frames: ``(b, in_channels, 1, h, w)`` each, with a storage of its own; not written to afterwards.
+            frames: ``(b, in_channels, 1, h, w)`` each, or its bands; not written to afterwards.
             state: ``None``, ``START`` or what the previous chunk returned.
             kept: Is added to the output, ``(b, out_channels, t, h, w)``.
-            band_pixels: Pixels of a frame, over the batch, that are gathered at once.
 
         Returns:
             As for a call with the chunk alone, plus ``kept``; the state is a tuple of single frames.
         """
+        parts, state = self._convolve_frames(frames, state)
+        if isinstance(parts, Tensor):
+            return (parts if kept is None else parts.add_(kept)), state
+        return _join_bands(parts, _size(frames[0]), kept), state
+
+    def convolve_in_bands(self, frames: Sequence[Frame], state: State) -> tuple[Frame, State]:
+        """Convolve as ``convolve_frames``, but leave what comes of a large frame in the bands that ``cuts`` gives.
+
+        Args:
+            frames: As there.
+            state: As there.
+
+        Returns:
+            As there.
+        """
+        parts, state = self._convolve_frames(frames, state)
+        if isinstance(parts, Tensor):
+            return parts, state
+        return (tuple(parts) if len(frames) == 1 else _join_bands(parts, _size(frames[0]), None)), state
+
+    def cuts(self, b: int, h: int, w: int) -> list[tuple[int, int]]:
+        """Cut a frame into the bands of rows ``(start, stop)`` that are convolved at once.
+
+        Args:
+            b: Batch.
+            h: Rows.
+            w: Columns.
+
+        Returns:
+            Bands from top to bottom; one where a frame is read whole.
+        """
+        whole = self._adds_taps() or not self._takes_bands()
+        return [(0, h)] if whole else even_cuts(h, b * w, self.band_pixels)
+
+    def _convolve_frames(self, frames: Sequence[Frame], state: State) -> tuple[Tensor | Iterator[Tensor], State]:
+        """Give the output, or its bands one by one as ``cuts`` has them, and the state for the next chunk."""
         if self._adds_taps():
-            y, sums = self._convolve_taps(frames, state)
-            return (y if kept is None else y.add_(kept)), None if state is None else sums
-        count, t, (b, _, _, h, w) = self.kernel_size[0] - 1, len(frames), frames[0].shape
+            y, sums = self._convolve_taps([_whole(frame) for frame in frames], state)
+            return y, None if state is None else sums
+        count, t, (b, h, w) = self.kernel_size[0] - 1, len(frames), _size(frames[0])
         after_nothing = count > 0 and is_first(state) and self.front == "zeros"
         frames = [*self._frames_before(frames[0], state), *frames]
         carried: State = None if state is None else tuple(frames[len(frames) - count :])
         del state
         if self.fewer_products and self._is_half() and self._takes_bands():
             if after_nothing and t == 1:
-                y = self._convolve_last_tap(frames[-1])
-                return (y if kept is None else y.add_(kept)), carried
+                return self._convolve_last_tap(_whole(frames[-1])), carried
             if winograd.pays(self.weight, (b, t, h, w)):
-                y = self._convolve_pairs(frames, band_pixels, after_nothing=after_nothing)
-                return (y if kept is None else y.add_(kept)), carried
-        return self._convolve_direct(frames, band_pixels, kept), carried
+                return self._convolve_pairs([_whole(frame) for frame in frames], after_nothing=after_nothing), carried
+        return self._convolve_direct(frames), carried
 
-    def _convolve_direct(self, frames: list[Tensor], band_pixels: int, kept: Tensor | None = None) -> Tensor:
-        b, _, _, h, w = frames[0].shape
-        cuts = even_cuts(h, b * w, band_pixels) if self._takes_bands() else [(0, h)]
+    def _convolve_direct(self, frames: list[Frame]) -> Tensor | Iterator[Tensor]:
+        cuts = self.cuts(*_size(frames[0]))
         if len(cuts) > 1:
-            return self._convolve_bands(frames, cuts, kept)
-        y = self._convolve(torch.cat(frames, dim=2))
-        return y if kept is None else y.add_(kept)
+            return self._convolve_bands(frames, cuts)
+        return self._convolve(torch.cat([_whole(frame) for frame in frames], dim=2))
 
-    def _convolve_bands(self, frames: list[Tensor], cuts: list[tuple[int, int]], kept: Tensor | None) -> Tensor:
+    def _convolve_bands(self, frames: list[Frame], cuts: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Give bands of the output one by one; takes the frames out of their list, and lets go of what it has read."""
         _, _, top, bottom = self.edges
-        b, c, _, h, w = frames[0].shape
-        t = len(frames) - self.kernel_size[0] + 1
-        out = frames[0].new_empty(b, t, h, w, self.out_channels).permute(0, 4, 1, 2, 3)
+        b, _, w = _size(frames[0])
+        like, rows = _parts(frames[0])[0], [_Rows(frame) for frame in frames]
+        frames.clear()
         most = max(stop - start for start, stop in cuts) + top + bottom
-        room = frames[0].new_empty(b * len(frames) * most * w * c)
+        room = like.new_empty(b * len(rows) * most * w * self.in_channels)
+        del like
         for start, stop in cuts:
-            shape = (b, len(frames), stop - start + top + bottom, w, c)
+            shape = (b, len(rows), stop - start + top + bottom, w, self.in_channels)
             band = room[: math.prod(shape)].view(shape).permute(0, 4, 1, 2, 3)
-            gather_rows(frames, start - top, stop + bottom, band)
-            y = F.conv3d(band, self.weight, self.bias, self.stride, (0, 0, self.edges[0]))
-            rows = out[:, :, :, start:stop]
-            rows.copy_(y) if kept is None else torch.add(y, kept[:, :, :, start:stop], out=rows)
-            del y  # not beside the next band's
-        return out
+            for index, frame in enumerate(rows):
+                frame.gather(start - top, stop + bottom, band[:, :, index])
+                frame.drop_above(stop - top)
+            yield F.conv3d(band, self.weight, self.bias, self.stride, (0, 0, self.edges[0]))
 
-    def _convolve_pairs(self, frames: list[Tensor], band_pixels: int, *, after_nothing: bool) -> Tensor:
+    def _convolve_pairs(self, frames: list[Tensor], *, after_nothing: bool) -> Tensor:
         """Convolve pairs of output frames by fewer products, and before them the first of an odd number alone."""
         b, _, _, h, w = frames[0].shape
         t = len(frames) - 2
@@ -188,7 +228,8 @@ class CausalConv3d(nn.Conv3d):
         if after_nothing and alone:
             out[:, :, :1] = self._convolve_last_tap(frames[2])
         elif alone:
-            out[:, :, :1] = self._convolve_direct(frames[:3], band_pixels)
+            first = self._convolve_direct(list(frames[:3]))
+            out[:, :, :1] = first if isinstance(first, Tensor) else torch.cat(list(first), dim=3)
         winograd.convolve_pairs(frames[alone:], self.weight, self.bias, out[:, :, alone:])
         return out
 
@@ -239,15 +280,18 @@ class CausalConv3d(nn.Conv3d):
         left, right, _, _ = self.edges
         return self.extend_rows is None and self.edge_mode == "zeros" and left == right and self.stride == (1, 1, 1)
 
-    def _frames_before(self, first: Tensor, state: State) -> list[Tensor]:
+    def _frames_before(self, first: Frame, state: State) -> list[Frame]:
         """List the frames that a chunk's first one sees before itself."""
         count = self.kernel_size[0] - 1
         if is_first(state):
-            return [first if self.front == "repeat" else torch.zeros_like(first)] * count
+            if self.front == "repeat":
+                return [first] * count
+            zeros = tuple(torch.zeros_like(part) for part in _parts(first))
+            return [zeros if isinstance(first, tuple) else zeros[0]] * count
         if isinstance(state, Tensor):
             return list(state.split(1, dim=2))
-        frames = [_tensor(frame) for frame in state or ()]
-        if any(frame.shape[1] != self.in_channels for frame in frames):
+        frames = [_frame(frame) for frame in state or ()]
+        if any(_parts(frame)[0].shape[1] != self.in_channels for frame in frames):
             raise TypeError("expected what a chunk with gradients returned: a stream ends as it began")
         return frames
 
@@ -301,27 +345,78 @@ def even_cuts(rows: int, row_pixels: int, most_pixels: int) -> list[tuple[int, i
     return [(rows * band // count, rows * (band + 1) // count) for band in range(count)]
 
 
-def gather_rows(frames: list[Tensor], start: int, stop: int, out: Tensor) -> None:
-    """Copy rows of single frames side by side; rows beyond a frame's edge become zeros.
+class _Rows:
+    """Rows of one frame, whose upper ones can be let go of.
 
     Args:
-        frames: ``(b, c, 1, h, w)`` each.
-        start: First row; may be negative.
-        stop: Behind the last row; may lie beyond the frame.
-        out: ``(b, c, len(frames), stop - start, w)``.
+        frame: The frame.
     """
-    inside = slice(max(start, 0), min(stop, frames[0].shape[3]))
-    above, below = inside.start - start, stop - inside.stop
-    out[:, :, :, :above].zero_()
-    out[:, :, :, out.shape[3] - below :].zero_()
-    for index, frame in enumerate(frames):
-        out[:, :, index : index + 1, above : out.shape[3] - below] = frame[:, :, :, inside]
+
+    def __init__(self, frame: Frame) -> None:
+        self._bands: list[tuple[int, Tensor]] = []
+        self.height = 0
+        for part in _parts(frame):
+            self._bands.append((self.height, part))
+            self.height += part.shape[3]
+
+    def gather(self, start: int, stop: int, out: Tensor) -> None:
+        """Copy rows; those beyond the frame's edge become zeros.
+
+        Args:
+            start: First row; may be negative.
+            stop: Behind the last row; may lie beyond the frame.
+            out: ``(b, c, stop - start, w)``.
+        """
+        out[:, :, : max(-start, 0)].zero_()
+        out[:, :, min(self.height, stop) - start :].zero_()
+        for first, band in self._bands:
+            above, below = max(first, start), min(first + band.shape[3], stop)
+            if above < below:
+                out[:, :, above - start : below - start] = band[:, :, 0, above - first : below - first]
+
+    def drop_above(self, row: int) -> None:
+        """Let go of bands that lie above a row as a whole."""
+        self._bands = [(first, band) for first, band in self._bands if first + band.shape[3] > row]
+
+
+def _parts(frame: Frame) -> tuple[Tensor, ...]:
+    return frame if isinstance(frame, tuple) else (frame,)
+
+
+def _whole(frame: Frame) -> Tensor:
+    return torch.cat(frame, dim=3) if isinstance(frame, tuple) else frame
+
+
+def _size(frame: Frame) -> tuple[int, int, int]:
+    """Batch, rows and columns."""
+    parts = _parts(frame)
+    return len(parts[0]), sum(part.shape[3] for part in parts), parts[0].shape[4]
+
+
+def _join_bands(bands: Iterator[Tensor], size: tuple[int, int, int], kept: Tensor | None) -> Tensor:
+    """Put bands ``(b, c, t, rows, w)`` of a frame of that batch, rows and columns together, plus ``kept``."""
+    out, start = None, 0
+    for band in bands:
+        if out is None:
+            b, c, t, _, w = band.shape
+            out = band.new_empty(b, t, size[1], w, c).permute(0, 4, 1, 2, 3)
+        stop = start + band.shape[3]
+        rows = out[:, :, :, start:stop]
+        rows.copy_(band) if kept is None else torch.add(band, kept[:, :, :, start:stop], out=rows)
+        start = stop
+        del band  # not beside the next one
+    assert out is not None
+    return out
 
 
 def _tensor(state: State) -> Tensor:
     if not isinstance(state, Tensor):
         raise TypeError(f"expected the tensor that the previous chunk returned, got {type(state).__name__}")
     return state
+
+
+def _frame(state: State) -> Frame:
+    return tuple(_tensor(part) for part in state) if isinstance(state, tuple) else _tensor(state)
 
 
 def _last_frames(x: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ Reference: Lavin and Gray (2016), arXiv 1509.09308, Sec. 4.1; Winograd (1980), A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,7 @@ def convolve_pairs(
         torch.mm(mixes[1], second, out=mixed[2:])
         parts = mixed.view(2, 2, b, pairs, stop - start, w, -1)
         written[:, :, :, start:stop] = parts.permute(2, 3, 0, 4, 1, 5, 6)
+        del products, first, second, mixed, parts  # not beside the next band's
 
 
 def _over_time(rows: list[Tensor], start: int, stop: int) -> Tensor:
@@ -132,19 +133,25 @@ def _differences(parts: Sequence[Tensor], out: Tensor) -> None:
 
 def _kernels(weight: Tensor) -> list[list[Tensor]]:
     """Give the kernels ``(out, in, 1, 3)`` of the sixteen products, by their place in time and in rows."""
-    wide = weight.permute(0, 2, 3, 4, 1)  # out 3 3 3 in
-    wide = wide if wide.dtype == torch.float64 else wide.float()
+    taps = weight.permute(0, 2, 3, 4, 1).unbind(1)  # three of out 3 3 in
     return [
-        [part.to(weight.dtype).unsqueeze(1).permute(0, 3, 1, 2) for part in _halves(taps.unbind(1))]
-        for taps in _halves(wide.unbind(1))
+        [part.to(weight.dtype).unsqueeze(1).permute(0, 3, 1, 2) for part in _halves(rows.unbind(1))]
+        for rows in _halves(taps)
     ]
 
 
-def _halves(taps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Give F(2, 3)'s four kernels of three taps: a, (a + b + c) / 2, (a - b + c) / 2, c."""
+def _halves(taps: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Give F(2, 3)'s four kernels of three taps, wide, one by one: a, (a + b + c) / 2, (a - b + c) / 2, c."""
     a, b, c = taps
-    outer, middle = (a + c).mul_(0.5), b * 0.5
-    return a, outer + middle, outer - middle, c
+    yield _widen(a)
+    outer, middle = (_widen(a) + _widen(c)).mul_(0.5), _widen(b) * 0.5
+    yield outer + middle
+    yield outer.sub_(middle)
+    yield _widen(c)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _used(bias: Tensor | None) -> tuple[slice, slice]:

@@ -142,7 +142,7 @@ class LiveBytes(TorchDispatchMode):
 @torch.no_grad()
 def test_a_stream_holds_its_states_once_and_little_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ltd.autoencoders.conv_parts.NORM_PIXELS", 64)
-    monkeypatch.setattr(CausalConv3d.convolve_frames, "__kwdefaults__", {"band_pixels": 128})
+    monkeypatch.setattr(CausalConv3d, "band_pixels", 128)
     model = redraw(build_autoencoder(dataclasses.replace(TINY, decoder_width=16, halve_time=(False, True))))
     model.decoder.piece_pixels = 32 * 32
     latents = torch.randn(1, 4, 5, 8, 8)
@@ -162,6 +162,30 @@ def test_a_stream_holds_its_states_once_and_little_else(monkeypatch: pytest.Monk
     # level below, which weigh as much as one, and what one operation makes.
     frame = 4 * cells * 16 * 16
     assert live.peak - held < 5.5 * frame
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_single_frames_in_bands_are_the_clip(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name)
+    video = clip(model)
+    mean = model.encode(video).mean  # with gradients: whole
+    frames = model.decode(mean)
+    monkeypatch.setattr(CausalConv3d, "band_pixels", 3 * 8)
+    model.encoder.piece_pixels = model.decoder.piece_pixels = 1
+    joined = []
+    convolve = CausalConv3d.convolve_in_bands
+
+    def counted(self: CausalConv3d, *args: Any) -> Any:
+        y, state = convolve(self, *args)
+        joined.append(isinstance(y, tuple))
+        return y, state
+
+    monkeypatch.setattr(CausalConv3d, "convolve_in_bands", counted)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(video).mean, mean, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(model.decode(mean), frames, rtol=1e-11, atol=1e-11)
+    # Only norms of single pixels go on in bands, and images have no frames to carry.
+    assert any(joined) == (model.config.norm == "rms" and model.config.temporal_kernel > 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ltd.nn.causal_conv import (
     START,
     CausalConv3d,
     FixedCausalConv3d,
+    Frame,
     State,
     depth_to_space,
     run,
@@ -101,14 +104,72 @@ def test_bands_of_rows_equal_the_frame(kernel: tuple[int, int, int], front: str,
     x, kept = torch.randn(2, 16, 6, 8, 12).to(dtype), torch.randn(2, 16, 6, 8, 12).to(dtype)
     whole, tolerance = conv(x)[0] + kept, 5e-6 if dtype == torch.float32 else 1e-13
     for band_pixels in (1 << 20, 3 * 2 * 12, 1):  # all rows, three bands of unequal height, single rows
+        conv.band_pixels = band_pixels
         state: State = START
         parts = []
         for start, stop in ((0, 1), (1, 2), (2, 6)):
             part = kept[:, :, start:stop].clone(memory_format=torch.channels_last_3d)
-            y, state = conv.convolve_frames(_frames(x[:, :, start:stop]), state, part, band_pixels=band_pixels)
+            y, state = conv.convolve_frames(_frames(x[:, :, start:stop]), state, part)
             parts.append(y)
         torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=tolerance, atol=tolerance)
         assert isinstance(state, tuple) and len(state) == kernel[0] - 1
+
+
+def _in_bands(frame: Tensor, heights: tuple[int, ...]) -> Frame:
+    return tuple(band.clone(memory_format=torch.channels_last_3d) for band in frame.split(heights, dim=3))
+
+
+@pytest.mark.parametrize("front", ["repeat", "zeros"])
+@torch.no_grad()
+def test_frames_may_come_stay_and_go_in_bands(front: str) -> None:
+    conv = CausalConv3d(16, 20, (3, 5, 3), front=front).double()  # type: ignore[arg-type]
+    x = torch.randn(2, 16, 5, 12, 6, dtype=torch.float64)
+    whole = conv(x)[0]
+    conv.band_pixels = 4 * 6 * 2  # three bands of four rows, of which two more are read on either side
+    state: State = START
+    parts = []
+    for index, frame in enumerate(_frames(x)):
+        # whole, in the convolution's own bands and in others
+        came = [frame, _in_bands(frame, (4, 4, 4)), _in_bands(frame, (1, 10, 1))][index % 3]
+        y, state = conv.convolve_in_bands([came], state)
+        assert isinstance(y, tuple) and [part.shape[3] for part in y] == [4, 4, 4]
+        parts.append(torch.cat(y, 3))
+        assert isinstance(state, tuple) and state[-1] is came
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-12, atol=1e-12)
+    # and whoever takes whole frames goes on from them
+    _, state = conv.convolve_in_bands([_in_bands(x[:, :, :1], (4, 4, 4))], START)
+    torch.testing.assert_close(conv(x[:, :, 1:], state)[0], whole[:, :, 1:], rtol=1e-12, atol=1e-12)
+    later = [_in_bands(frame, (4, 4, 4)) for frame in _frames(x[:, :, 1:])]
+    kept = torch.randn_like(whole[:, :, 1:])
+    y, _ = conv.convolve_frames(later, state, kept)
+    torch.testing.assert_close(y, whole[:, :, 1:] + kept, rtol=1e-12, atol=1e-12)
+    two, _ = conv.convolve_in_bands(later, state)
+    assert isinstance(two, Tensor)  # bands are of one frame
+    torch.testing.assert_close(two, whole[:, :, 1:], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_bands_that_were_read_are_let_go_of_while_the_output_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = CausalConv3d(16, 20).double()
+    conv.band_pixels = 4 * 6
+    first, second, third = (_in_bands(torch.randn(1, 16, 1, 16, 6).double(), (4,) * 4) for _ in range(3))
+    watched = [weakref.ref(band) for frame in (first, second) for band in frame]
+    state: State = (first, second)
+    held = [state]
+    del first, second, state
+    alive: list[list[bool]] = []
+    volume = F.conv3d
+
+    def counted(*args: Any) -> Tensor:
+        alive.append([band() is not None for band in watched])
+        return volume(*args)
+
+    monkeypatch.setattr(F, "conv3d", counted)
+    y, after = conv.convolve_frames([third], held.pop())
+    # A band is let go of once the next one has been gathered, whose first row reads its last one.
+    assert [sum(row[:4]) for row in alive] == [4, 3, 2, 1]
+    assert all(all(row[4:]) for row in alive)  # the frame before is carried
+    assert isinstance(after, tuple) and after[1] is third and y.shape == (1, 20, 1, 16, 6)
 
 
 @torch.no_grad()
