@@ -24,6 +24,8 @@ _PIXELS = 1024
 _CHANNELS = 64
 #: Elements of one of the sixteen products that are worked on at once: enough for the library, few enough for caches.
 TILE_ELEMENTS = 3 << 16
+#: Output channels whose kernels are summed at once.
+_KERNEL_BLOCK = 96
 #: What each of the four products of F(2, 3) adds to the first and to the second of two outputs.
 _OUTPUTS = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 #: Products that the first of two frames is made of, and the second.
@@ -133,21 +135,25 @@ def _differences(parts: Sequence[Tensor], out: Tensor) -> None:
 
 def _kernels(weight: Tensor) -> list[list[Tensor]]:
     """Give the kernels ``(out, in, 1, 3)`` of the sixteen products, by their place in time and in rows."""
-    taps = weight.permute(0, 2, 3, 4, 1).unbind(1)  # three of out 3 3 in
-    return [
-        [part.to(weight.dtype).unsqueeze(1).permute(0, 3, 1, 2) for part in _halves(rows.unbind(1))]
-        for rows in _halves(taps)
-    ]
+    wide = weight.permute(0, 2, 3, 4, 1)  # out 3 3 3 in
+    made = weight.new_empty(4, 4, len(wide), 3, weight.shape[1])
+    # A few output channels at a time, so that what is summed in fp32 stays in caches.
+    for part, out in zip(wide.split(_KERNEL_BLOCK), made.split(_KERNEL_BLOCK, dim=2), strict=True):
+        for rows, over_rows in zip(_halves(part.unbind(1)), out, strict=True):
+            for taps, kernel in zip(_halves(rows.unbind(1)), over_rows, strict=True):
+                kernel.copy_(taps)
+    return [[kernel.unsqueeze(1).permute(0, 3, 1, 2) for kernel in rows] for rows in made]
 
 
 def _halves(taps: Sequence[Tensor]) -> Iterator[Tensor]:
     """Give F(2, 3)'s four kernels of three taps, wide, one by one: a, (a + b + c) / 2, (a - b + c) / 2, c."""
-    a, b, c = taps
-    yield _widen(a)
-    outer, middle = (_widen(a) + _widen(c)).mul_(0.5), _widen(b) * 0.5
-    yield outer + middle
-    yield outer.sub_(middle)
-    yield _widen(c)
+    a, b, c = map(_widen, taps)
+    yield a
+    outer = (a + c).mul_(0.5)
+    del a
+    yield torch.add(outer, b, alpha=0.5)
+    yield outer.sub_(b, alpha=0.5)
+    yield c
 
 
 def _widen(x: Tensor) -> Tensor:
