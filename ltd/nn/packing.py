@@ -98,14 +98,15 @@ def by_sample(
     """
     if lengths is None:
         return operation(*tokens, *vectors)
-    parts: list[Tensor] = []
-    sample, start = 0, 0
-    for length, run in groupby(lengths):  # neighbours of one length are one call
-        count = len(list(run))
-        if length:
-            rows = [x[:, start : start + count * length].reshape(count, length, *x.shape[2:]) for x in tokens]
-            parts.append(operation(*rows, *(v[sample : sample + count] for v in vectors)).flatten(0, 1))
-        sample, start = sample + count, start + count * length
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # neighbours of one length are one call
+    # Split, not sliced: the gradients of slices are tensors of the whole pack each.
+    rows = zip(*(x.split([length * count for length, count in runs], 1) for x in tokens), strict=True)
+    own = zip(*(v.split([count for _, count in runs]) for v in vectors), strict=True)
+    parts = [
+        operation(*(x.unflatten(1, (count, length)).squeeze(0) for x in given), *told).flatten(0, 1)
+        for (length, count), given, told in zip(runs, rows, own, strict=True)
+        if length
+    ]
     return torch.cat(parts).unsqueeze(0)
 
 
