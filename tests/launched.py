@@ -2,7 +2,7 @@
 
 A process of its own (``template.py``, one for each process that runs tests) has imported what training needs, and
 forks the processes of every launch. What it costs to start, and to import torch and DeepSpeed, is paid once.
-torchrun itself is in the tests of ``launch/``, ``tests/launch``, ``tests/proofs`` and ``tests/parallel``.
+torchrun itself is in the tests of ``launch/``, ``tests/launch``, ``tests/proofs`` and of restarts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One process of the saver's tests: two processes that hold halves of a state, without DeepSpeed; the tests assert.
 
-Run under torchrun: ``-m tests.parallel.saver_worker OUT.json FOLDER``.
+Run as ``-m tests.parallel.saver_worker OUT.json FOLDER``.
 """
 
 from __future__ import annotations

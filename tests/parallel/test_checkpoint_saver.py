@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.parallel import launched
+
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("saver")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.parallel.saver_worker", str(folder / "out.json"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    return found
+    return launched.launch("saver_worker", 2, folder / "out.json", str(folder))
 
 
 def get(results: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = results[f"check_{name}"]
-    assert "error" not in found, found["error"]
-    return found
+    return launched.get(results, f"check_{name}")
 
 
 def test_training_goes_on_while_the_state_at_the_call_is_written(results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One process of the sequence-parallel tests on four processes; run under torchrun:
+"""One process of the sequence-parallel tests on four processes; run as
 ``-m tests.parallel.wide_worker OUT.json``.
 """
 

@@ -1,6 +1,6 @@
 """One process of the distributed tests: runs every check in turn and writes what it measured; the tests assert.
 
-One launch for all checks, because importing DeepSpeed takes longer than most of them. Run under torchrun:
+One launch for all checks, because importing DeepSpeed takes longer than most of them. Run as
 ``-m tests.parallel.worker OUT.json FOLDER``.
 """
 
