@@ -190,6 +190,7 @@ class Autoencoder(nn.Module):
             states.append(state)
             del state
             yield video
+            del video
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Map raw latents to the unit scale a denoiser sees."""

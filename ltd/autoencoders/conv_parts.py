@@ -17,14 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ltd.autoencoders.descent import split_state
+from ltd.nn.bands import Frame, even_cuts
 from ltd.nn.causal_conv import (
     CausalConv3d,
     Factors,
-    Frame,
     Front,
     State,
     depth_to_space,
-    even_cuts,
     is_first,
     space_to_depth,
 )
@@ -113,8 +112,7 @@ class NormConv(nn.Module):
         """Map a chunk without gradients, letting go of it and of its state as soon as they are read.
 
         Args:
-            held: The chunk ``(b, c, t, h, w)`` as its last element, which is taken off; bands of a chunk of one frame
-                are written to.
+            held: The chunk ``(b, c, t, h, w)``, or the bands of its only frame, as its last element; it is taken off.
             states: The state as its last element, which is taken off.
             guide: What a conditional norm reads.
             kept: Is added to the output.
@@ -122,44 +120,42 @@ class NormConv(nn.Module):
         Returns:
             As ``forward``.
         """
-        return self.conv.convolve_frames(self._frames(held, states, guide), states.pop(), kept)
+        return self.conv.convolve_frames(self._frames(held, guide), states.pop(), kept)
 
     def convolve_in_bands(self, held: list[Frame], states: list[State], guide: Tensor | None) -> tuple[Frame, State]:
-        """Map as ``convolve``, but leave what comes of one large frame in bands of rows."""
-        return self.conv.convolve_in_bands(self._frames(held, states, guide), states.pop())
+        """Map a chunk of one frame as ``convolve``, but leave what comes of a large one in bands of rows."""
+        (frame,) = self._frames(held, guide)
+        return self.conv.convolve_in_bands(frame, states.pop())
 
     @property
     def takes_rows(self) -> bool:
         """Whether the norm sees single pixels, so that rows can be taken one band after another."""
         return isinstance(self.norm, ChannelRMSNorm)
 
-    def _frames(self, held: list[Frame], states: list[State], guide: Tensor | None) -> list[Frame]:
+    def _frames(self, held: list[Frame], guide: Tensor | None) -> list[Frame]:
         """Normalise and activate the chunk's frames, each into storages of its own."""
         x = held.pop()
         if isinstance(x, tuple):
-            for band in x:
-                self._enter(band, None, band)
-            return [x]
+            bands = list(x)
+            del x
+            return [tuple(self._enter(bands.pop(0), None) for _ in range(len(bands)))]
         b, _, t, h, w = x.shape
-        # A clip's first frame is the only one of its chunk, but not of its level: what comes next may be read whole.
-        cuts = self.conv.cuts(b, h, w) if t == 1 and self.takes_rows and not is_first(states[-1]) else [(0, h)]
+        cuts = self.conv.cuts(b, h, w) if self.takes_rows else [(0, h)]
         frames: list[Frame] = []
         for index in range(t):
             own = None if guide is None else guide[:, :, index : index + 1]
-            bands = []
-            for start, stop in cuts:
-                band = x[:, :, index : index + 1, start:stop]
-                bands.append(torch.empty_like(band, memory_format=torch.channels_last_3d))
-                self._enter(band, own, bands[-1])
-            frames.append(tuple(bands) if len(bands) > 1 else bands[0])
+            made = [self._enter(x[:, :, index : index + 1, start:stop], own) for start, stop in cuts]
+            frames.append(tuple(made) if len(made) > 1 else made[0])
         return frames
 
-    def _enter(self, x: Tensor, guide: Tensor | None, out: Tensor) -> None:
-        """Normalise and activate rows of one frame; ``out`` may be x itself."""
-        b, _, _, h, w = x.shape
+    def _enter(self, x: Tensor, guide: Tensor | None) -> Tensor:
+        """Normalise and activate rows of one frame, into a storage of its own."""
+        b, c, _, h, w = x.shape
+        out = x.new_empty(b, 1, h, w, c).permute(0, 4, 1, 2, 3)
         # A norm over single pixels may take rows one band after another: what lies in between stays small.
         for start, stop in even_cuts(h, b * w, NORM_PIXELS) if self.takes_rows else [(0, h)]:
             torch.ops.aten.silu.out(self._normalize(x[:, :, :, start:stop], guide), out=out[:, :, :, start:stop])
+        return out
 
     def _normalize(self, x: Tensor, guide: Tensor | None) -> Tensor:
         normed: Tensor = self.norm(x, guide) if isinstance(self.norm, ConditionalNorm) else self.norm(x)
@@ -191,7 +187,8 @@ class ConvBlock(nn.Module):
             y, second = self.second(y, states[1], guide)
             y = y + kept if torch.is_grad_enabled() else y.add_(kept)
         else:
-            begin = self.first.convolve_in_bands if self.second.takes_rows else self.first.convolve
+            in_bands = self.second.takes_rows and x.shape[2] == 1
+            begin = self.first.convolve_in_bands if in_bands else self.first.convolve
             y, first = begin([x], [states.pop(0)], guide)
             held = [y]
             del y

@@ -117,18 +117,24 @@ class _Descent:
             if length < x.shape[2]:
                 if self.states[index] is None:
                     self.states[index:] = [START] * (len(self.steps) - index)
-                waiting += reversed(list(self._rest(index, x[:, :, length:], _cut(guide, length, None))))
+                waiting += self._rest(index, x[:, :, length:], _cut(guide, length, None))
                 x, follow = x[:, :, :length], _cut(guide, 0, length)
             x = self._run(index, x, follow)
             waiting.append((index + 1, x, _follow(follow, x, first=first)))
             del x, guide, follow
 
-    def _rest(self, index: int, x: Tensor, guide: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Cut what comes behind a first piece; copies, so that none keeps the storage of those before it alive."""
-        length = self._length(index, x, first=False)
-        for start in range(0, x.shape[2], length):
-            piece = x[:, :, start : start + length].clone(memory_format=torch.channels_last_3d)
-            yield index, piece, _cut(guide, start, start + length)
+    def _rest(self, index: int, x: Tensor, guide: Tensor | None) -> list[tuple[int, Tensor, Tensor | None]]:
+        """Cut what comes behind a first piece, the last piece first.
+
+        Copies, so that none that waits keeps the storage of those before it alive; but not of the descent's own input,
+        which the caller holds.
+        """
+        length, rest = self._length(index, x, first=False), []
+        for start in reversed(range(0, x.shape[2], length)):
+            piece = x[:, :, start : start + length]
+            piece = piece.clone(memory_format=torch.channels_last_3d) if index else piece
+            rest.append((index, piece, _cut(guide, start, start + length)))
+        return rest
 
     def _length(self, index: int, x: Tensor, *, first: bool) -> int:
         """Count the frames of the next piece: about ``piece_pixels``, in whole units; a clip's first frame is one."""

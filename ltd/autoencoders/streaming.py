@@ -165,10 +165,16 @@ def decode_checkpointed(model: ChunkedAutoencoder, latents: Tensor, frames_per_c
 
 
 def _stream(call: Callable[[Tensor, State], tuple[T, State]], x: Tensor, sizes: list[int]) -> Iterator[T]:
-    state: State = START
+    states: list[State] = [START]
     for chunk in x.split(sizes, 2):
-        result, state = _recomputed(call, chunk, state) if torch.is_grad_enabled() else call(chunk, state)
+        if torch.is_grad_enabled():
+            result, state = _recomputed(call, chunk, states.pop())
+        else:
+            result, state = call(chunk, states.pop())  # nobody else holds the state that is used up
+        states.append(state)
+        del state
         yield result
+        del result
 
 
 def _recomputed(call: Callable[[Tensor, State], tuple[T, State]], x: Tensor, state: State) -> tuple[T, State]:

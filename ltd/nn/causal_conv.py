@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ltd.nn import winograd
+from ltd.nn.bands import Frame, Rows, bands_of, even_cuts, frame_size, join_bands, whole
 from ltd.nn.seams import ExtendRows
 
 # None: a whole clip. (): the start of a stream. Otherwise what a module carries to the next chunk; a list is handed
@@ -31,8 +32,6 @@ from ltd.nn.seams import ExtendRows
 State: TypeAlias = "Tensor | tuple[State, ...] | list[State] | None"
 START: State = ()
 Padding: TypeAlias = Literal["zeros", "replicate"]
-#: One frame ``(b, c, 1, h, w)``, or its bands of rows from top to bottom, each with a storage of its own.
-Frame: TypeAlias = "Tensor | tuple[Tensor, ...]"
 #: What lies before a clip: its first frame again, or zeros.
 Front: TypeAlias = Literal["repeat", "zeros"]
 Factors: TypeAlias = tuple[int, int, int]
@@ -123,7 +122,7 @@ class CausalConv3d(nn.Conv3d):
         x = (
             pad_front(x, kernel_t - 1, self.front)
             if first
-            else torch.cat([*map(_whole, self._frames_before(x, state)), x], dim=2)
+            else torch.cat([*map(whole, self._frames_before(x, state)), x], dim=2)
         )
         carried: State = None if state is None else _last_frames(x, kernel_t - stride_t)
         return self._convolve(x), carried
@@ -133,37 +132,43 @@ class CausalConv3d(nn.Conv3d):
     ) -> tuple[Tensor, State]:
         """Convolve a chunk that comes frame by frame, large frames in bands of rows; stride 1 in time, no gradients.
 
-        What is carried is the last frames themselves: none is copied, and none keeps the others alive. In half
-        precision a convolution to few channels carries what these frames add to the outputs to come instead. Bands of
-        a frame that nobody else holds are let go of as soon as they are read, while the output grows.
+        What is carried is the last frames themselves: none is copied. In half precision a convolution to few channels
+        carries what these frames add to the outputs to come instead. Bands of a frame that nobody else holds are let go
+        of as soon as they are read, while the output grows.
 
         Args:
-            frames: ``(b, in_channels, 1, h, w)`` each, or its bands; not written to afterwards.
+            frames: ``(b, in_channels, 1, h, w)`` each, or its bands; they are only read.
             state: ``None``, ``START`` or what the previous chunk returned.
             kept: Is added to the output, ``(b, out_channels, t, h, w)``.
 
         Returns:
-            As for a call with the chunk alone, plus ``kept``; the state is a tuple of single frames.
-        """
-        parts, state = self._convolve_frames(frames, state)
-        if isinstance(parts, Tensor):
-            return (parts if kept is None else parts.add_(kept)), state
-        return _join_bands(parts, _size(frames[0]), kept), state
+            As for a call with the chunk alone, plus ``kept``; the state is a tuple of frames.
 
-    def convolve_in_bands(self, frames: Sequence[Frame], state: State) -> tuple[Frame, State]:
-        """Convolve as ``convolve_frames``, but leave what comes of a large frame in the bands that ``cuts`` gives.
+        Raises:
+            ValueError: If the frames are of another size than those of the state.
+        """
+        like, (b, h, w), t = bands_of(frames[0])[0], frame_size(frames[0]), len(frames)
+        states = [state]
+        del state
+        made, state = self._convolve_frames(frames, states)
+        if isinstance(made, Tensor):
+            return (made if kept is None else made.add_(kept)), state
+        return join_bands(made, self._room(like, b, t, h, w), kept), state
+
+    def convolve_in_bands(self, frame: Frame, state: State) -> tuple[Frame, State]:
+        """Convolve a chunk of one frame as ``convolve_frames``; the output of a large one stays in bands of rows.
 
         Args:
-            frames: As there.
-            state: As there.
+            frame: The frame.
+            state: ``None``, ``START`` or what the previous chunk returned.
 
         Returns:
-            As there.
+            The output, whole or in the bands that ``cuts`` gives, and the state.
         """
-        parts, state = self._convolve_frames(frames, state)
-        if isinstance(parts, Tensor):
-            return parts, state
-        return (tuple(parts) if len(frames) == 1 else _join_bands(parts, _size(frames[0]), None)), state
+        states = [state]
+        del state
+        made, state = self._convolve_frames([frame], states)
+        return (made if isinstance(made, Tensor) else tuple(made)), state
 
     def cuts(self, b: int, h: int, w: int) -> list[tuple[int, int]]:
         """Cut a frame into the bands of rows ``(start, stop)`` that are convolved at once.
@@ -176,37 +181,43 @@ class CausalConv3d(nn.Conv3d):
         Returns:
             Bands from top to bottom; one where a frame is read whole.
         """
-        whole = self._adds_taps() or not self._takes_bands()
-        return [(0, h)] if whole else even_cuts(h, b * w, self.band_pixels)
+        read_whole = self._adds_taps() or not self._takes_bands()
+        return [(0, h)] if read_whole else even_cuts(h, b * w, self.band_pixels)
 
-    def _convolve_frames(self, frames: Sequence[Frame], state: State) -> tuple[Tensor | Iterator[Tensor], State]:
-        """Give the output, or its bands one by one as ``cuts`` has them, and the state for the next chunk."""
+    def _convolve_frames(self, frames: Sequence[Frame], states: list[State]) -> tuple[Tensor | Iterator[Tensor], State]:
+        """Give the output, or its bands one by one as ``cuts`` has them, and the state for the next chunk.
+
+        Takes the state out of its list: nobody here holds what it carries any longer than it is read.
+        """
+        state = states.pop()
         if self._adds_taps():
-            y, sums = self._convolve_taps([_whole(frame) for frame in frames], state)
+            y, sums = self._convolve_taps([whole(frame) for frame in frames], state)
             return y, None if state is None else sums
-        count, t, (b, h, w) = self.kernel_size[0] - 1, len(frames), _size(frames[0])
+        count, t, (b, h, w) = self.kernel_size[0] - 1, len(frames), frame_size(frames[0])
         after_nothing = count > 0 and is_first(state) and self.front == "zeros"
         frames = [*self._frames_before(frames[0], state), *frames]
+        if frame_size(frames[0]) != (b, h, w):
+            raise ValueError(f"state: got frames (b, h, w) of {frame_size(frames[0])}, needed {(b, h, w)}, as now")
         carried: State = None if state is None else tuple(frames[len(frames) - count :])
         del state
         if self.fewer_products and self._is_half() and self._takes_bands():
             if after_nothing and t == 1:
-                return self._convolve_last_tap(_whole(frames[-1])), carried
+                return self._convolve_last_tap(whole(frames[-1])), carried
             if winograd.pays(self.weight, (b, t, h, w)):
-                return self._convolve_pairs([_whole(frame) for frame in frames], after_nothing=after_nothing), carried
+                return self._convolve_pairs(frames, after_nothing=after_nothing), carried
         return self._convolve_direct(frames), carried
 
     def _convolve_direct(self, frames: list[Frame]) -> Tensor | Iterator[Tensor]:
-        cuts = self.cuts(*_size(frames[0]))
+        cuts = self.cuts(*frame_size(frames[0]))
         if len(cuts) > 1:
             return self._convolve_bands(frames, cuts)
-        return self._convolve(torch.cat([_whole(frame) for frame in frames], dim=2))
+        return self._convolve(torch.cat([whole(frame) for frame in frames], dim=2))
 
     def _convolve_bands(self, frames: list[Frame], cuts: list[tuple[int, int]]) -> Iterator[Tensor]:
         """Give bands of the output one by one; takes the frames out of their list, and lets go of what it has read."""
         _, _, top, bottom = self.edges
-        b, _, w = _size(frames[0])
-        like, rows = _parts(frames[0])[0], [_Rows(frame) for frame in frames]
+        b, _, w = frame_size(frames[0])
+        like, rows = bands_of(frames[0])[0], [Rows(frame) for frame in frames]
         frames.clear()
         most = max(stop - start for start, stop in cuts) + top + bottom
         room = like.new_empty(b * len(rows) * most * w * self.in_channels)
@@ -219,19 +230,27 @@ class CausalConv3d(nn.Conv3d):
                 frame.drop_above(stop - top)
             yield F.conv3d(band, self.weight, self.bias, self.stride, (0, 0, self.edges[0]))
 
-    def _convolve_pairs(self, frames: list[Tensor], *, after_nothing: bool) -> Tensor:
-        """Convolve pairs of output frames by fewer products, and before them the first of an odd number alone."""
-        b, _, _, h, w = frames[0].shape
-        t = len(frames) - 2
+    def _convolve_pairs(self, frames: list[Frame], *, after_nothing: bool) -> Tensor:
+        """Convolve pairs of output frames by fewer products, and before them the first of an odd number alone.
+
+        Takes the frames out of their list, and lets go of what it has read.
+        """
+        (b, h, w), t = frame_size(frames[0]), len(frames) - 2
         alone = t % 2
-        out = frames[0].new_empty(b, t, h, w, self.out_channels).permute(0, 4, 1, 2, 3)
+        out = self._room(bands_of(frames[0])[0], b, t, h, w)
         if after_nothing and alone:
-            out[:, :, :1] = self._convolve_last_tap(frames[2])
+            out[:, :, :1] = self._convolve_last_tap(whole(frames[2]))
         elif alone:
-            first = self._convolve_direct(list(frames[:3]))
-            out[:, :, :1] = first if isinstance(first, Tensor) else torch.cat(list(first), dim=3)
-        winograd.convolve_pairs(frames[alone:], self.weight, self.bias, out[:, :, alone:])
+            first = self._convolve_direct(frames[:3])
+            join_bands([first] if isinstance(first, Tensor) else first, out[:, :, :1])
+        rows = [Rows(frame) for frame in frames[alone:]]
+        frames.clear()
+        winograd.convolve_pairs(rows, self.weight, self.bias, out[:, :, alone:])
         return out
+
+    def _room(self, like: Tensor, b: int, t: int, h: int, w: int) -> Tensor:
+        """Make room for an output ``(b, out_channels, t, h, w)``, channels-last."""
+        return like.new_empty(b, t, h, w, self.out_channels).permute(0, 4, 1, 2, 3)
 
     def _convolve_last_tap(self, frame: Tensor) -> Tensor:
         """Convolve a clip's first frame, before which there are zeros: other taps have nothing to add."""
@@ -244,7 +263,7 @@ class CausalConv3d(nn.Conv3d):
         return self.weight.dtype in (torch.bfloat16, torch.float16)
 
     def _adds_taps(self) -> bool:
-        few = self.out_channels < _LANES and 2 * self.out_channels <= self.in_channels
+        few = self.out_channels < _LANES and 2 * self.out_channels <= self.in_channels and self.kernel_size[0] > 1
         return few and self._is_half() and self._takes_bands()
 
     def _convolve_taps(self, frames: list[Tensor], state: State) -> tuple[Tensor, State]:
@@ -277,21 +296,24 @@ class CausalConv3d(nn.Conv3d):
 
     def _takes_bands(self) -> bool:
         """Tell whether a band of rows convolves as it does within its frame."""
-        left, right, _, _ = self.edges
-        return self.extend_rows is None and self.edge_mode == "zeros" and left == right and self.stride == (1, 1, 1)
+        left, right, top, bottom = self.edges
+        even = left == right and top == bottom
+        return self.extend_rows is None and self.edge_mode == "zeros" and even and self.stride == (1, 1, 1)
 
     def _frames_before(self, first: Frame, state: State) -> list[Frame]:
         """List the frames that a chunk's first one sees before itself."""
         count = self.kernel_size[0] - 1
+        if not count:
+            return []
         if is_first(state):
             if self.front == "repeat":
                 return [first] * count
-            zeros = tuple(torch.zeros_like(part) for part in _parts(first))
+            zeros = tuple(torch.zeros_like(band) for band in bands_of(first))
             return [zeros if isinstance(first, tuple) else zeros[0]] * count
         if isinstance(state, Tensor):
             return list(state.split(1, dim=2))
         frames = [_frame(frame) for frame in state or ()]
-        if any(_parts(frame)[0].shape[1] != self.in_channels for frame in frames):
+        if any(bands_of(frame)[0].shape[1] != self.in_channels for frame in frames):
             raise TypeError("expected what a chunk with gradients returned: a stream ends as it began")
         return frames
 
@@ -328,85 +350,6 @@ class FixedCausalConv3d(CausalConv3d):
     def _convolve(self, x: Tensor) -> Tensor:
         # Engines cast parameters and leave buffers alone: the fixed map stays as precise as it was computed.
         return super()._convolve(x.to(self.weight.dtype))
-
-
-def even_cuts(rows: int, row_pixels: int, most_pixels: int) -> list[tuple[int, int]]:
-    """Cut rows of ``row_pixels`` into bands ``(start, stop)`` of about equal height and at most ``most_pixels``.
-
-    Args:
-        rows: Rows of a frame.
-        row_pixels: Pixels of a row, over the batch.
-        most_pixels: Most pixels of a band; a band has one row at least.
-
-    Returns:
-        Bands from top to bottom.
-    """
-    count = -(-rows // max(1, most_pixels // row_pixels))
-    return [(rows * band // count, rows * (band + 1) // count) for band in range(count)]
-
-
-class _Rows:
-    """Rows of one frame, whose upper ones can be let go of.
-
-    Args:
-        frame: The frame.
-    """
-
-    def __init__(self, frame: Frame) -> None:
-        self._bands: list[tuple[int, Tensor]] = []
-        self.height = 0
-        for part in _parts(frame):
-            self._bands.append((self.height, part))
-            self.height += part.shape[3]
-
-    def gather(self, start: int, stop: int, out: Tensor) -> None:
-        """Copy rows; those beyond the frame's edge become zeros.
-
-        Args:
-            start: First row; may be negative.
-            stop: Behind the last row; may lie beyond the frame.
-            out: ``(b, c, stop - start, w)``.
-        """
-        out[:, :, : max(-start, 0)].zero_()
-        out[:, :, min(self.height, stop) - start :].zero_()
-        for first, band in self._bands:
-            above, below = max(first, start), min(first + band.shape[3], stop)
-            if above < below:
-                out[:, :, above - start : below - start] = band[:, :, 0, above - first : below - first]
-
-    def drop_above(self, row: int) -> None:
-        """Let go of bands that lie above a row as a whole."""
-        self._bands = [(first, band) for first, band in self._bands if first + band.shape[3] > row]
-
-
-def _parts(frame: Frame) -> tuple[Tensor, ...]:
-    return frame if isinstance(frame, tuple) else (frame,)
-
-
-def _whole(frame: Frame) -> Tensor:
-    return torch.cat(frame, dim=3) if isinstance(frame, tuple) else frame
-
-
-def _size(frame: Frame) -> tuple[int, int, int]:
-    """Batch, rows and columns."""
-    parts = _parts(frame)
-    return len(parts[0]), sum(part.shape[3] for part in parts), parts[0].shape[4]
-
-
-def _join_bands(bands: Iterator[Tensor], size: tuple[int, int, int], kept: Tensor | None) -> Tensor:
-    """Put bands ``(b, c, t, rows, w)`` of a frame of that batch, rows and columns together, plus ``kept``."""
-    out, start = None, 0
-    for band in bands:
-        if out is None:
-            b, c, t, _, w = band.shape
-            out = band.new_empty(b, t, size[1], w, c).permute(0, 4, 1, 2, 3)
-        stop = start + band.shape[3]
-        rows = out[:, :, :, start:stop]
-        rows.copy_(band) if kept is None else torch.add(band, kept[:, :, :, start:stop], out=rows)
-        start = stop
-        del band  # not beside the next one
-    assert out is not None
-    return out
 
 
 def _tensor(state: State) -> Tensor:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltd.nn.bands import Rows
+
 #: Output pixels, over frames and batch, from which making the kernel's sums is worth it.
 _PIXELS = 1024
 #: Fewest channels on either side: with fewer, the sums cost more than the products that they save.
@@ -55,7 +57,7 @@ def pays(weight: Tensor, size: Sequence[int]) -> bool:
 
 
 def convolve_pairs(
-    frames: Sequence[Tensor],
+    frames: Sequence[Rows],
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
@@ -65,22 +67,23 @@ def convolve_pairs(
     """Convolve an even number of output frames with zeros around each frame; no gradients.
 
     Args:
-        frames: ``2 + 2k`` frames ``(b, in, 1, h, w)``, channels-last; h is even. They are only read.
+        frames: ``2 + 2k`` frames ``(b, in, 1, h, w)``, channels-last; h is even. Rows that were read are let go of.
         weight: ``(out, in, 3, 3, 3)``.
         bias: ``(out,)``, or None.
         out: Channels-last ``(b, out, 2k, h, w)``, is written; its frames may be part of a longer clip.
         tile_elements: Elements of one product that are worked on at once, in bands of rows.
     """
     kernels, mixes = _kernels(weight), _mixes(bias, weight)
-    rows = [frame.squeeze(2).permute(0, 2, 3, 1) for frame in frames]  # b h w in
-    b, h, w, channels = rows[0].shape
-    pairs = len(frames) // 2 - 1
+    b, _, _, h, w = out.shape
+    channels, pairs = weight.shape[1], len(frames) // 2 - 1
     most = max(1, tile_elements // (b * pairs * w * max(channels, len(weight))))
     count = -(-(h // 2) // most)
     written = out.permute(0, 2, 3, 4, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # b pairs 2 h/2 2 w out
     for band in range(count):
         start, stop = h // 2 * band // count, h // 2 * (band + 1) // count
-        products = _products(_over_time(rows, 2 * start - 1, 2 * stop + 1), kernels, bias)
+        products = _products(_over_time(frames, 2 * start - 1, 2 * stop + 1), kernels, bias)
+        for frame in frames:
+            frame.drop_above(2 * stop - 1)
         mixed = products.new_empty(4, products.shape[1])
         # The first frame takes no product of the later one: 0 times what is not finite there would not be 0.
         first, second = (products[used] for used in _used(bias))
@@ -91,18 +94,17 @@ def convolve_pairs(
         del products, first, second, mixed, parts  # not beside the next band's
 
 
-def _over_time(rows: list[Tensor], start: int, stop: int) -> Tensor:
+def _over_time(frames: Sequence[Rows], start: int, stop: int) -> Tensor:
     """Give the sums and differences over time ``(4, b, pairs, stop - start, w, c)``; rows beyond a frame are zeros."""
-    b, h, w, c = rows[0].shape
+    top, bottom = max(-start, 0), max(stop - frames[0].height, 0)
+    rows = [frame.take(start + top, stop - bottom).permute(0, 2, 3, 1) for frame in frames]
+    b, _, w, c = rows[0].shape
     made = rows[0].new_empty(4, b, len(rows) // 2 - 1, stop - start, w, c)
-    top, bottom = max(-start, 0), max(stop - h, 0)
     made[:, :, :, :top].zero_()
     made[:, :, :, stop - start - bottom :].zero_()
     inside = made[:, :, :, top : stop - start - bottom]
     for pair in range(made.shape[2]):
-        _differences(
-            [frame[:, start + top : stop - bottom] for frame in rows[2 * pair : 2 * pair + 4]], inside[:, :, pair]
-        )
+        _differences(rows[2 * pair : 2 * pair + 4], inside[:, :, pair])
     return made
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltd.nn.bands import Frame
 from ltd.nn.causal_conv import (
     START,
     CausalConv3d,
     FixedCausalConv3d,
-    Frame,
     State,
     depth_to_space,
     run,
@@ -131,21 +131,21 @@ def test_frames_may_come_stay_and_go_in_bands(front: str) -> None:
     for index, frame in enumerate(_frames(x)):
         # whole, in the convolution's own bands and in others
         came = [frame, _in_bands(frame, (4, 4, 4)), _in_bands(frame, (1, 10, 1))][index % 3]
-        y, state = conv.convolve_in_bands([came], state)
+        y, state = conv.convolve_in_bands(came, state)
         assert isinstance(y, tuple) and [part.shape[3] for part in y] == [4, 4, 4]
         parts.append(torch.cat(y, 3))
         assert isinstance(state, tuple) and state[-1] is came
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-12, atol=1e-12)
     # and whoever takes whole frames goes on from them
-    _, state = conv.convolve_in_bands([_in_bands(x[:, :, :1], (4, 4, 4))], START)
+    _, state = conv.convolve_in_bands(_in_bands(x[:, :, :1], (4, 4, 4)), START)
     torch.testing.assert_close(conv(x[:, :, 1:], state)[0], whole[:, :, 1:], rtol=1e-12, atol=1e-12)
     later = [_in_bands(frame, (4, 4, 4)) for frame in _frames(x[:, :, 1:])]
     kept = torch.randn_like(whole[:, :, 1:])
     y, _ = conv.convolve_frames(later, state, kept)
     torch.testing.assert_close(y, whole[:, :, 1:] + kept, rtol=1e-12, atol=1e-12)
-    two, _ = conv.convolve_in_bands(later, state)
-    assert isinstance(two, Tensor)  # bands are of one frame
-    torch.testing.assert_close(two, whole[:, :, 1:], rtol=1e-12, atol=1e-12)
+    for frame in (_in_bands(x[:, :, :1, 2:], (5, 5)), torch.zeros(2, 16, 1, 14, 6, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"state: got frames \(b, h, w\) of \(2, 12, 6\), needed \(2, 1[04], 6\)"):
+            conv.convolve_frames([frame], state)
 
 
 @torch.no_grad()
@@ -170,6 +170,18 @@ def test_bands_that_were_read_are_let_go_of_while_the_output_grows(monkeypatch: 
     assert [sum(row[:4]) for row in alive] == [4, 3, 2, 1]
     assert all(all(row[4:]) for row in alive)  # the frame before is carried
     assert isinstance(after, tuple) and after[1] is third and y.shape == (1, 20, 1, 16, 6)
+
+
+@pytest.mark.parametrize("kernel", [(3, 2, 3), (3, 4, 3), (1, 3, 3)])
+@pytest.mark.parametrize("out_channels", [4, 16])
+@torch.no_grad()
+def test_kernels_without_short_cuts_in_half_precision(kernel: tuple[int, int, int], out_channels: int) -> None:
+    conv = CausalConv3d(16, out_channels, kernel, front="zeros").bfloat16()
+    x = torch.randn(1, 16, 3, 6, 5).bfloat16()
+    whole, state = conv(x)[0], START
+    for index, frame in enumerate(_frames(x)):
+        y, state = conv.convolve_frames([frame], state)
+        torch.testing.assert_close(y, whole[:, :, index : index + 1], rtol=2**-6, atol=2**-6)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltd.nn import winograd
+from ltd.nn.bands import Rows
 from ltd.nn.causal_conv import START, CausalConv3d, State
 
 
@@ -30,10 +32,43 @@ def test_pairs_of_frames_equal_the_direct_convolution(tile_elements: int, biased
     bias = torch.randn(4, dtype=torch.float64) if biased else None
     whole = torch.full((2, 7, 10, 5, 4), 9.0, dtype=torch.float64).permute(0, 4, 1, 2, 3)
     frames = _frames(x)
-    winograd.convolve_pairs(frames, weight, bias, whole[:, :, 1:], tile_elements=tile_elements)
-    torch.testing.assert_close(whole[:, :, 1:], F.conv3d(x, weight, bias, padding=(0, 1, 1)), rtol=1e-12, atol=1e-12)
-    assert bool((whole[:, :, 0] == 9).all())  # the frame that was not asked for
+    exact = F.conv3d(x, weight, bias, padding=(0, 1, 1))
+    in_bands = [Rows(tuple(band.clone() for band in frame.split((3, 1, 6), dim=3))) for frame in frames]
+    for given in ([Rows(frame) for frame in frames], in_bands):
+        winograd.convolve_pairs(given, weight, bias, whole[:, :, 1:], tile_elements=tile_elements)
+        torch.testing.assert_close(whole[:, :, 1:], exact, rtol=1e-12, atol=1e-12)
+        assert bool((whole[:, :, 0] == 9).all())  # the frame that was not asked for
     assert torch.equal(torch.cat(frames, 2), x)
+
+
+@torch.no_grad()
+def test_kernels_are_summed_for_all_output_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 3, 4, 4, 5, dtype=torch.float64), torch.randn(7, 3, 3, 3, 3, dtype=torch.float64)
+    monkeypatch.setattr(winograd, "_KERNEL_BLOCK", 3)  # the last block is a smaller one
+    out = torch.empty(1, 2, 4, 5, 7, dtype=torch.float64).permute(0, 4, 1, 2, 3)
+    winograd.convolve_pairs([Rows(frame) for frame in _frames(x)], weight, None, out)
+    torch.testing.assert_close(out, F.conv3d(x, weight, padding=(0, 1, 1)), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_rows_that_were_read_are_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(3, 2, 3, 3, 3)
+    frames = [tuple(torch.randn(1, 2, 1, 2, 4) for _ in range(4)) for _ in range(4)]
+    watched = [weakref.ref(band) for band in frames[0]]
+    rows = [Rows(frame) for frame in frames]
+    del frames
+    alive: list[int] = []
+    products = winograd._products
+
+    def counted(*args: Any) -> Tensor:
+        alive.append(sum(band() is not None for band in watched))
+        return products(*args)
+
+    monkeypatch.setattr(winograd, "_products", counted)
+    winograd.convolve_pairs(rows, weight, None, torch.empty(1, 2, 8, 4, 3).permute(0, 4, 1, 2, 3), tile_elements=1)
+    # Two rows at a time; of those above the next two the last is still to be read.
+    assert alive == [4, 4, 3, 2]
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -45,7 +80,7 @@ def test_no_frame_sees_a_later_one_even_where_that_is_not_finite(biased: bool) -
     for spoilt, value in ((3, torch.nan), (5, torch.inf)):
         frames = _frames(x)
         frames[spoilt][0, 0, 0, 1, 2] = value
-        winograd.convolve_pairs(frames, weight, bias, out)
+        winograd.convolve_pairs([Rows(frame) for frame in frames], weight, bias, out)
         sound = [bool(out[:, :, frame].isfinite().all()) for frame in range(4)]
         assert sound == [frame + 2 < spoilt for frame in range(4)]
 
@@ -70,7 +105,7 @@ def test_chunks_of_any_length_are_the_clip_to_the_rounding_of_bf16(front: str, m
     calls: list[int] = []
     pairs = winograd.convolve_pairs
 
-    def counted(frames: list[Tensor], *rest: Any, **more: Any) -> None:
+    def counted(frames: list[Rows], *rest: Any, **more: Any) -> None:
         calls.append(len(frames))
         pairs(frames, *rest, **more)
 
