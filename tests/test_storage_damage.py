@@ -117,7 +117,7 @@ def test_damage_is_named_and_the_older_whole_checkpoint_offered(run_dir: Path, d
     with pytest.raises(StorageError, match=DAMAGES[damage]) as raised:
         Reader(newest).read_full("master")
     offered = storage.checkpoint_path(run_dir, 10)
-    assert str(raised.value).endswith(f"resume={offered}")
+    assert str(raised.value).endswith(f"resume={offered}, or fork={run_dir}@10")
     assert Reader(offered).read("master", "a", 0, 2).tolist() == [10.0, 11.0]
 
 

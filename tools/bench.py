@@ -159,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not modules or arguments.repeats < 1:
         known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
-        print(f"bench: got {arguments.kind} {arguments.only or ''}, needed one of {known}, and --repeats of 1 or more")
+        asked = f"{arguments.kind}{f' --only {arguments.only}' if arguments.only else ''} --repeats {arguments.repeats}"
+        print(f"bench: got {asked}, needed one of {known}, and --repeats of 1 or more")
         return 2
     busy = busy_percent()
     if busy > BUSY_LIMIT_PERCENT and not arguments.force:

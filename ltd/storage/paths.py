@@ -122,8 +122,9 @@ def damaged(directory: str | Path, what: str) -> StorageError:
     older = _older(Path(directory))
     if older is None:
         return StorageError(f"{what}; the checkpoint is damaged, and there is no older whole one beside it")
+    fork = f"fork={older.parent.parent}@{checkpoint_step(older)}"
     return StorageError(
-        f"{what}; the checkpoint is damaged; the older {older} is whole: go on from it with resume={older}"
+        f"{what}; the checkpoint is damaged; the older {older} is whole: go on from it with resume={older}, or {fork}"
     )
 
 

@@ -365,7 +365,9 @@ def draw_real_clips(
     try:
         clips = RealClips(data, view, needed=needed + spare, seed=config.seed)
     except ConfigError as error:
-        raise ConfigError(f"metrics.reference: {error}") from None
+        message = str(error) if shards is None else str(error).replace("data.shards", "metrics.reference")
+        named = message.startswith("metrics.reference")
+        raise ConfigError(message if named else f"metrics.reference: {message}") from None
     if len(clips) < needed:
         raise ConfigError(
             f"metrics.num_samples: got {config.num_samples}, which needs {needed} real clips of {view} (one set that "

@@ -202,7 +202,7 @@ def test_a_file_of_other_features_is_not_taken(tmp_path: Path, caplog: pytest.Lo
         (("metrics.num_samples=10",), "metrics.num_samples: got 10, which needs 20 real clips of 9x32x32"),
         (("metrics.shape=[4,32,32]",), "metrics.shape: 4x32x32"),
         (("metrics.decay=0.9",), "metrics.decay: got 0.9"),
-        (("metrics.reference=/nowhere",), "metrics.reference: data.shards: "),
+        (("metrics.reference=/nowhere",), "metrics.reference: got '/nowhere': no such path"),
         (
             ("metrics.measures=[{features: {kind: i3d, path: /nowhere.pt}, metrics: [fvd]}]",),
             "metrics.measures[0].features.path: no file /nowhere.pt",
