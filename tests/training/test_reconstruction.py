@@ -222,7 +222,7 @@ def test_clips_that_can_no_longer_be_read_give_no_figure(
     [
         (("metrics.num_samples=10",), "metrics.num_samples: got 10, which needs 20 real clips of 9x32x32"),
         (("metrics.shape=[4,32,32]",), "metrics.shape: 4x32x32"),
-        (("metrics.reference=/nowhere",), "metrics.reference: data.shards: "),
+        (("metrics.reference=/nowhere",), "metrics.reference: got '/nowhere': no such path"),
         (
             ("metrics.measures=[{features: {kind: packaged, name: pixels}, metrics: [sfid]}]",),
             "metrics.measures[0].metrics: sfid reads spatial, which pixels 5x8x14 (no network) does not give",
