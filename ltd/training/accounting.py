@@ -39,8 +39,8 @@ class AccountingConfig:
 
     #: Whether rates, shares of the peak and memory are logged.
     enabled: bool = True
-    #: Time a matrix product at the start though the table has the device's peak; where it has none, always done.
-    measure_peak: bool = False
+    #: Time a matrix product at the start also where the table has the device's peak; where it has none, always done.
+    measure_peak: bool = True
     #: Steps between those whose collectives are timed, by a profiler, which slows that one step; 0 = none.
     communication_every: int = 500
     #: Steps between rows of ``ledger.jsonl``, which each checkpoint and the last step write too; 0 = no ledger.

@@ -221,6 +221,25 @@ def test_peak_comes_from_the_table_first() -> None:
     assert lacking.peak == 20e12 and "not in the table" in lacking.describe()
 
 
+@pytest.mark.parametrize("measure", [None, False])
+def test_measured_peak_stands_beside_the_table_unless_turned_off(
+    measure: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("ltd.training.accounting._measured_once", lambda device, dtype: 700e12)
+    layout: Any = types.SimpleNamespace(device=torch.device("cuda"), is_main=True, world_size=1, global_rank=0)
+    config = AccountingConfig() if measure is None else AccountingConfig(measure_peak=measure)
+    with caplog.at_level("INFO"):
+        made = Accounting(config, layout, ParallelConfig(precision="bf16"), str(tmp_path), several=False)
+    made.add("x", Workload(samples=1, model_flops=70e12, computed=1, real=1), 1.0, [0.0, 0.0, 1e9])
+    row, hardware = made.row(), json.loads((tmp_path / "hardware.json").read_text())
+    assert "989.4 by the table (" in caplog.text and hardware["table_flops"] == 989.4e12
+    assert row["perf/mfu"] == pytest.approx(70 / 989.4), "of the table's in either case"
+    assert ("700 measured" in caplog.text) == (measure is None)
+    assert hardware["measured_flops"] == (700e12 if measure is None else None)
+    assert row.get("perf/mfu_of_measured") == (pytest.approx(0.1) if measure is None else None)
+
+
 def test_memory_and_communication_go_over_processes(tmp_path: Path) -> None:
     config = ParallelConfig(engine="torch", precision="fp32")
     layout = Layout(config, global_rank=0, world_size=1, local_rank=0)
