@@ -78,7 +78,7 @@ def _cell(found: Sequence[float] | None, share: bool, say: Callable[[Sequence[fl
 
 
 def _sizes(runs: Sequence[RunRecord], values: Sequence[Mapping[str, Sequence[float]]]) -> str:
-    """Show the rates of each size, folded; nothing where runs have one size each."""
+    """Show the figures of each size, folded; nothing where runs have one size each."""
     shown = [(name.removeprefix("perf/"), title, share, say) for name, title, share, say in ROWS]
     shown = [(name.replace("time/", ""), title, share, say) for name, title, share, say in shown]
     rows = []

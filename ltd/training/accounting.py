@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,8 +39,8 @@ class AccountingConfig:
 
     #: Whether rates, shares of the peak and memory are logged.
     enabled: bool = True
-    #: Time a matrix product at the start though the table has the device's peak; where it has none, always done.
-    measure_peak: bool = False
+    #: Time a matrix product at the start also where the table has the device's peak; where it has none, always done.
+    measure_peak: bool = True
     #: Steps between those whose collectives are timed, by a profiler, which slows that one step; 0 = none.
     communication_every: int = 500
     #: Steps between rows of ``ledger.jsonl``, which each checkpoint and the last step write too; 0 = no ledger.
@@ -121,7 +121,7 @@ def _measured_once(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Accounting:
-    """Add up steps and give the row of an interval.
+    """Add up steps and give the row of an interval; reads allocators' own statistics, and waits for no device.
 
     Args:
         config: What is measured.
@@ -130,6 +130,9 @@ class Accounting:
         run_dir: Where ``hardware.json`` goes.
         several: Whether steps are of several sizes, which are then listed one by one too.
     """
+
+    #: Most memory this process had held when a step last began its GPU's peak anew, over all stages.
+    _held: ClassVar[float] = 0.0
 
     def __init__(
         self, config: AccountingConfig, layout: Layout, parallel: ParallelConfig, run_dir: str, *, several: bool
@@ -147,15 +150,22 @@ class Accounting:
         self._communication_s, self._measured_step_s = 0.0, 0.0
         #: Whether the step that runs is one whose collectives are timed.
         self._watched = False
+        #: Size of the last step whose collectives were timed.
+        self._watched_bucket = ""
         self._row: dict[str, float] = {}
 
     def flags(self) -> list[float]:
-        """Give this process's numbers for the step's sum: seconds of collectives, of how long, and its memory."""
+        """Give this process's numbers for the step's sum: seconds of collectives, of how long, and its memory.
+
+        Of the memory, the most held so far, then the most held since the step began.
+        """
         if not self.config.enabled:
             return []
-        memory = [0.0] * self.layout.world_size
-        memory[self.layout.global_rank] = memory_peak(self.layout.device)
-        flags = [self._communication_s, self._measured_step_s, *memory]
+        memory, of_step = ([0.0] * self.layout.world_size for _ in range(2))
+        rank = self.layout.global_rank
+        of_step[rank] = memory_peak(self.layout.device)
+        memory[rank] = max(Accounting._held, of_step[rank])
+        flags = [self._communication_s, self._measured_step_s, *memory, *of_step]
         self._communication_s = self._measured_step_s = 0.0
         return flags
 
@@ -167,6 +177,7 @@ class Accounting:
             step: The step that runs inside.
             last: The step with which the loop ends.
         """
+        self._begin_memory()
         alone = self.layout.world_size == 1
         if not self.config.enabled or alone or not is_watched(step, last, self.config.communication_every):
             yield
@@ -187,7 +198,14 @@ class Accounting:
         ]
         self._communication_s = min(covered(spans) / 1e6, self._measured_step_s)
 
-    def add(self, bucket: str, work: Workload, step_s: float, flags: Sequence[float]) -> None:
+    def _begin_memory(self) -> None:
+        """Let the peak of the GPU's memory be that of the coming step, where sizes are told apart."""
+        device = self.layout.device
+        if self.config.enabled and self.several and device.type == "cuda":
+            Accounting._held = max(Accounting._held, memory_peak(device))
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def add(self, bucket: str, work: Workload, step_s: float, flags: Sequence[float], *, wait_s: float) -> None:
         """Add a step.
 
         Args:
@@ -195,16 +213,22 @@ class Accounting:
             work: What it amounted to, over all processes.
             step_s: Its seconds.
             flags: Sums over processes of what ``flags`` gave.
+            wait_s: Of its seconds, those that the slowest process waited for data.
         """
         if not self.config.enabled:
             return
         watched, self._watched = self._watched, False
         communication_s, measured_s, *memory = flags
-        if measured_s:
+        if measured_s:  # of the watched step before this one
             self._row["perf/communication_share"] = communication_s / measured_s
-        self._row["perf/memory_peak_gb"] = max(memory) / 1e9
-        if not watched:  # its profiler took time of its own
-            self._buckets.setdefault(bucket, _Sum()).add(work, step_s)
+            if self.several:
+                self._row[f"perf/bucket/{self._watched_bucket}/communication_share"] = communication_s / measured_s
+        processes = len(memory) // 2
+        self._row["perf/memory_peak_gb"] = max(memory[:processes]) / 1e9
+        if watched:  # its profiler took time of its own
+            self._watched_bucket = bucket
+        else:
+            self._buckets.setdefault(bucket, _Sum()).add(work, step_s, wait_s, max(memory[processes:]))
 
     def row(self) -> dict[str, float]:
         """Give the metrics of the steps since the last row, and begin anew."""
@@ -216,7 +240,7 @@ class Accounting:
         row = self._row | self._metrics(whole, "perf/")
         for name, part in self._buckets.items() if self.several else ():
             row |= self._metrics(part, f"perf/bucket/{name}/")
-            row[f"perf/bucket/{name}/step_s"] = part.seconds / part.steps
+            row |= {f"perf/bucket/{name}/{figure}": value for figure, value in part.figures().items()}
         self._buckets, self._row = {}, {}
         return row
 
@@ -234,9 +258,19 @@ class _Sum:
     work: Workload = field(default_factory=Workload)
     seconds: float = 0.0
     steps: int = 0
+    wait_s: float = 0.0
+    memory: float = 0.0
 
-    def add(self, work: Workload, seconds: float) -> None:
+    def add(self, work: Workload, seconds: float, wait_s: float, memory: float) -> None:
         self.work, self.seconds, self.steps = self.work + work, self.seconds + seconds, self.steps + 1
+        self.wait_s, self.memory = self.wait_s + wait_s, max(self.memory, memory)
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "step_s": self.seconds / self.steps,
+            "data_wait_share": self.wait_s / max(self.seconds, 1e-9),
+            "memory_peak_gb": self.memory / 1e9,
+        }
 
 
 def is_watched(step: int, last: int, interval: int) -> bool:

@@ -170,7 +170,8 @@ class _Loop:
             session.saver.settle(pending, failed)
             self.data_state = info.state
             step_s = time.perf_counter() - began
-            self.accounting.add(bucket_of(micro_batches[0]), result.work, step_s, measured)
+            wait_s = max(result.waits_s)
+            self.accounting.add(bucket_of(micro_batches[0]), result.work, step_s, measured, wait_s=wait_s)
             self._log(done, result, info, step_s, data_s)
             saves = every(done, run.checkpoint.every) or done == session.until or bool(stopping)
             self._write_ledger(done, due=saves or every(done, run.accounting.ledger_every))

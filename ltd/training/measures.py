@@ -322,7 +322,7 @@ def build_measures(configs: Sequence[MeasureConfig], shape: VideoShape, device: 
         The measures.
 
     Raises:
-        ConfigError: If one cannot be loaded, takes no such clip, or lacks an output.
+        ConfigError: If one cannot be loaded, takes no such clip, lacks an output, or gives what is not finite.
     """
     clip = torch.arange(3 * shape.num_frames * shape.height * shape.width).remainder(251).to(torch.uint8)
     clip = clip.view(1, shape.num_frames, shape.height, shape.width, 3)
@@ -355,8 +355,7 @@ def _build_network(
     try:
         measure = NetworkMeasure(config, build_features(features, device=device), clip.shape[1], where)
         outputs = measure(clip)
-        if _SHOWN in measure.dims:
-            measure.embed_captions(["a caption"])
+        texts = [measure.embed_captions(["a caption"])] if _SHOWN in measure.dims else []
     except ConfigError as error:
         message = str(error)
         inside = f"{where}." if message.startswith("features") else f"{where}.features."
@@ -367,4 +366,9 @@ def _build_network(
     for name, rows in outputs.items():
         if rows.shape != (1, measure.dims[name]):
             raise ConfigError(f"{where}.features: {name} is {tuple(rows.shape)}, needed (1, {measure.dims[name]})")
+    for what, found in ((f"a clip of {VideoShape(*clip.shape[1:4])}", outputs.values()), ("a caption", texts)):
+        if not all(rows.isfinite().all() for rows in found):
+            raise ConfigError(
+                f"{where}.features: {measure.network} gives features of {what} that are not finite; mend its weights"
+            )
     return measure

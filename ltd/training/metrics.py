@@ -168,7 +168,8 @@ class Measuring:
 
         Returns:
             ``eval/METRIC`` and ``eval/METRIC_floor``, the same on all processes; without those, with a warning, that
-            cannot be computed: none, if clips or their features are not finite, or too few real clips can be read.
+            cannot be computed: none, if clips, their features or those of real clips are not finite, or too few real
+            clips can be read.
         """
         measures = self.networks()
         try:
@@ -222,6 +223,9 @@ class Measuring:
             return []
         for place, (measure, known) in enumerate(zip(measures, real, strict=True)):
             parts = [found[place] for _, outputs in shares for found in outputs]
+            if problem := known.describe_not_finite():
+                logger.warning("step %d: nothing is measured by %s: %s", step, measure.network, problem)
+                continue
             try:
                 clips = ClipSet.of(numbers, {name: torch.cat([part[name] for part in parts]) for name in measure.dims})
             except ValueError as error:

@@ -65,6 +65,21 @@ class RealFeatures:
     #: Real clips in the place of what is measured.
     floor: RealSet
 
+    def describe_not_finite(self) -> str:
+        """Say how many clips have features that are not finite, and the first of them; empty where none has."""
+        broken = [
+            number
+            for part in (self.floor, self.reference)
+            for place, number in enumerate(part.numbers)
+            if not all(rows[place].isfinite().all() for rows in part.outputs.values())
+        ]
+        total = len(self.floor.numbers) + len(self.reference.numbers)
+        return (
+            f"features of {len(broken)} of {total} real clips are not finite, first of clip {broken[0]}"
+            if broken
+            else ""
+        )
+
 
 class ReferenceFeatures:
     """Features of real clips, of a memory, a file, or the clips themselves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import types
@@ -221,17 +222,97 @@ def test_peak_comes_from_the_table_first() -> None:
     assert lacking.peak == 20e12 and "not in the table" in lacking.describe()
 
 
+@pytest.mark.parametrize("measure", [None, False])
+def test_measured_peak_stands_beside_the_table_unless_turned_off(
+    measure: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("ltd.training.accounting._measured_once", lambda device, dtype: 700e12)
+    layout: Any = types.SimpleNamespace(device=torch.device("cuda"), is_main=True, world_size=1, global_rank=0)
+    config = AccountingConfig() if measure is None else AccountingConfig(measure_peak=measure)
+    with caplog.at_level("INFO"):
+        made = Accounting(config, layout, ParallelConfig(precision="bf16"), str(tmp_path), several=False)
+    made.add("x", Workload(samples=1, model_flops=70e12, computed=1, real=1), 1.0, [0.0, 0.0, 1e9, 1e9], wait_s=0.0)
+    row, hardware = made.row(), json.loads((tmp_path / "hardware.json").read_text())
+    assert "989.4 by the table (" in caplog.text and hardware["table_flops"] == 989.4e12
+    assert row["perf/mfu"] == pytest.approx(70 / 989.4), "of the table's in either case"
+    assert ("700 measured" in caplog.text) == (measure is None)
+    assert hardware["measured_flops"] == (700e12 if measure is None else None)
+    assert row.get("perf/mfu_of_measured") == (pytest.approx(0.1) if measure is None else None)
+
+
 def test_memory_and_communication_go_over_processes(tmp_path: Path) -> None:
     config = ParallelConfig(engine="torch", precision="fp32")
     layout = Layout(config, global_rank=0, world_size=1, local_rank=0)
     made = Accounting(AccountingConfig(), layout, config, str(tmp_path), several=False)
-    assert made.flags() == [0.0, 0.0, pytest.approx(memory_peak(layout.device), rel=0.5)]
-    made.add("x", Workload(samples=2, model_flops=1e9, computed=4, real=3), 0.5, [0.2, 0.8, 3e9, 5e9])
-    made.add("x", Workload(samples=2, model_flops=1e9, computed=4, real=4), 0.5, [0.0, 0.0, 3e9, 6e9])
+    assert made.flags() == [0.0, 0.0, *[pytest.approx(memory_peak(layout.device), rel=0.5)] * 2]
+    work = Workload(samples=2, model_flops=1e9, computed=4, real=3)
+    made.add("x", work, 0.5, [0.2, 0.8, 3e9, 5e9, 1e9, 2e9], wait_s=0.1)
+    made.add("x", dataclasses.replace(work, real=4), 0.5, [0.0, 0.0, 3e9, 6e9, 1e9, 2e9], wait_s=0.0)
     row = made.row()
     assert row["perf/communication_share"] == 0.25 and row["perf/memory_peak_gb"] == 6.0
     assert row["perf/samples_per_s"] == 4.0 and row["perf/model_tflops"] == 2e-3 and row["perf/padding_waste"] == 1 / 8
+    assert not any(name.startswith("perf/bucket/") for name in row), "steps of one size"
     assert made.row() == {}
+
+
+def test_steps_of_each_size_have_their_own_waits_memory_and_communication(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ParallelConfig(engine="torch", precision="fp32")
+    layout = Layout(config, global_rank=0, world_size=1, local_rank=0)
+    made = Accounting(AccountingConfig(communication_every=2), layout, config, str(tmp_path), several=True)
+    layout.world_size = 2  # as if there were another process: nothing is sent here
+    monkeypatch.setattr(torch.profiler.profile, "events", lambda self: [])
+    steps = [  # bucket, seconds, of those waited, seconds of collectives and of the timed step before, memory of each
+        ("9x8x8", 2.0, 0.5, (0.0, 0.0), (5e9, 5e9, 4e9, 5e9)),
+        ("1x8x8", 9.0, 9.0, (0.0, 0.0), (5e9, 5e9, 9e9, 9e9)),  # watched: left out of its size's means
+        ("9x8x8", 2.0, 0.0, (0.2, 0.8), (5e9, 7e9, 3e9, 7e9)),
+        ("9x8x8", 9.0, 9.0, (0.0, 0.0), (5e9, 7e9, 9e9, 9e9)),
+        ("1x8x8", 1.0, 0.75, (0.3, 0.4), (5e9, 7e9, 1e9, 2e9)),
+    ]
+    for step, (bucket, step_s, wait_s, communication, memory) in enumerate(steps, start=1):
+        with made.watching(step, 9):
+            pass
+        made.add(bucket, Workload(samples=1), step_s, [*communication, *memory], wait_s=wait_s)
+    row = made.row()
+    names = ("step_s", "data_wait_share", "memory_peak_gb", "communication_share")
+    found = {size: [row[f"perf/bucket/{size}/{name}"] for name in names] for size in ("9x8x8", "1x8x8")}
+    assert found == {"9x8x8": [2.0, 0.125, 7.0, 0.3 / 0.4], "1x8x8": [1.0, 0.75, 2.0, 0.25]}
+    assert row["perf/memory_peak_gb"] == 7.0 and row["perf/communication_share"] == 0.3 / 0.4
+    made.add("9x8x8", Workload(samples=1), 1.0, [0.0, 0.0, 1e9, 1e9, 1e9, 1e9], wait_s=0.0)
+    assert "perf/bucket/9x8x8/communication_share" not in made.row(), "no step was timed"
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_memory_of_a_gpu_is_of_the_step_and_of_the_run(
+    several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [0.0]
+    monkeypatch.setattr("ltd.training.accounting.memory_peak", lambda device: held[0])
+    monkeypatch.setattr("ltd.training.accounting._measured_once", lambda device, dtype: 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.__setitem__(0, 1e9))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("a step waits for the device"))
+    monkeypatch.setattr(Accounting, "_held", 0.0)
+    layout: Any = types.SimpleNamespace(device=torch.device("cuda"), is_main=True, world_size=1, global_rank=0)
+    made = Accounting(AccountingConfig(), layout, ParallelConfig(), str(tmp_path), several=several)
+    found = []
+    for before, within in ((2e9, 6e9), (8e9, 3e9)):  # an evaluation between the steps holds 8 GB
+        held[0] = max(held[0], before)
+        with made.watching(1, 9):
+            held[0] = max(held[0], within)
+            found.append(made.flags()[2:])
+    assert found == ([[6e9, 6e9], [8e9, 3e9]] if several else [[6e9, 6e9], [8e9, 8e9]])
+
+
+def test_bucket_rows_of_a_run(whole: Path) -> None:
+    for row in rows(whole):
+        (size,) = {key.split("/")[2] for key in row if key.startswith("perf/bucket/")}
+        part = {name: row[f"perf/bucket/{size}/{name}"] for name in ("data_wait_share", "memory_peak_gb", "step_s")}
+        assert part["step_s"] == pytest.approx(row["time/step_s"])
+        assert 0 <= part["data_wait_share"] <= 1 and part["memory_peak_gb"] == row["perf/memory_peak_gb"]
+        assert f"perf/bucket/{size}/communication_share" not in row, "one process"
 
 
 def test_counts_of_devices_and_of_hosts_make_one_sum() -> None:
@@ -296,7 +377,7 @@ def test_watched_step_has_no_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert made.flags()[:2] == [0.0, 0.0]
     with made.watching(2, 9):
         torch.ones(64, 64) @ torch.ones(64, 64)
-    made.add("x", Workload(samples=1), 1.0, [0.0, 0.0, 1.0, 1.0])
+    made.add("x", Workload(samples=1), 1.0, [0.0, 0.0, 1.0, 1.0, 1.0, 1.0], wait_s=0.0)
     assert made.row() == {}
     seconds, step_s = made.flags()[:2]
     assert 0 < seconds <= min(step_s, 1e-3 + 1e-9)

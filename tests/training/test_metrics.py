@@ -20,7 +20,7 @@ from ltd.data.real_clips import RealClips
 from ltd.denoisers import load
 from ltd.diffusion import GuidanceConfig, SamplerConfig
 from ltd.encoders.features import build_features
-from ltd.encoders.packaged import PackagedFeaturesConfig
+from ltd.encoders.packaged import FrameDifferences, PackagedFeaturesConfig
 from ltd.encoders.text import build_text_encoder
 from ltd.evaluation.frechet import frechet_distance
 from ltd.evaluation.rows import rows_from_json
@@ -31,7 +31,7 @@ from ltd.training.denoiser import DenoiserRun
 from ltd.training.latent_inputs import open_autoencoder
 from ltd.training.measures import MeasureConfig
 from ltd.training.metrics import MetricsConfig
-from ltd.training.reference import read_features, write_features
+from ltd.training.reference import RealFeatures, ReferenceFeatures, read_features, write_features
 from tests.training import metric_runs
 from tests.training.metric_runs import OFF, Runs, check_training_goes_on, measured, same, state, trained
 
@@ -222,6 +222,40 @@ def test_mistakes_end_before_any_step(
         train.main([*arguments, *overrides])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_whose_features_are_not_finite_is_refused(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = FrameDifferences.__call__
+    monkeypatch.setattr(FrameDifferences, "__call__", lambda network, clips: whole(network, clips) * value)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", *MEASURED)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "metrics.measures[0].features: " in message
+    assert "gives features of a clip of 9x32x32 that are not finite" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("part", ["reference", "floor"])
+def test_features_of_real_clips_that_are_not_finite_are_no_fault_of_the_samples(
+    part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ReferenceFeatures.get
+
+    def get(reference: ReferenceFeatures, extractors: Any) -> list[RealFeatures]:
+        found = whole(reference, extractors)
+        getattr(found[0], part).outputs["features"][2] = math.nan
+        return found
+
+    monkeypatch.setattr(ReferenceFeatures, "get", get)
+    run(tmp_path / "run", *MEASURED, "steps=2")
+    number = {"reference": 9, "floor": 2}[part]
+    assert f"features of 1 of 14 real clips are not finite, first of clip {number}" in caplog.text
+    assert "of the samples" not in caplog.text and "the samples cannot be measured" not in caplog.text
+    names = measured(tmp_path / "run")[2]
+    assert "eval/kid_pixels" in names and "eval/fvd_motion" not in names, "the other network measures on"
 
 
 def test_bad_numbers_name_the_field() -> None:
