@@ -149,7 +149,7 @@ class AutoencoderStage:
             self._distances["perceptual"] = perceptual
         if objective.lpips is not None:
             same = perceptual is not None and objective.lpips == objective.perceptual
-            lpips = perceptual if same else build_perceptual(objective.lpips, device=layout.device)
+            lpips = perceptual if same else build_perceptual(objective.lpips, device=layout.device, field="lpips")
             assert lpips is not None
             logger.info("lpips of held-out samples: %s", lpips.name)
             self._distances["lpips"] = lpips

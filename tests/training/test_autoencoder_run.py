@@ -392,6 +392,15 @@ def test_lpips_of_the_terms_own_network_is_that_of_the_term(shards: Path, tmp_pa
     assert last["eval/lpips_video"] == last["eval/perceptual_video"] > 0
 
 
+def test_a_network_of_lpips_that_is_not_there_names_its_field(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = ("adversarial=null", f"evaluation.shards={shards}", "evaluation.every=1")
+    with pytest.raises(SystemExit):
+        run(shards, tmp_path / "run", *held, "lpips={kind: vgg_lpips, backbone: b.pth, heads: absent.pth}", steps=1)
+    assert "error: lpips.heads: no file absent.pth; needed weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
