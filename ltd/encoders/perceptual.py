@@ -75,11 +75,12 @@ class PerceptualDistance(nn.Module):
         ConfigError: If a package or file is missing, or holds other weights.
     """
 
-    preprocessing = "frames in [-1, 1] at their own size"
-
     def __init__(self, config: PerceptualConfig, *, field: str = "perceptual") -> None:
         super().__init__()
         self.max_frames = config.max_frames
+        self.preprocessing = "frames in [-1, 1] at their own size"
+        if config.max_frames is not None:
+            self.preprocessing += f"; at most {config.max_frames} evenly spaced frames of each clip"
         match config:
             case StLpipsConfig():
                 self.name = "st-lpips alexnet (shift-tolerant)"

@@ -17,9 +17,12 @@ from ltd.config import ConfigError
 from ltd.data import ViewConfig, evaluation_batches
 from ltd.data.synthetic import make_toy_shards
 from ltd.encoders.perceptual import StLpipsConfig, build_perceptual
+from ltd.evaluation.rows import MetricRow, rows_from_json
 from ltd.inference.media import pixels_to_video, video_to_pixels
 from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.autoencoder_checks import warn_of_small_views
+from ltd.training.metrics import write_rows
+from tools import report
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "debug" / "autoencoder_adversarial.yaml")
@@ -80,6 +83,36 @@ def test_lpips_of_held_out_samples_is_measured_without_a_perceptual_term_and_tra
     for kind, each in found.items():
         assert with_lpips.pop(f"eval/lpips_{kind}") == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
     assert with_lpips == without
+
+
+def test_rows_say_what_held_out_figures_were_measured_with(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "evaluation.json").write_text("[{")
+    held = (f"evaluation.shards={shards}", "evaluation.every=1", "loss.perceptual_weight=0.1")
+    assert run(shards, run_dir, *held, "lpips={kind: st_lpips, max_frames: 3}", steps=1) == 0
+    assert "evaluation.json is replaced: not a list of metric rows" in caplog.text
+    other = MetricRow(part="samples", name="fvd", value=1.0, unit="", n=2)
+    write_rows(run_dir, [other])
+    assert run(shards, run_dir, *held, "lpips={kind: st_lpips, max_frames: 3}", steps=2) == 0
+    first, *found = rows_from_json((run_dir / "evaluation.json").read_text())
+    assert first == other
+    last, units = rows(run_dir)[-1], {"psnr": "_db"}
+    kinds = {"video": 16, "image": 8}
+    names = [(name, kind) for kind in kinds for name in ("psnr", "ssim", "perceptual", "lpips")]
+    assert [row.name for row in found] == [f"{name}_{kind}" for name, kind in names]
+    for row, (name, kind) in zip(found, names, strict=True):
+        assert row.value == last[f"eval/{row.name}{units.get(name, '')}"]
+        assert (row.part, row.weights, row.n, row.floor) == ("heldout", "raw", kinds[kind], None)
+        assert row.note == "reconstructions of held-out samples after step 2"
+        assert row.network == ("none" if name in ("psnr", "ssim") else "st-lpips alexnet (shift-tolerant)")
+        assert ("at most 3 evenly spaced frames" in row.preprocessing) == (name == "lpips") and row.preprocessing
+    assert report.main([str(run_dir), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "heldout/lpips_video" in page and "st-lpips alexnet (shift-tolerant)" in page
+    assert "at most 3 evenly spaced frames of each clip, raw weights" in page
 
 
 def test_lpips_of_the_terms_own_network_is_that_of_the_term(shards: Path, tmp_path: Path) -> None:

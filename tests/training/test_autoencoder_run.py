@@ -284,6 +284,10 @@ def test_diagnostics_are_logged_and_the_same_on_two_processes(shards: Path, tmp_
     held = ("evaluation.every=2", f"evaluation.shards={shards}", "adversarial=null", "evaluation.batch_size=2")
     assert run(shards, tmp_path / "one", *held, steps=2) == 0
     launch(shards, tmp_path / "two", *held, "parallel.zero=1", steps=2)
+    measured = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
+    assert [row["n"] for row in measured[0]] == [16, 16, 8, 8]
+    for one_row, two_row in zip(*measured, strict=True):
+        assert two_row == {**one_row, "value": pytest.approx(one_row["value"], rel=1e-4)}
     one, two = rows(tmp_path / "one")[0], rows(tmp_path / "two")[0]
     names = {key for key in one if key.startswith(("eval/", "artifacts/", "latents/"))}
     assert {
@@ -339,7 +343,8 @@ def test_droplets_in_the_decoder_are_found_where_they_are(shards: Path) -> None:
             reconstruction, posterior = model(video, None)
         pixels = torch.zeros(2, 5, 48, 48, 3, dtype=torch.uint8)
         found.add("video", kept, pixels, video, reconstruction, posterior, {})
-        return found.merged(Layout(ParallelConfig(engine="torch"), global_rank=0, world_size=1, local_rank=0))
+        layout = Layout(ParallelConfig(engine="torch"), global_rank=0, world_size=1, local_rank=0)
+        return found.merged(layout, 1)[0]
 
     assert measure()["artifacts/droplet_share"] == 0
     block = model.get_submodule("decoder.levels.1.blocks.0")
