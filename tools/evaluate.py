@@ -142,7 +142,7 @@ def measure_autoencoder(args: argparse.Namespace) -> list[MetricRow]:
         config: PerceptualConfig = StLpipsConfig()
         if args.perceptual != "st_lpips":
             config = VggLpipsConfig(backbone=args.perceptual)
-        network = build_perceptual(config, device=args.device)
+        network = build_perceptual(config, device=args.device, field="--perceptual")
         perceptual = OnDevice(network, args.device)
     model = ltd.autoencoders.load(args.autoencoder or args.run, weights=args.weights, device=args.device)
     try:

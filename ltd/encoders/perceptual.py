@@ -69,23 +69,25 @@ class PerceptualDistance(nn.Module):
 
     Args:
         config: Which network.
+        field: Config field, or option of a tool, that asked for it, for messages.
 
     Raises:
         ConfigError: If a package or file is missing, or holds other weights.
     """
 
-    preprocessing = "frames in [-1, 1] at their own size"
-
-    def __init__(self, config: PerceptualConfig) -> None:
+    def __init__(self, config: PerceptualConfig, *, field: str = "perceptual") -> None:
         super().__init__()
         self.max_frames = config.max_frames
+        self.preprocessing = "frames in [-1, 1] at their own size"
+        if config.max_frames is not None:
+            self.preprocessing += f"; at most {config.max_frames} evenly spaced frames of each clip"
         match config:
             case StLpipsConfig():
                 self.name = "st-lpips alexnet (shift-tolerant)"
-                self.network, heads = _load_shift_tolerant()
+                self.network, heads = _load_shift_tolerant(field)
             case VggLpipsConfig():
                 self.name = f"lpips 0.1 vgg16 ({config.backbone})"
-                self.network, heads = _load_vgg(config)
+                self.network, heads = _load_vgg(config, field)
         for i, head in enumerate(heads):
             self.register_buffer(f"head{i}", head.float(), persistent=False)
 
@@ -122,18 +124,19 @@ class PerceptualDistance(nn.Module):
 
 
 def build_perceptual(
-    config: PerceptualConfig | None = None, *, device: torch.device | str = "cpu"
+    config: PerceptualConfig | None = None, *, device: torch.device | str = "cpu", field: str = "perceptual"
 ) -> PerceptualDistance:
     """Build the perceptual distance.
 
     Args:
         config: Which network; the one a package ships by default.
         device: Where it runs.
+        field: Config field, or option of a tool, that asked for it, for messages.
 
     Returns:
         The frozen network.
     """
-    return PerceptualDistance(config or StLpipsConfig()).to(device)
+    return PerceptualDistance(config or StLpipsConfig(), field=field).to(device)
 
 
 def _check_frames(max_frames: int | None) -> None:
@@ -141,24 +144,26 @@ def _check_frames(max_frames: int | None) -> None:
         raise ConfigError(f"max_frames: got {max_frames}, needed 1 or more, or null")
 
 
-def _load_shift_tolerant() -> tuple[nn.Module, list[Tensor]]:
-    folder = package_directory("stlpips_pytorch", field="perceptual", pip_name="stlpips-pytorch==0.0.2", extra="eval")
-    weights = read_weights(folder / "weights/vST0.0/alex_shift_tolerant.pth", field="perceptual")
+def _load_shift_tolerant(field: str) -> tuple[nn.Module, list[Tensor]]:
+    folder = package_directory("stlpips_pytorch", field=field, pip_name="stlpips-pytorch==0.0.2", extra="eval")
+    weights = read_weights(folder / "weights/vST0.0/alex_shift_tolerant.pth", field=field)
     with torch.device("meta"):
         network = _ShiftTolerantAlexNet()
     heads = [weights[f"lin{i}.model.1.weight"].flatten() for i in range(len(_CHANNELS))]
     return load_frozen(network, _rename(weights)), heads
 
 
-def _load_vgg(config: VggLpipsConfig) -> tuple[nn.Module, list[Tensor]]:
+def _load_vgg(config: VggLpipsConfig, field: str) -> tuple[nn.Module, list[Tensor]]:
+    # An option of a tool has no fields below it.
+    heads_field, backbone_field = (field if field[0] == "-" else f"{field}.{part}" for part in ("heads", "backbone"))
     heads_file = Path(config.heads)
     if config.heads.startswith("package:"):
-        folder = package_directory(config.heads.removeprefix("package:"), field="perceptual.heads")
+        folder = package_directory(config.heads.removeprefix("package:"), field=heads_field)
         heads_file = folder / "weights/v0.1/vgg.pth"
     heads = _pick(
-        _read(heads_file, "perceptual.heads"),
+        _read(heads_file, heads_field),
         {f"lin{i}.model.1.weight": (1, stage[-1], 1, 1) for i, stage in enumerate(_VGG_STAGES)},
-        "perceptual.heads",
+        heads_field,
         heads_file,
     )
     needed: dict[str, tuple[int, ...]] = {}
@@ -170,7 +175,7 @@ def _load_vgg(config: VggLpipsConfig) -> tuple[nn.Module, list[Tensor]]:
             renamed |= {f"features.{place}.{part}": f"convs.{number}.{part}" for part in ("weight", "bias")}
             before, number = width, number + 1
     path = Path(config.backbone)
-    weights = _pick(_read(path, "perceptual.backbone"), needed, "perceptual.backbone", path)
+    weights = _pick(_read(path, backbone_field), needed, backbone_field, path)
     with torch.device("meta"):
         network = _Vgg16()
     tensors = {renamed[name]: tensor for name, tensor in weights.items()}
@@ -184,12 +189,14 @@ def _load_vgg(config: VggLpipsConfig) -> tuple[nn.Module, list[Tensor]]:
 def _read(path: Path, field: str) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"{field}: no file {path}; needed weights as .pth or .safetensors")
+    needed = "needed tensors by name, a state dict of torch.save (.pth) or a .safetensors file"
     try:
-        return load_file(path) if path.suffix == ".safetensors" else read_weights(path, field=field)
-    except ConfigError:
-        raise
-    except Exception as error:  # unpickling refused, or no such format
-        raise ConfigError(f"{field}: {path} cannot be read as weights: {error}") from error
+        weights = load_file(path) if path.suffix == ".safetensors" else read_weights(path, field=field)
+    except Exception as error:  # unpickling refused, or no such format; PyTorch says so in several lines
+        raise ConfigError(f"{field}: {path} cannot be read as weights ({type(error).__name__}); {needed}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ConfigError(f"{field}: {path} holds something else than weights; {needed}")
+    return weights
 
 
 def _pick(

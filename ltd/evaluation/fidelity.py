@@ -16,6 +16,9 @@ _PEAK = 255.0
 class Psnr:
     """Peak signal-to-noise ratio in dB of 8-bit pixels: the mean over clips, and one of the error over all pixels."""
 
+    #: Of ``clip_mean``, in rows of results.
+    preprocessing = "8-bit RGB; mean over clips"
+
     def __init__(self) -> None:
         self.num_clips = 0
         self._clip_sum = 0.0
@@ -90,6 +93,9 @@ class _ClipMean:
 
 class Ssim(_ClipMean):
     """Structural similarity: the mean over clips of the mean over frames and channels, 1 for equal clips."""
+
+    #: In rows of results.
+    preprocessing = "8-bit RGB; 11x11 Gaussian window of width 1.5, mean over channels, frames and clips"
 
     def update(self, clips: Tensor, references: Tensor) -> None:
         """Count clips.

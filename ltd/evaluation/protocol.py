@@ -163,11 +163,10 @@ def autoencoder_rows(
         for metric in (psnr, similarity, distance):
             if metric is not None:
                 metric.update(decoded, pixels)
-    window = "11x11 Gaussian window of width 1.5, mean over channels, frames and clips"
     values = [
-        ("psnr", psnr.clip_mean, "dB", "8-bit RGB; mean over clips", "none"),
+        ("psnr", psnr.clip_mean, "dB", psnr.preprocessing, "none"),
         ("psnr_overall", psnr.overall, "dB", "8-bit RGB; of the mean squared error over all pixels", "none"),
-        ("ssim", similarity.clip_mean, "", f"8-bit RGB; {window}", "none"),
+        ("ssim", similarity.clip_mean, "", similarity.preprocessing, "none"),
     ]
     if distance is not None and perceptual is not None:
         values.append(("lpips", distance.clip_mean, "", perceptual.preprocessing, perceptual.name))

@@ -13,8 +13,8 @@ from typing import Any
 class MetricRow:
     """One measured number and everything needed to read it."""
 
-    #: Which half of the evaluation made it: "autoencoder" or "samples"; or, while training, "training" (of samples) or
-    #: "reconstruction".
+    #: Which half of the evaluation made it: "autoencoder" or "samples"; or, while training, "training" (of samples),
+    #: "reconstruction" or "heldout" (an autoencoder's held-out samples).
     part: str
     name: str
     value: float

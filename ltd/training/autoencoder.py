@@ -37,6 +37,7 @@ from ltd.inference.media import pixels_to_video
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.rng import generator
+from ltd.training.autoencoder_checks import check_lpips, check_lpips_data, warn_of_small_views
 from ltd.training.autoencoder_heldout import LEAST_PIXELS
 from ltd.training.autoencoder_stage import (
     AdversarialConfig,
@@ -65,7 +66,8 @@ class AutoencoderRun(RunConfig):
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     #: Network of ``loss.perceptual_weight``.
     perceptual: PerceptualConfig = field(default_factory=StLpipsConfig)
-    #: Network of ``eval/lpips_video`` and ``eval/lpips_image`` of held-out samples; null measures neither.
+    #: Network of ``eval/lpips_video`` and ``eval/lpips_image`` of held-out samples of 32 x 32 pixels or more; null
+    #: measures neither.
     lpips: PerceptualConfig | None = None
     #: A discriminator trained beside it; null trains none.
     adversarial: AdversarialConfig | None = None
@@ -105,8 +107,6 @@ class AutoencoderRun(RunConfig):
         self._check_parts()
         if self.metrics is not None:
             self.metrics.check(self.ema, "metrics")
-        if self.lpips is not None and not self.evaluation.every:
-            raise ConfigError("lpips: is measured of held-out samples; set evaluation.every, or lpips to null")
         if self.parallel.activation_checkpointing != "none":
             raise ConfigError(
                 "parallel.activation_checkpointing: is for denoisers; set it to none, and frames_per_chunk instead"
@@ -117,6 +117,7 @@ class AutoencoderRun(RunConfig):
             raise ConfigError(f"parallel.sequence: autoencoders train with 1, got {self.parallel.sequence}")
         if self.data.batching.kind == "packed":
             raise ConfigError("data.batching.kind: packed is for denoisers, autoencoders train with fixed or buckets")
+        check_lpips(self)
 
     def _check_parts(self) -> None:
         """Refuse parts that do not go together."""
@@ -159,10 +160,6 @@ class AutoencoderRun(RunConfig):
         if self.data.batching.kind != "fixed":
             return
         sides = [min(view.shape.height, view.shape.width) for view in self.data.views]
-        if self.lpips is not None and max(sides) < LEAST_PIXELS:
-            raise ConfigError(
-                f"lpips: no view of data.views has {LEAST_PIXELS} pixels or more on its shorter side, got {max(sides)}"
-            )
         scale = 1.0
         if self.equivariance is not None:
             scale = self.equivariance.scales[0] / self.equivariance.scale_unit
@@ -216,6 +213,8 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
         settings = config.adversarial
         critic = (lambda: build_discriminator(settings.discriminator), settings.optim)
     session = start_session(found, layout, beat, lambda fresh: _build(config, fresh), critic)
+    if config.lpips is not None and layout.is_main:
+        warn_of_small_views(session.loader.views)
     stage = AutoencoderStage(
         config,
         Objective(
@@ -243,6 +242,7 @@ def run(config: AutoencoderRun) -> None:
     """
     with open_layout(config) as (layout, beat):
         config = with_data(config, config.toy_data, layout)
+        check_lpips_data(config)
         if train(config, layout, beat, start):
             beat.enter("evaluate", config.steps)
             _export(config, layout)

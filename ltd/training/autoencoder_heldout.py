@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch import Tensor
 from ltd.autoencoders import Autoencoder, Posterior
 from ltd.autoencoders.blocks import ResidualBlock
 from ltd.autoencoders.conv_parts import ConvBlock
+from ltd.encoders.perceptual import PerceptualDistance
 from ltd.evaluation.artifacts import Artifacts
 from ltd.evaluation.fidelity import PairedDistance, Psnr, Ssim
 from ltd.evaluation.latent_health import ActivationProbe, CodeUsage, LatentHealth, least_positions
+from ltd.evaluation.rows import MetricRow
 from ltd.inference.media import video_to_pixels
 from ltd.parallel.layout import Layout
 
@@ -33,12 +35,10 @@ class Heldout:
 
     Args:
         model: The autoencoder; the residual blocks of its decoder are watched for droplets.
-        distances: Perceptual distances of two ``(b, 3, t, h, w)`` in [-1, 1], by the names of their figures.
+        distances: Perceptual distances by the names of their figures.
     """
 
-    def __init__(
-        self, model: Autoencoder, distances: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None
-    ) -> None:
+    def __init__(self, model: Autoencoder, distances: Mapping[str, PerceptualDistance] | None = None) -> None:
         self._model = model
         self._layers = [
             name
@@ -112,32 +112,22 @@ class Heldout:
         for name, error in errors.items():
             self._errors.setdefault(name, []).extend(error[on_device].tolist())
 
-    def merged(self, layout: Layout) -> dict[str, float]:
+    def merged(self, layout: Layout, step: int) -> tuple[dict[str, float], list[MetricRow]]:
         """Sum over all processes; called by all.
 
         Args:
             layout: The processes.
+            step: Steps done.
 
         Returns:
-            Figures by their names in ``metrics.jsonl``; empty without a sample.
+            Figures by their names in ``metrics.jsonl``, and rows that say how those that compare pixels were measured;
+            empty without a sample.
         """
         states = layout.gather_objects(self._state())
-        values: dict[str, float] = {}
-        num_seen = 0
-        for kind in self._scores:
-            total = self._empty()
-            for state in states:
-                for name, score in total.items():
-                    score.merge(state[kind][name])
-            num_seen += total["psnr"].num_clips
-            unit = {"psnr": "_db"}
-            values |= {
-                f"eval/{name}_{kind}{unit.get(name, '')}": score.clip_mean
-                for name, score in total.items()
-                if score.num_clips
-            }
-        if not num_seen:
-            return values
+        rows = self._rows(states, step)
+        if not rows:
+            return {}, []
+        values = {f"eval/{row.name}{'_db' if row.unit == 'dB' else ''}": row.value for row in rows}
         accumulators: dict[str, Any] = {"artifacts": Artifacts(), "latents": LatentHealth()}
         if self._codes is not None:
             accumulators["codes"] = CodeUsage(len(self._codes.counts))
@@ -150,7 +140,33 @@ class Heldout:
         for name in sorted({name for state in states for name in state["errors"]}):
             errors = [error for state in states for error in state["errors"].get(name, [])]
             values[f"latents/equivariance_error_{name}"] = sum(errors) / len(errors)
-        return values
+        return values, rows
+
+    def _rows(self, states: Sequence[Mapping[str, Any]], step: int) -> list[MetricRow]:
+        """Sum the scores of all processes; PSNR comes first, and is there of every kind that has a sample."""
+        rows = []
+        for kind in self._scores:
+            for name, score in self._empty().items():
+                for state in states:
+                    score.merge(state[kind][name])
+                if not score.num_clips:
+                    continue
+                network = self._distances.get(name)
+                how = score if isinstance(score, Psnr | Ssim) else self._distances[name]
+                rows.append(
+                    MetricRow(
+                        part="heldout",
+                        name=f"{name}_{kind}",
+                        value=score.clip_mean,
+                        unit="dB" if name == "psnr" else "",
+                        network="none" if network is None else network.name,
+                        preprocessing=how.preprocessing,
+                        n=score.num_clips,
+                        note=f"reconstructions of held-out samples after step {step}",
+                        weights="raw",
+                    )
+                )
+        return rows
 
     def _empty(self) -> dict[str, Psnr | Ssim | PairedDistance]:
         scores: dict[str, Psnr | Ssim | PairedDistance] = {"psnr": Psnr(), "ssim": Ssim()}

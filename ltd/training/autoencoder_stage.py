@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.shapes import VideoShape
 from ltd.training.autoencoder_heldout import Heldout
+from ltd.training.metrics import write_rows
 from ltd.training.optim import OptimConfig
 from ltd.training.run import RunConfig, heldout_batches
 from ltd.training.work import Work, count_real
@@ -149,7 +151,7 @@ class AutoencoderStage:
             self._distances["perceptual"] = perceptual
         if objective.lpips is not None:
             same = perceptual is not None and objective.lpips == objective.perceptual
-            lpips = perceptual if same else build_perceptual(objective.lpips, device=layout.device)
+            lpips = perceptual if same else build_perceptual(objective.lpips, device=layout.device, field="lpips")
             assert lpips is not None
             logger.info("lpips of held-out samples: %s", lpips.name)
             self._distances["lpips"] = lpips
@@ -295,7 +297,8 @@ class AutoencoderStage:
 
         Returns:
             Mean PSNR in dB, SSIM, the perceptual term's distance and LPIPS where there are networks for them, over
-            clips and over images; artefacts of both, and the state of the latents.
+            clips and over images, whose rows the main process writes into the run's ``evaluation.json``; artefacts of
+            both, and the state of the latents.
         """
         found = Heldout(self.model, self._distances)
         self.model.eval()
@@ -307,7 +310,10 @@ class AutoencoderStage:
             errors = self._equivariance(video)
             found.add(batch.kinds[0], batch.weight > 0, pixels, video, reconstruction, posterior, errors)
         self.model.train()
-        return found.merged(self.layout)
+        values, rows = found.merged(self.layout, self._step)
+        if rows and self.layout.is_main:
+            write_rows(Path(self.run.run_dir), rows)
+        return values
 
     @property
     def _criticized(self) -> bool:

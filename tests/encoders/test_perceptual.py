@@ -140,5 +140,30 @@ def test_vgg_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"perceptual\.heads: .* has nothing for lin0\.model\.1\.weight"):
         build_perceptual(VggLpipsConfig(backbone=str(backbone), heads=str(backbone)))
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ConfigError, match=r"perceptual\.backbone: .* cannot be read as weights"):
-        build_perceptual(VggLpipsConfig(backbone=str(tmp_path / "text.pth"), heads=str(heads_file)))
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
+    for name, why in (("text", r"cannot be read as weights \(UnpicklingError\)"), ("tensor", "holds something else")):
+        with pytest.raises(ConfigError, match=rf"perceptual\.backbone: .* {why}.*; needed tensors by name") as caught:
+            build_perceptual(VggLpipsConfig(backbone=str(tmp_path / f"{name}.pth"), heads=str(heads_file)))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "backbone_field", "heads_field"),
+    [("lpips", "lpips.backbone", "lpips.heads"), ("--perceptual", "--perceptual", "--perceptual")],
+)
+def test_errors_name_the_field_that_asked(
+    field: str, backbone_field: str, heads_field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, heads_file, _, _ = _vgg_files(tmp_path)
+    absent = str(tmp_path / "absent.pth")
+    with pytest.raises(ConfigError, match=f"^{backbone_field}: no file"):
+        build_perceptual(VggLpipsConfig(backbone=absent, heads=str(heads_file)), field=field)
+    with pytest.raises(ConfigError, match=f"^{backbone_field}: .* has nothing for"):
+        build_perceptual(VggLpipsConfig(backbone=str(heads_file), heads=str(heads_file)), field=field)
+    with pytest.raises(ConfigError, match=f"^{heads_field}: no file"):
+        build_perceptual(VggLpipsConfig(backbone=str(backbone), heads=absent), field=field)
+    monkeypatch.setattr(package_files.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"^{heads_field}: needs the package 'lpips'"):
+        build_perceptual(VggLpipsConfig(backbone=str(backbone)), field=field)
+    with pytest.raises(ConfigError, match=f"^{field}: needs the package 'stlpips_pytorch'"):
+        build_perceptual(StLpipsConfig(), field=field)

@@ -294,7 +294,9 @@ def test_lpips_of_reconstructions(data, tmp_path, monkeypatch):
             return latents * 0.9
 
     built = []
-    monkeypatch.setattr(evaluate, "build_perceptual", lambda config, device: built.append(config) or Perceptual())
+    monkeypatch.setattr(
+        evaluate, "build_perceptual", lambda config, device, field: built.append(config) or Perceptual()
+    )
     monkeypatch.setattr(ltd.autoencoders, "load", lambda path, **rest: Darker())
     heldout = ["--autoencoder", "somewhere", "--shards", data / "train", "--size", "5x32x64"]
     rows = _run(tmp_path / "run", *heldout, "--metrics", "lpips", "--perceptual", "vgg.pth")
@@ -310,6 +312,7 @@ def test_lpips_of_reconstructions(data, tmp_path, monkeypatch):
         (["--samples", "S", "--reference", "R", "--metrics", "lpips"], "--metrics: lpips measures what --shards names"),
         (["--shards", "R", "--metrics", "fid"], "--metrics: fid measures what --samples names, which is not given"),
         (["--samples", "S", "--reference", "R", "--features", "vgg"], "features: got 'vgg', needed efficientnet_lite0"),
+        (["--shards", "R", "--metrics", "lpips", "--perceptual", "R"], "error: --perceptual: "),
         (["--samples", "S", "--reference", "R", "--metrics", "fdd"], "invalid choice: 'fdd'"),
         (
             ["--samples", "S", "--reference", "R", "--metrics", "precision_recall", "--features", "pixels"],
