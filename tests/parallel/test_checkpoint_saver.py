@@ -67,7 +67,7 @@ def test_damage_that_one_process_meets_stops_both_with_one_message(results: dict
     found = get(results, "damage")
     first, second = found["messages"]
     assert first == second and first.startswith("StorageError: ")
-    assert "rank_00001.safetensors: checksum" in first and first.endswith("step-00000001")
+    assert "rank_00001.safetensors: checksum" in first and "resume=" in first and first.endswith("check_damage@1")
     assert found["loaded"] == 0.0
 
 
