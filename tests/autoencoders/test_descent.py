@@ -37,3 +37,17 @@ def test_a_piece_that_waits_does_not_keep_those_before_it_alive() -> None:
     assert seen == [(2, True), (2, True), (2, True), (1, True)]
     assert torch.equal(y, 2 * (x + 1) + guide)
     assert states == [(None,)] * 3
+
+
+@torch.no_grad()
+def test_pieces_of_what_the_caller_holds_are_not_copied() -> None:
+    x = torch.randn(1, 3, 6, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+    storages: list[int] = []
+
+    def look(x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:
+        storages.append(x.untyped_storage().data_ptr())
+        return x + 1, (None,)
+
+    states: list[State] = [START]
+    assert torch.equal(descend([Step(look)], x, states, piece_pixels=32), x + 1)
+    assert storages == [x.untyped_storage().data_ptr()] * 3

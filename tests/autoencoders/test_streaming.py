@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -270,3 +271,23 @@ def test_impossible_chunks_are_refused_before_the_model_is_called() -> None:
             assert not called
     with pytest.raises(ValueError, match="num_frames must be 1"):
         encode_checkpointed(model, _input(model, "encode", 16), 8)
+
+
+@torch.no_grad()
+def test_a_stream_holds_no_state_that_is_used_up() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    class Model:
+        compression, latent_channels = Compression(1, 1, 1), 2
+
+        def decode_chunk(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+            del state
+            alive.extend(last() is not None for last in made[-1:])
+            carried = torch.zeros(3)
+            made.append(weakref.ref(carried))
+            return latents + 1, (carried,)
+
+    latents = torch.randn(1, 2, 3, 4, 4)
+    parts = list(stream_decode(Model(), latents, 1))  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(parts, 2), latents + 1) and alive == [False, False]

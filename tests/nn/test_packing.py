@@ -61,3 +61,16 @@ def test_segments_that_cannot_be_attended_to_are_refused():
     with pytest.raises(ValueError, match="block 0 has -1 queries"):
         Segments((-1,), (3,))
     assert Segments((0, 2), (0, 1)).q_lengths == (0, 2)
+
+
+def test_samples_met_with_their_vectors_leave_no_slice_to_differentiate() -> None:
+    # The gradient of each slice would be a tensor of the whole pack.
+    x, v = torch.randn(1, 9, 4, requires_grad=True), torch.randn(4, 1, 4, requires_grad=True)
+    waiting, seen = [by_sample(lambda x, v: x * v, (2, 2, 0, 5), [x], [v]).grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert "SplitWithSizesBackward0" in names and "SliceBackward0" not in names
