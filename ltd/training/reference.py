@@ -67,12 +67,10 @@ class RealFeatures:
 
     def describe_not_finite(self) -> str:
         """Say how many clips have features that are not finite, and the first of them; empty where none has."""
-        broken = [
-            number
-            for part in (self.floor, self.reference)
-            for place, number in enumerate(part.numbers)
-            if not all(rows[place].isfinite().all() for rows in part.outputs.values())
-        ]
+        broken: list[int] = []
+        for part in (self.floor, self.reference):
+            sound = torch.stack([rows.flatten(1).isfinite().all(1) for rows in part.outputs.values()]).all(0)
+            broken += [number for number, fine in zip(part.numbers, sound.tolist(), strict=True) if not fine]
         total = len(self.floor.numbers) + len(self.reference.numbers)
         return (
             f"features of {len(broken)} of {total} real clips are not finite, first of clip {broken[0]}"

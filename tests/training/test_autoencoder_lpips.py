@@ -15,7 +15,6 @@ from ltd import autoencoders, storage
 from ltd import config as config_io
 from ltd.config import ConfigError
 from ltd.data import ViewConfig, evaluation_batches
-from ltd.data.synthetic import make_toy_shards
 from ltd.encoders.perceptual import StLpipsConfig, build_perceptual
 from ltd.evaluation.rows import MetricRow, rows_from_json
 from ltd.inference.media import pixels_to_video, video_to_pixels
@@ -26,13 +25,6 @@ from tools import report
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "debug" / "autoencoder_adversarial.yaml")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    make_toy_shards(folder, num_videos=16, num_images=8, num_frames=9, height=32, width=32, seed=0)
-    return folder
 
 
 def arguments(shards: Path, run_dir: Path, *overrides: str, steps: int) -> list[str]:

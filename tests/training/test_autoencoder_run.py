@@ -21,7 +21,6 @@ from ltd.autoencoders import (
     build_autoencoder,
 )
 from ltd.config import ConfigError
-from ltd.data.synthetic import make_toy_shards
 from ltd.parallel import Layout, ParallelConfig, preflight
 from ltd.training.autoencoder import AutoencoderRun
 from ltd.training.autoencoder_heldout import Heldout
@@ -32,13 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "debug" / "autoencoder_adversarial.yaml")
 SGD = ("optim.kind=sgd", "optim.lr=0.01", "adversarial.optim.kind=sgd", "adversarial.optim.lr=0.01")
 VQ = ("adversarial=null", "equivariance=null", "model.bottleneck={kind: vq, num_codes: 16}")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    make_toy_shards(folder, num_videos=16, num_images=8, num_frames=9, height=32, width=32, seed=0)
-    return folder
 
 
 def arguments(shards: Path, run_dir: Path, *overrides: str, steps: int) -> list[str]:

@@ -19,7 +19,6 @@ from ltd import config as config_io
 from ltd.autoencoders import build_autoencoder
 from ltd.config import ConfigError
 from ltd.data import Batch, DataConfig, ViewConfig, evaluation_batches
-from ltd.data.synthetic import make_toy_shards
 from ltd.denoisers import Dit, DitConfig
 from ltd.denoisers.alignment import DenoiserAlignmentConfig, alignment_loss
 from ltd.encoders.text import BytesTextConfig
@@ -36,13 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "debug"
 CONFIG = CONFIGS / "denoiser_aligned.yaml"
 SGD = ("optim.kind=sgd", "optim.lr=0.05", "optim.warmup_steps=0")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    make_toy_shards(folder, num_videos=16, num_images=8, num_frames=9, height=32, width=32, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,12 @@ from torch import Tensor
 import train
 from ltd import storage
 from ltd.data import MicroBatch
-from ltd.data.synthetic import make_toy_shards
 from ltd.training.autoencoder import AutoencoderStage
 from ltd.training.guards import GuardConfig, Guards
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "debug" / "autoencoder.yaml")
 
 Change = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    make_toy_shards(folder, num_videos=16, num_images=8, num_frames=9, height=32, width=32, seed=0)
-    return folder
 
 
 def run(shards: Path, run_dir: Path, *overrides: str, steps: int = 10) -> int:

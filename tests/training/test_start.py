@@ -24,13 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "debug" / "autoencoder.yaml")
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    make_toy_shards(folder, num_videos=16, num_images=8, num_frames=9, height=32, width=32, seed=0)
-    return folder
-
-
 def arguments(shards: Path, run_dir: Path, *overrides: str, steps: int) -> list[str]:
     common = [f"run_dir={run_dir}", f"data.shards={shards}", f"steps={steps}", "evaluation.every=0"]
     return [CONFIG, *common, "checkpoint.every=2", "checkpoint.keep_last=null", "statistics_from=4", *overrides]
