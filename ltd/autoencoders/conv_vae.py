@@ -217,9 +217,10 @@ class _Encoder(nn.Module):
 
     def _steps(self) -> list[Step]:
         steps = [Step(self._begin, unit=self._units[0])]
-        for level, unit in zip(self.levels, self._units, strict=True):
+        for index, (level, unit) in enumerate(zip(self.levels, self._units, strict=True)):
             assert isinstance(level, _DownLevel)
-            steps += [Step(stage, unit=unit) for stage in level.stages()]
+            first, *others = level.stages()
+            steps += [Step(first, unit=unit, gathers=index > 0), *(Step(stage, unit=unit) for stage in others)]
         return [*steps, Step(self.middle), Step(self._finish)]
 
     def _begin(self, x: Tensor, state: State, guide: Tensor | None) -> tuple[Tensor, State]:

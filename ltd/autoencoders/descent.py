@@ -1,5 +1,6 @@
 """A chunk's way through the stages of a causal network: depth first and in pieces, so that little lies in between.
 
+Where frames have become small, pieces wait for the next ones and go on together: few large pieces are less work.
 A stage is called as ``stage(x, state, guide) -> (x, state)`` on ``(b, c, t, h, w)``. Knows no architecture.
 """
 
@@ -29,6 +30,8 @@ class Step:
     unit: int = 1
     #: Pixels that are made of one, where they are more.
     spread: int = 1
+    #: Whether small pieces wait for the next ones: worth it where frames have just become smaller.
+    gathers: bool = False
 
 
 def descend(
@@ -40,6 +43,8 @@ def descend(
     piece_pixels: int = PIECE_PIXELS,
 ) -> Tensor:
     """Run a chunk through stages; without gradients a large one goes on in pieces, depth first.
+
+    Where a stage gathers, pieces wait until there are as many frames as it works on at once, or no more come.
 
     Args:
         steps: What is run, in order.
@@ -104,7 +109,7 @@ class _Descent:
 
     def pieces(self, x: Tensor, guide: Tensor | None) -> Iterator[Tensor]:
         """Run the stages, yielding the last one's output as it comes; what is read is let go of."""
-        waiting = [(0, x, guide)]
+        waiting, gathered = [(0, x, guide)], _Gathered({})
         del x, guide
         while waiting:
             index, x, guide = waiting.pop()
@@ -113,6 +118,12 @@ class _Descent:
                 continue
             first = is_first(self.states[index])
             length = self._length(index, x, first=first)
+            # All that waits has yet to pass this stage.
+            if self.steps[index].gathers and waiting and x.shape[2] + gathered.frames(index) < length:
+                gathered.add(index, x, guide)
+                del x, guide
+                continue
+            x, guide = gathered.join(index, x, guide)
             follow = guide
             if length < x.shape[2]:
                 if self.states[index] is None:
@@ -137,11 +148,11 @@ class _Descent:
         return rest
 
     def _length(self, index: int, x: Tensor, *, first: bool) -> int:
-        """Count the frames of the next piece: about ``piece_pixels``, in whole units; a clip's first frame is one."""
+        """Count the frames of a full piece: about ``piece_pixels``, in whole units; a clip's first frame is one."""
         unit = self.steps[index].unit
-        b, _, t, h, w = x.shape
+        b, _, _, h, w = x.shape
         size = max(1, self.piece_pixels // (b * h * w * unit * self.steps[index].spread)) * unit
-        return min(t, size + 1 - unit if first else size)
+        return size + 1 - unit if first else size
 
     def _run(self, index: int, x: Tensor, guide: Tensor | None) -> Tensor:
         state, self.states[index] = self.states[index], None
@@ -150,6 +161,29 @@ class _Descent:
         del state
         x, self.states[index] = self.steps[index].run(x, handed, guide)
         return x
+
+
+@dataclass
+class _Gathered:
+    """Pieces, with their guides, that wait in front of a stage until there is enough for it to work on."""
+
+    pieces: dict[int, list[tuple[Tensor, Tensor | None]]]
+
+    def frames(self, index: int) -> int:
+        """Count the frames that wait in front of a stage."""
+        return sum(x.shape[2] for x, _ in self.pieces.get(index, ()))
+
+    def add(self, index: int, x: Tensor, guide: Tensor | None) -> None:
+        """Let a piece wait."""
+        self.pieces.setdefault(index, []).append((x, guide))
+
+    def join(self, index: int, x: Tensor, guide: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Put what waits in front of a piece; nothing waits any more."""
+        before = self.pieces.pop(index, [])
+        if not before:
+            return x, guide
+        guides = [] if guide is None else [*(each for _, each in before if each is not None), guide]
+        return torch.cat([*(each for each, _ in before), x], dim=2), torch.cat(guides, dim=2) if guides else None
 
 
 def _cut(guide: Tensor | None, start: int, stop: int | None) -> Tensor | None:
