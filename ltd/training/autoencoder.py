@@ -31,7 +31,7 @@ from ltd.autoencoders.alignment import LatentAlignment
 from ltd.autoencoders.sensitivity import pixel_scaled_std, pixel_sensitivity
 from ltd.config import ConfigError, to_dict
 from ltd.data import Batch, evaluation_batches
-from ltd.encoders.perceptual import PerceptualConfig, StLpipsConfig
+from ltd.encoders.perceptual import PerceptualConfig, StLpipsConfig, build_perceptual
 from ltd.encoders.vision import VisionTeacher
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.heartbeat import Heartbeat
@@ -46,8 +46,9 @@ from ltd.training.autoencoder_stage import (
     Objective,
     media_pixels,
 )
+from ltd.training.later_stages import Need
 from ltd.training.loop import train
-from ltd.training.reconstruction import ReconstructionMetricsConfig, build_reconstruction
+from ltd.training.reconstruction import ReconstructionMetricsConfig, build_reconstruction, reconstruction_needs
 from ltd.training.run import RunConfig, check_views
 from ltd.training.session import Session, open_layout, start_session
 from ltd.training.stages import at_step
@@ -212,7 +213,7 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
     if config.adversarial is not None:
         settings = config.adversarial
         critic = (lambda: build_discriminator(settings.discriminator), settings.optim)
-    session = start_session(found, layout, beat, lambda fresh: _build(config, fresh), critic)
+    session = start_session(found, layout, beat, lambda fresh: _build(config, fresh), critic, needs=_needs)
     if config.lpips is not None and layout.is_main:
         warn_of_small_views(session.loader.views)
     stage = AutoencoderStage(
@@ -246,6 +247,16 @@ def run(config: AutoencoderRun) -> None:
         if train(config, layout, beat, start):
             beat.enter("evaluate", config.steps)
             _export(config, layout)
+
+
+def _needs(config: AutoencoderRun) -> Iterator[Need]:
+    """List the networks and clips that a stage opens, beside its data."""
+    if config.loss.perceptual_weight:
+        yield ("network", config.perceptual), lambda: build_perceptual(config.perceptual)
+    lpips = config.lpips
+    if lpips is not None:
+        yield ("network", lpips), lambda: build_perceptual(lpips, field="lpips")
+    yield from reconstruction_needs(config)
 
 
 def _build(config: AutoencoderRun, fresh: bool) -> nn.Module:

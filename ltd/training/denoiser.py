@@ -38,7 +38,7 @@ from ltd.training.denoiser_alignment import DenoiserAlignmentRun
 from ltd.training.denoiser_checks import check_conditions, check_lineage, check_objective, check_trainable
 from ltd.training.denoiser_heldout import heldout_losses, with_given
 from ltd.training.denoiser_work import DenoiserWork
-from ltd.training.evaluators import build_evaluators
+from ltd.training.evaluators import build_evaluators, evaluator_needs
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.latent_inputs import LatentInputs, pack, unpack
 from ltd.training.loop import train
@@ -279,7 +279,9 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     def build(fresh: bool) -> Dit:
         return _build(config, layout, inputs[0], fresh=fresh, origin=origin)
 
-    session = start_session(found, layout, beat, build, accept=accept)
+    session = start_session(
+        found, layout, beat, build, accept=accept, needs=lambda later: evaluator_needs(later, inputs[0])
+    )
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
     session.evaluators += build_evaluators(config, session, stage.inputs)

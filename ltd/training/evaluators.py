@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ from ltd.rng import generator
 from ltd.shapes import VideoShape, num_tokens
 from ltd.training.drawing import DrawConfig, Drawer, RememberedText, deal
 from ltd.training.latent_inputs import LatentInputs, open_autoencoder
+from ltd.training.later_stages import Need
+from ltd.training.measures import build_measures
 from ltd.training.metrics import (
     Making,
     Measuring,
@@ -59,14 +61,47 @@ def build_evaluators(run: DenoiserRun, session: Session, inputs: LatentInputs) -
     """
     found: list[Evaluator] = []
     if run.samples is not None and run.samples.every:
-        requests = read_requests(run.samples, _views(run), run.model, inputs.classes)
-        for shape in {request.shape for request in requests}:
-            _check_shape(shape, run, inputs, "samples.shapes")
+        requests = _read_requests(run, run.samples, inputs)
         drawer = _drawer(run, run.samples, requests, session, inputs)
         found.append(Sampling(drawer, requests, lambda: session.tracker))
     if run.metrics is not None and run.metrics.every:
         found.append(_measuring(run, run.metrics, session, inputs))
     return found
+
+
+def evaluator_needs(run: DenoiserRun, inputs: LatentInputs) -> Iterator[Need]:
+    """List the prompts, clips and networks that a run's evaluators open, for ``check_later_stages``.
+
+    Args:
+        run: The run.
+        inputs: Its autoencoder's sizes and classes.
+
+    Yields:
+        What tells each from others, and what opens it.
+    """
+    samples, metrics = run.samples, run.metrics
+    if samples is not None and samples.every:
+        yield ("samples", samples, run.data), lambda: _read_requests(run, samples, inputs)
+    if metrics is not None and metrics.every:
+        yield ("metrics", metrics, run.data), lambda: _open_clips(run, metrics, inputs)
+        shape = measured_view(run, metrics).shape
+        yield (
+            ("measures", metrics.measures, shape),
+            lambda: build_measures(metrics.measures, shape, torch.device("cpu")),
+        )
+
+
+def _read_requests(run: DenoiserRun, config: SamplesConfig, inputs: LatentInputs) -> list[Request]:
+    requests = read_requests(config, _views(run), run.model, inputs.classes)
+    for shape in {request.shape for request in requests}:
+        _check_shape(shape, run, inputs, "samples.shapes")
+    return requests
+
+
+def _open_clips(run: DenoiserRun, config: MetricsConfig, inputs: LatentInputs) -> RealClips:
+    view = measured_view(run, config)
+    _check_shape(view.shape, run, inputs, "metrics.shape")
+    return draw_real_clips(run.data, config.reference, config, view)
 
 
 def _views(run: DenoiserRun) -> list[tuple[VideoShape, float | None]]:
@@ -113,9 +148,7 @@ def _drawer(
 
 
 def _measuring(run: DenoiserRun, config: MetricsConfig, session: Session, inputs: LatentInputs) -> Measuring:
-    view = measured_view(run, config)
-    _check_shape(view.shape, run, inputs, "metrics.shape")
-    clips = draw_real_clips(run.data, config.reference, config, view)
+    clips = _open_clips(run, config, inputs)
     requests = draw_requests(clips, config, run.model, inputs.classes, session.layout)
     captions = tuple(request.prompt for request in requests)
     for place in config.places("clip_score"):

@@ -7,16 +7,20 @@ needs no random number.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from ltd.config import ConfigError
+from ltd.data.real_clips import RealClips
 from ltd.inference.media import pixels_to_video
 from ltd.parallel.ema import Ema
 from ltd.parallel.interface import Engine
 from ltd.progress import Progress
+from ltd.training.later_stages import Need
+from ltd.training.measures import build_measures
 from ltd.training.metrics import (
     ComparedConfig,
     Making,
@@ -107,14 +111,27 @@ def build_reconstruction(run: AutoencoderRun, session: Session) -> list[Measurin
     config = run.metrics
     if config is None or not config.every:
         return []
+    clips = _open_clips(run, config)
+    shards = config.reference or run.evaluation.shards
+    logger.info("metrics: reconstructions of %d clips of %s", config.num_samples, shards or "the training data")
+    making = Making("reconstruction", "reconstructions", config.weights(run.ema), config.seed, paired=True)
+    make = Reconstructor(config, session.engine, session.ema)
+    return [build_measuring(run, config, session, clips, make, making)]
+
+
+def reconstruction_needs(run: AutoencoderRun) -> Iterator[Need]:
+    """List the clips and networks that a run's metrics of reconstructions open, for ``check_later_stages``."""
+    config = run.metrics
+    if config is not None and config.every:
+        yield ("metrics", config, run.data, run.evaluation.shards), lambda: _open_clips(run, config)
+        shape = measured_view(run, config).shape
+        yield ("measures", config.measures, shape), lambda: build_measures(config.measures, shape, torch.device("cpu"))
+
+
+def _open_clips(run: AutoencoderRun, config: ReconstructionMetricsConfig) -> RealClips:
     view = measured_view(run, config)
     try:
         run.model.compression.latent(view.shape)
     except ValueError as error:
         raise ConfigError(f"metrics.shape: {view.shape}: {error}") from None
-    shards = config.reference or run.evaluation.shards
-    clips = draw_real_clips(run.data, shards, config, view)
-    logger.info("metrics: reconstructions of %d clips of %s", config.num_samples, shards or "the training data")
-    making = Making("reconstruction", "reconstructions", config.weights(run.ema), config.seed, paired=True)
-    make = Reconstructor(config, session.engine, session.ema)
-    return [build_measuring(run, config, session, clips, make, making)]
+    return draw_real_clips(run.data, config.reference or run.evaluation.shards, config, view)

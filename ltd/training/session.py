@@ -8,7 +8,7 @@ loss; a stage brings those.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from ltd.tracking.histogram import Histogram
 from ltd.tracking.tracker import Tracker
 from ltd.training.fork import inherited_counts
 from ltd.training.guards import GuardError, Guards, Incident
+from ltd.training.later_stages import Need, check_later_stages
 from ltd.training.optim import OptimConfig, learning_rate
 from ltd.training.run import RunConfig, check_heldout
 from ltd.training.start import Start
@@ -194,6 +195,8 @@ def start_session(
     build_module: Callable[[bool], nn.Module],
     critic: tuple[Callable[[], nn.Module], OptimConfig] | None = None,
     accept: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    needs: Callable[[Any], Iterator[Need]],
 ) -> Session:
     """Write the configuration, build the module, engine, EMA and loader, and restore them from a checkpoint.
 
@@ -204,12 +207,14 @@ def start_session(
         build_module: Makes the module; told whether its values count (no checkpoint replaces them).
         critic: Makes a discriminator that is trained beside the module; and its optimiser.
         accept: Is given the lineage of the checkpoint, before anything of the run is replaced, and may refuse it.
+        needs: Lists what a stage of the run opens besides its data, for ``check_later_stages``.
 
     Returns:
         The session.
 
     Raises:
-        ConfigError: If the checkpoint is of another model, or ``evaluation.shards`` holds nothing usable.
+        ConfigError: If the checkpoint is of another model, ``evaluation.shards`` holds nothing usable, or a later stage
+            cannot open what it reads.
     """
     run = start.run
     beat.enter("start", 0)
@@ -224,6 +229,7 @@ def start_session(
         _save_config(start.base, layout)
     loader = _build_loader(run, layout, start.manifest)
     _preflight(run, layout, loader)
+    check_later_stages(start, layout, needs)
     torch.manual_seed(derive_seed(run.seed, "initialization"))
     module = build_module(start.checkpoint is None)
     compiled = compile_blocks(module, run.parallel)
