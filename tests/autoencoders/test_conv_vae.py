@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ltd.autoencoders import ConvVae, ConvVaeConfig, build_autoencoder, inflate
-from ltd.autoencoders.conv_parts import ConditionalNorm, NormConv, SpatialUp, build_norm
+from ltd.autoencoders.conv_parts import ConditionalNorm, NormConv, PartSettings, SpatialUp, build_norm
 from ltd.config import ConfigError
-from ltd.nn.causal_conv import START, CausalConv3d
+from ltd.nn.causal_conv import START, CausalConv3d, State
 
 TINY = ConvVaeConfig(
     latent_channels=4, encoder_width=8, decoder_width=8, multipliers=(1, 2, 2), blocks=1, halve_time=(True, True)
@@ -162,6 +162,28 @@ def test_a_stream_holds_its_states_once_and_little_else(monkeypatch: pytest.Monk
     # level below, which weigh as much as one, and what one operation makes.
     frame = 4 * cells * 16 * 16
     assert live.peak - held < 5.5 * frame
+
+
+@torch.no_grad()
+def test_a_frame_behind_a_norm_is_let_go_of_band_by_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltd.autoencoders.conv_parts.NORM_PIXELS", 64)
+    monkeypatch.setattr(CausalConv3d, "band_pixels", 64)
+    settings = PartSettings("rms", 32, 3, "zeros")
+    part = redraw(NormConv(settings.norm(8), settings.conv(8, 8)))
+    frame = 4 * 8 * 32 * 32
+    states: list[State] = [START]
+    with LiveBytes(part) as live:
+        for _ in range(4):
+            x = torch.randn(1, 8, 1, 32, 32).contiguous(memory_format=torch.channels_last_3d)
+            held = [x]
+            del x
+            live.peak = 0
+            y, state = part.convolve_in_bands(held, states, None)
+            states.append(state)
+            del y, state
+    # Two frames of before, the oldest of which goes as it is read, the new one and the output; and some bands of them, a
+    # sixteenth each. A frame in one piece would stay to the end.
+    assert live.peak < 4.2 * frame
 
 
 @pytest.mark.parametrize("name", VARIANTS)
