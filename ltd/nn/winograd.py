@@ -4,14 +4,15 @@ Two output frames by two output rows come of four frames by four rows: sums and 
 convolutions of rows with sums and differences of the kernel, and sums and differences of what comes out. In exact
 arithmetic that is the convolution itself; in bf16 each of the three steps rounds, so its error is about three times
 that of the direct convolution, whose only rounding is the output's. It pays where products are what takes the time,
-as on a CPU, and the kernel's sums are made anew at each call, so it also takes enough pixels. Knows nothing of time's
-direction, models or processes.
+as on a CPU without matrix units, and the kernel's sums are made anew at each call, so it also takes enough pixels.
+Knows nothing of time's direction, models or processes.
 
 Reference: Lavin and Gray (2016), arXiv 1509.09308, Sec. 4.1; Winograd (1980), Arithmetic Complexity of Computations.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -42,7 +43,8 @@ def pays(weight: Tensor, size: Sequence[int]) -> bool:
         size: Batch, output frames, rows and columns.
 
     Returns:
-        Whether ``convolve_pairs`` takes them and is worth it: bf16 on a CPU, wide enough, an even number of rows.
+        Whether ``convolve_pairs`` takes them and is worth it: bf16 on a CPU without matrix units, wide enough, an even
+        number of rows.
     """
     b, t, h, w = size
     return (
@@ -53,7 +55,15 @@ def pays(weight: Tensor, size: Sequence[int]) -> bool:
         and t > 1
         and h % 2 == 0
         and b * t * h * w >= _PIXELS
+        and not has_matrix_units()
     )
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Tell whether the processor multiplies tiles of bf16 (AMX): there products are no longer what takes the time."""
+    found = getattr(torch.cpu, "_is_amx_tile_supported", None)  # since torch 2.6
+    return found is not None and bool(found())
 
 
 def convolve_pairs(

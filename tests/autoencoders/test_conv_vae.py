@@ -181,8 +181,8 @@ def test_a_frame_behind_a_norm_is_let_go_of_band_by_band(monkeypatch: pytest.Mon
             y, state = part.convolve_in_bands(held, states, None)
             states.append(state)
             del y, state
-    # Two frames of before, the oldest of which goes as it is read, the new one and the output; and some bands of them, a
-    # sixteenth each. A frame in one piece would stay to the end.
+    # Two frames of before, the oldest of which goes as it is read, the new one, the output, and single bands.
+    # A frame in one piece would stay to the end.
     assert live.peak < 4.2 * frame
 
 
