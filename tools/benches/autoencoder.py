@@ -4,12 +4,14 @@ Equal random weights; before anything is timed the outputs of both in fp64 must 
 deviation (in fp32 both round: at this width by about 1e-5). Times are in bf16 for a clip of 17 frames. Peak memory is
 resident memory above the weights while 49 frames of 256x256 are decoded: diffusers streams one latent frame at a time,
 as ours does, but returns the whole clip, of which 18 MB lie beside the rest at its peak, where ours gives frames as
-they come; each in a process of its own.
+they come; each in a process of its own. Where there is a GPU, all is measured there too, its memory as the allocator
+counts it.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import statistics
@@ -44,7 +46,7 @@ TINY_SHAPES = f"Wan 2.1's design, width {TINY_WIDTH}; clips of {TINY_FRAMES} fra
 TARGETS = {"as shipped": 3.0, "tuned": 1.4}
 MEMORY_TARGET = 0.5
 _LATENTS = (1, 16, 13, 32, 32)
-_memory: dict[str, float] = {}
+_memory: dict[tuple[str, str], float] = {}
 #: Error in bf16 against fp64 with the same rounded weights, over the output's standard deviation, by side and system.
 _errors: dict[str, dict[str, float]] = {}
 
@@ -66,27 +68,15 @@ def measure(repeats: int, *, tiny: bool = False) -> list[Row]:
     _errors.update(_rounding(theirs, ours, tuned, 32 if tiny else 64))
     rows = []
     num_frames = TINY_FRAMES if tiny else FRAMES
-    for size in TINY_SIZES if tiny else SIZES:
-        video = (torch.rand(1, 3, num_frames, size, size) * 2 - 1).bfloat16()
-        latents = torch.randn(1, 16, 1 + (num_frames - 1) // 4, size // 8, size // 8).bfloat16()
-        last = [x.contiguous(memory_format=torch.channels_last_3d) for x in (video, latents)]
-        works: dict[str, list[tuple[str, Callable[[], Any]]]] = {
-            "encode": [
-                ("ltd", lambda video=video: ours.encode(video)),
-                ("as shipped", lambda video=video: theirs.encode(video)),
-                ("tuned", lambda video=last[0]: tuned.encode(video)),
-            ],
-            "decode": [
-                ("ltd", lambda latents=latents: ours.decode(latents)),
-                ("as shipped", lambda latents=latents: theirs.decode(latents)),
-                ("tuned", lambda latents=last[1]: tuned.decode(latents)),
-            ],
-        }
-        for work, systems in works.items():
-            named = [System(name=_named(name), run=_once(run), ours=name == "ltd") for name, run in systems]
-            rows += interleave(f"{work} {num_frames}x{size}x{size}, bf16", named, repeats=repeats)
-    for who in () if tiny else ("ltd", "diffusers"):
-        _memory[who] = _peak_in_a_process(who)
+    for device in _devices():
+        models = {"ltd": ours.to(device), "as shipped": theirs.to(device), "tuned": tuned.to(device)}
+        for size in TINY_SIZES if tiny else SIZES:
+            for work, runs in _works(models, num_frames, size, device).items():
+                systems = [System(name=_named(who), run=run, ours=who == "ltd") for who, run in runs.items()]
+                what = f"{work} {num_frames}x{size}x{size}, bf16{_where(device.type)}"
+                rows += interleave(what, systems, repeats=repeats)
+        for who in () if tiny else ("ltd", "diffusers"):
+            _memory[who, device.type] = _peak_in_a_process(who, device.type)
     return rows
 
 
@@ -122,24 +112,49 @@ def summary(rows: list[Row]) -> list[str]:
             lines.append(
                 f"- {work}: {wall:.2f} times as fast as {kind} (CPU {cpu:.2f}); asked for {target:g}: {verdict}"
             )
-    if _memory:
-        ratio = _memory["ltd"] / _memory["diffusers"]
-        verdict = "reached" if ratio <= MEMORY_TARGET else "MISSED"
+    for device in dict.fromkeys(device for _, device in _memory):
+        own, peer = _memory["ltd", device], _memory["diffusers", device]
+        verdict = "reached" if own / peer <= MEMORY_TARGET else "MISSED"
         lines.append(
-            f"- Peak memory above the weights, decode 49x256x256 in bf16: {_memory['ltd']:.0f} MB against "
-            f"{_memory['diffusers']:.0f} MB, {ratio:.2f} of it; asked for {MEMORY_TARGET:g}: {verdict}"
+            f"- Peak memory above the weights, decode 49x256x256 in bf16{_where(device)}: {own:.0f} MB against "
+            f"{peer:.0f} MB, {own / peer:.2f} of it; asked for {MEMORY_TARGET:g}: {verdict}"
         )
     return lines
+
+
+def _devices() -> list[torch.device]:
+    gpu = [torch.device("cuda")] if torch.cuda.is_available() else []
+    return [torch.device("cpu"), *gpu]
+
+
+def _where(device: str) -> str:
+    return "" if device == "cpu" else ", GPU"
+
+
+def _works(
+    models: dict[str, Any], num_frames: int, size: int, device: torch.device
+) -> dict[str, dict[str, Callable[[], int]]]:
+    """List what each system does, by work and system; the tuned peer is given channels-last tensors."""
+    video = (torch.rand(1, 3, num_frames, size, size) * 2 - 1).bfloat16().to(device)
+    latents = torch.randn(1, 16, 1 + (num_frames - 1) // 4, size // 8, size // 8).bfloat16().to(device)
+    works: dict[str, dict[str, Callable[[], int]]] = {"encode": {}, "decode": {}}
+    for who, model in models.items():
+        for work, given in (("encode", video), ("decode", latents)):
+            x = given.contiguous(memory_format=torch.channels_last_3d) if who == "tuned" else given
+            works[work][who] = _once(functools.partial(getattr(model, work), x), device)
+    return works
 
 
 def _named(kind: str) -> str:
     return kind if kind == "ltd" else f"diffusers, {kind}"
 
 
-def _once(run: Callable[[], Any]) -> Callable[[], int]:
+def _once(run: Callable[[], Any], device: torch.device) -> Callable[[], int]:
     def once() -> int:
         with torch.no_grad():
             run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return 1
 
     return once
@@ -194,8 +209,8 @@ def _channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def _peak_in_a_process(who: str) -> float:
-    command = [sys.executable, "-m", "tools.benches.autoencoder", who]
+def _peak_in_a_process(who: str, device: str) -> float:
+    command = [sys.executable, "-m", "tools.benches.autoencoder", who, device]
     # Freed memory goes back at once: what is measured is what is held.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=True)
@@ -203,16 +218,16 @@ def _peak_in_a_process(who: str) -> float:
 
 
 @torch.no_grad()
-def _decode_for_memory(who: str) -> float:
-    """Decode once and give the peak of resident memory above what is held before, in MB.
+def _decode_for_memory(who: str, device: str) -> float:
+    """Decode once and give the peak of memory above what is held before, in MB: resident, or allocated on a GPU.
 
     A small clip is decoded before: the code of libraries, which the first call loads, is no memory of a decode.
     """
     theirs, ours = _models()
-    latents = torch.randn(*_LATENTS).bfloat16()
+    latents = torch.randn(*_LATENTS).bfloat16().to(device)
     model: nn.Module = theirs if who == "diffusers" else ours
     del theirs, ours
-    model = model.bfloat16()
+    model = model.bfloat16().to(device)
 
     def decode(latents: Tensor) -> Iterator[Tensor]:
         if isinstance(model, ConvVae):
@@ -221,8 +236,13 @@ def _decode_for_memory(who: str) -> float:
         else:
             yield model.decode(latents).sample
 
-    small = torch.randn(1, 16, 2, 4, 4).bfloat16()
+    small = torch.randn(1, 16, 2, 4, 4).bfloat16().to(device)
     assert sum(frames.shape[2] for frames in decode(small)) == 5
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        assert sum(frames.shape[2] for frames in decode(latents)) == 49
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
     process, peak, ended = psutil.Process(), [0], threading.Event()
 
     def watch() -> None:
@@ -241,4 +261,4 @@ def _decode_for_memory(who: str) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"peak_mb": _decode_for_memory(sys.argv[1])}))
+    print(json.dumps({"peak_mb": _decode_for_memory(sys.argv[1], sys.argv[2])}))

@@ -72,4 +72,6 @@ def misses(seconds: dict[str, float], results: list[dict[str, Any]], heldout: li
 def _beside(row: dict[str, Any]) -> str:
     parts = [f"n = {row['n']}"] if row.get("n") is not None else []
     parts += [f"floor {row['floor']:.3g}"] if row.get("floor") is not None else []
+    # What real windows reach, which only the note has.
+    parts += [said for said in row.get("note", "").split("; ") if said.startswith("other real windows")]
     return ", ".join(parts)
