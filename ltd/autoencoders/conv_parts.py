@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ltd.autoencoders.descent import split_state
-from ltd.nn.bands import Frame, even_cuts
+from ltd.nn.bands import Frame, even_cuts, pixels_at_once
 from ltd.nn.causal_conv import (
     CausalConv3d,
     Factors,
@@ -34,7 +34,7 @@ NormKind: TypeAlias = Literal["rms", "group"]
 #: ``torch.nn.functional.normalize`` divides by max(|x|, 1e-12); under the root of a mean that is far below this.
 _RMS_EPS = 1e-24
 _GROUP_EPS = 1e-6
-#: Pixels, over the batch, that a norm over single pixels takes at once without gradients.
+#: Pixels, over the batch, that a norm over single pixels takes at once on a CPU, without gradients.
 NORM_PIXELS = 1 << 12
 
 
@@ -153,7 +153,8 @@ class NormConv(nn.Module):
         b, c, _, h, w = x.shape
         out = x.new_empty(b, 1, h, w, c).permute(0, 4, 1, 2, 3)
         # A norm over single pixels may take rows one band after another: what lies in between stays small.
-        for start, stop in even_cuts(h, b * w, NORM_PIXELS) if self.takes_rows else [(0, h)]:
+        pixels = pixels_at_once(NORM_PIXELS, x.device)
+        for start, stop in even_cuts(h, b * w, pixels) if self.takes_rows else [(0, h)]:
             torch.ops.aten.silu.out(self._normalize(x[:, :, :, start:stop], guide), out=out[:, :, :, start:stop])
         return out
 

@@ -28,7 +28,7 @@ from ltd.autoencoders.conv_parts import (
     TemporalDown,
     TemporalUp,
 )
-from ltd.autoencoders.descent import PIECE_PIXELS, Stage, Step, descend, join_states, split_state
+from ltd.autoencoders.descent import Stage, Step, descend, join_states, split_state
 from ltd.config import ConfigError
 from ltd.nn.causal_conv import Factors, State, is_first
 from ltd.shapes import Compression
@@ -210,7 +210,7 @@ class _Encoder(nn.Module):
         # Frames that belong together because the levels from here on halve their number.
         self._units = [2 ** sum(config.halve_time[level:]) for level in range(len(widths))]
         self.num_stages = len(self._steps())
-        self.piece_pixels = PIECE_PIXELS
+        self.piece_pixels: int | None = None
 
     def forward(self, x: Tensor, states: list[State]) -> Tensor:
         return descend(self._steps(), x, states, piece_pixels=self.piece_pixels)
@@ -253,7 +253,7 @@ class _Decoder(nn.Module):
         self.out = NormConv(settings.norm(width, guide), settings.conv(width, config.in_channels * config.patch**2))
         self.unfold = Unfold((1, config.patch, config.patch))
         self.num_stages = len(self._steps())
-        self.piece_pixels = PIECE_PIXELS
+        self.piece_pixels: int | None = None
 
     def forward(self, latents: Tensor, states: list[State]) -> Tensor:
         guide = latents if self.guided else None

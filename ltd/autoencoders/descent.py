@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ltd.nn.bands import pixels_at_once
 from ltd.nn.causal_conv import START, State, is_first
 
-#: Pixels (over frames and batch) that a stage works on at once without gradients: enough to keep all threads busy, few
-#: enough that what lies between two layers stays small.
+#: Pixels (over frames and batch) that a stage works on at once on a CPU, without gradients: enough to keep all threads
+#: busy, few enough that what lies between two layers stays small.
 PIECE_PIXELS = 1 << 15
 
 Stage = Callable[[Tensor, State, "Tensor | None"], "tuple[Tensor, State]"]
@@ -40,7 +41,7 @@ def descend(
     states: list[State],
     guide: Tensor | None = None,
     *,
-    piece_pixels: int = PIECE_PIXELS,
+    piece_pixels: int | None = None,
 ) -> Tensor:
     """Run a chunk through stages; without gradients a large one goes on in pieces, depth first.
 
@@ -51,12 +52,13 @@ def descend(
         x: ``(b, c, t, h, w)``.
         states: State of each stage, replaced by that for the next chunk; old ones are let go as soon as they are used.
         guide: Goes along with x, repeated where a stage doubles the frames.
-        piece_pixels: Pixels that a stage works on at once.
+        piece_pixels: Pixels that a stage works on at once; None goes by the device.
 
     Returns:
         Output of the last stage.
     """
-    descent = _Descent(steps, states, piece_pixels)
+    pixels = pixels_at_once(PIECE_PIXELS, x.device) if piece_pixels is None else piece_pixels
+    descent = _Descent(steps, states, pixels)
     if torch.is_grad_enabled():
         return descent.whole(x, guide)
     whole = all(state is None for state in states)

@@ -1,6 +1,6 @@
 """Frames in bands of rows: each band has a storage of its own, so that what was read can be let go of early.
 
-Knows nothing of convolutions, time or devices.
+Knows nothing of convolutions or time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,22 @@ from torch import Tensor
 
 #: One frame ``(b, c, 1, h, w)``, or its bands of rows from top to bottom.
 Frame: TypeAlias = "Tensor | tuple[Tensor, ...]"
+
+#: Fewest pixels, over frames and batch, that an accelerator is given at once: with fewer it waits for the next launch.
+ACCELERATOR_PIXELS = 1 << 17
+
+
+def pixels_at_once(on_cpu: int, device: torch.device) -> int:
+    """Say how many pixels are worked on at once.
+
+    Args:
+        on_cpu: What caches and threads of a CPU ask for.
+        device: Where they are worked on.
+
+    Returns:
+        That many on a CPU; elsewhere at least ``ACCELERATOR_PIXELS``.
+    """
+    return on_cpu if device.type == "cpu" else max(on_cpu, ACCELERATOR_PIXELS)
 
 
 def even_cuts(rows: int, row_pixels: int, most_pixels: int) -> list[tuple[int, int]]:

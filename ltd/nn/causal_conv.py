@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ltd.nn import winograd
-from ltd.nn.bands import Frame, Rows, bands_of, even_cuts, frame_size, join_bands, whole
+from ltd.nn.bands import Frame, Rows, bands_of, even_cuts, frame_size, join_bands, pixels_at_once, whole
 from ltd.nn.seams import ExtendRows
 
 # None: a whole clip. (): the start of a stream. Otherwise what a module carries to the next chunk; a list is handed
@@ -35,7 +35,7 @@ Padding: TypeAlias = Literal["zeros", "replicate"]
 #: What lies before a clip: its first frame again, or zeros.
 Front: TypeAlias = Literal["repeat", "zeros"]
 Factors: TypeAlias = tuple[int, int, int]
-#: Pixels of a frame, over the batch, whose rows a convolution gathers at once without gradients.
+#: Pixels of a frame, over the batch, whose rows a convolution gathers at once on a CPU, without gradients.
 BAND_PIXELS = 1 << 13
 #: Output channels that a vector unit works on at once; fewer leave part of it idle.
 _LANES = 16
@@ -77,8 +77,8 @@ class CausalConv3d(nn.Conv3d):
     #: by one tap, in half precision; pairs as ``ltd.nn.winograd`` does where that pays, in bf16 on a CPU. Set it to
     #: False on a module, or here, for the direct convolution's bits.
     fewer_products = True
-    #: Pixels of a frame, over the batch, whose rows are gathered at once without gradients.
-    band_pixels = BAND_PIXELS
+    #: Pixels of a frame, over the batch, whose rows are gathered at once without gradients; None goes by the device.
+    band_pixels: int | None = None
 
     def __init__(
         self,
@@ -182,7 +182,10 @@ class CausalConv3d(nn.Conv3d):
             Bands from top to bottom; one where a frame is read whole.
         """
         read_whole = self._adds_taps() or not self._takes_bands()
-        return [(0, h)] if read_whole else even_cuts(h, b * w, self.band_pixels)
+        if read_whole:
+            return [(0, h)]
+        pixels = self.band_pixels
+        return even_cuts(h, b * w, pixels_at_once(BAND_PIXELS, self.weight.device) if pixels is None else pixels)
 
     def _convolve_frames(self, frames: Sequence[Frame], states: list[State]) -> tuple[Tensor | Iterator[Tensor], State]:
         """Give the output, or its bands one by one as ``cuts`` has them, and the state for the next chunk.

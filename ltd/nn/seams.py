@@ -18,8 +18,8 @@ uses it holds the operation as an *attribute* (never a global), whose default is
   that a module pads in its own way.
 - ``gather_pixels(x)``: pixels ``(n, h * w, d)`` of a strip -> those of the whole frame, on ``FrameAttention``.
 - ``sum_strips(x)``: sum over the strips of a frame, on ``FrameGroupNorm``; None where a process has whole frames.
-- ``piece_pixels``: how many pixels a network takes at a time; 0 takes as few as it can, so that all processes of a
-  group take their strips in equally many pieces.
+- ``piece_pixels``: how many pixels a network takes at a time, None by the device; 0 takes as few as it can, so that all
+  processes of a group take their strips in equally many pieces.
 - ``gather_rows(x)``: rows ``(n, d)`` of all processes one after the other in the order of their ranks; every process
   gives equally many; on the same modules.
 """

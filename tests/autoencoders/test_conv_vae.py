@@ -384,3 +384,27 @@ def test_wrong_sizes_name_the_nearest() -> None:
         model.decode(torch.zeros(1, 5, 3, 2, 2))
     with pytest.raises(ValueError, match="a later chunk needs a multiple of 2"):
         list(model.encode_stream([torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 3, 16, 16)]))
+
+
+@torch.no_grad()
+def test_an_accelerator_is_given_whole_frames_and_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU's caches ask for would leave a GPU waiting for launches; meta stands for any other device."""
+    rows: list[tuple[int, int]] = []
+    normalize = NormConv._normalize
+
+    def counted(self: NormConv, x: Tensor, guide: Tensor | None) -> Tensor:
+        rows.append((x.shape[2], x.shape[3]))
+        return normalize(self, x, guide)
+
+    monkeypatch.setattr(NormConv, "_normalize", counted)
+    config = dataclasses.replace(TINY, decoder_width=8)
+    for device, height, frames in (("cpu", 16, 1), ("meta", 256, 2)):
+        with torch.device(device):
+            model = build_autoencoder(config).eval()
+        sizes: list[int] = []
+        model.decoder.out.register_forward_hook(lambda _, inputs, __, sizes=sizes: sizes.append(inputs[0].shape[2]))
+        rows.clear()
+        model.decode(torch.zeros(1, 4, 3, 64, 64, device=device))
+        assert max(sizes) == frames and sum(sizes) == 9
+        assert {height for count, height in rows if count == 1} >= {height}
+        assert max(height for _, height in rows) == max(height, 64)
