@@ -228,6 +228,7 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 f"video: got shape {tuple(video.shape)}, needed (b, {self.in_channels}, t, h, w) (model.in_channels)"
             )
+        _refuse_empty(video, "video")
         frames, height, width = video.shape[2:]
         if not first and frames % self.compression.t:
             raise ValueError(f"a later chunk needs a multiple of {self.compression.t} frames, got {frames}")
@@ -244,6 +245,12 @@ class Autoencoder(nn.Module):
                 f"latents: got shape {tuple(latents.shape)}, needed (b, {self.latent_channels}, t, h, w) "
                 "(model.latent_channels)"
             )
+        _refuse_empty(latents, "latents")
+
+
+def _refuse_empty(x: Tensor, name: str) -> None:
+    if not x.numel():
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, needed 1 or more of each: samples, frames and pixels")
 
 
 def widen(x: Tensor) -> Tensor:

@@ -98,6 +98,8 @@ class ConvVaeConfig:
             )
         if self.odd_sizes == "crop" and self.patch > 1:
             raise ConfigError(f"odd_sizes: crop needs patch 1, got {self.patch}; set odd_sizes to refuse")
+        if self.odd_sizes == "crop" and self.shortcuts:
+            raise ConfigError("odd_sizes: crop does not go with shortcuts, which fold whole blocks; set it to refuse")
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -110,9 +112,15 @@ class ConvVaeConfig:
             if self.shortcuts:
                 self._check_shortcuts(side, widths)
         if self.narrow_before and not self.shortcuts:
-            odd = [w for w in self.widths("decoder")[1:] if w % 2]
+            wide = self.widths("decoder")[1:]
+            odd = [width for width in wide if width % 2]
             if odd:
                 raise ConfigError(f"narrow_before: halves the decoder's widths, got odd ones {odd}; set it to false")
+            if self.norm == "group" and any(width // 2 % self.num_groups for width in wide):
+                raise ConfigError(
+                    f"num_groups: got {self.num_groups}, needed a divisor of the decoder's halved widths "
+                    f"{tuple(width // 2 for width in wide)}; or set narrow_before to false"
+                )
 
     def _check_shortcuts(self, side: str, widths: tuple[int, ...]) -> None:
         before = (widths[0], *widths[:-1])  # of the encoder's levels, on their way down

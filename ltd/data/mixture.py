@@ -160,9 +160,10 @@ def open_sources(config: DataConfig) -> MixedSource:
             "(or several of them as data.datasets)"
         )
     store, classes = Store(config.store), read_classes(config.classes)
-    source = MixedSource(
-        [
-            open_source(
+    sources = []
+    for number, dataset in enumerate(config.sets):
+        try:
+            source = open_source(
                 dataset.shards,
                 caption_required=config.caption_required,
                 backend=config.decoder,
@@ -170,9 +171,12 @@ def open_sources(config: DataConfig) -> MixedSource:
                 features=config.read_features,
                 classes=classes,
             )
-            for dataset in config.sets
-        ]
-    )
-    if config.flip and not source.random_cuts:
+        except ConfigError as error:
+            if not config.datasets:
+                raise
+            raise ConfigError(str(error).replace("data.shards", f"data.datasets[{number}].shards", 1)) from None
+        sources.append(source)
+    mixed = MixedSource(sources)
+    if config.flip and not mixed.random_cuts:
         raise ConfigError("data.flip: true, but a latent cache holds its own mirrored copies; set flip when caching")
-    return source
+    return mixed

@@ -67,7 +67,7 @@ def to_config(theirs: Mapping[str, Any]) -> ConvVaeConfig:
         blocks=tree["num_res_blocks"],
         halve_time=tuple(tree["temperal_downsample"][: len(tree["dim_mult"]) - 1]),
         shortcuts=tree["is_residual"],
-        odd_sizes="refuse" if tree["is_residual"] else "crop",
+        odd_sizes="refuse" if tree["is_residual"] or patch > 1 else "crop",
         clamp=True,
     )
 

@@ -199,8 +199,6 @@ class CausalConv3d(nn.Conv3d):
         count, t, (b, h, w) = self.kernel_size[0] - 1, len(frames), frame_size(frames[0])
         after_nothing = count > 0 and is_first(state) and self.front == "zeros"
         frames = [*self._frames_before(frames[0], state), *frames]
-        if frame_size(frames[0]) != (b, h, w):
-            raise ValueError(f"state: got frames (b, h, w) of {frame_size(frames[0])}, needed {(b, h, w)}, as now")
         carried: State = None if state is None else tuple(frames[len(frames) - count :])
         del state
         if self.fewer_products and self._is_half() and self._takes_bands():
@@ -313,11 +311,12 @@ class CausalConv3d(nn.Conv3d):
                 return [first] * count
             zeros = tuple(torch.zeros_like(band) for band in bands_of(first))
             return [zeros if isinstance(first, tuple) else zeros[0]] * count
-        if isinstance(state, Tensor):
-            return list(state.split(1, dim=2))
-        frames = [_frame(frame) for frame in state or ()]
+        frames = list(state.split(1, dim=2)) if isinstance(state, Tensor) else [_frame(frame) for frame in state or ()]
         if any(bands_of(frame)[0].shape[1] != self.in_channels for frame in frames):
             raise TypeError("expected what a chunk with gradients returned: a stream ends as it began")
+        for size in map(frame_size, frames):
+            if size != frame_size(first):
+                raise ValueError(f"state: got frames (b, h, w) of {size}, needed {frame_size(first)}, as now")
         return frames
 
     def _convolve(self, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from ltd.inference.media import pixels_to_video
 from ltd.parallel.heartbeat import Heartbeat
 from ltd.parallel.layout import Layout
 from ltd.rng import generator
-from ltd.training.autoencoder_checks import check_lpips, check_lpips_data, warn_of_small_views
+from ltd.training.autoencoder_checks import check_lpips, check_lpips_data, check_media, warn_of_small_views
 from ltd.training.autoencoder_heldout import LEAST_PIXELS
 from ltd.training.autoencoder_stage import (
     AdversarialConfig,
@@ -195,13 +195,16 @@ class AutoencoderRun(RunConfig):
                 )
 
 
-def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Session, AutoencoderStage] | None:
+def start(
+    config: AutoencoderRun, layout: Layout, beat: Heartbeat, ahead: bool = False
+) -> tuple[Session, AutoencoderStage] | None:
     """Build a run up to its first step, or take it up where its checkpoint stands.
 
     Args:
         config: The run; its ``data.shards`` are set.
         layout: Processes of the run.
         beat: Their heartbeat.
+        ahead: Whether what later stages read is opened too, to see that it is there and fits.
 
     Returns:
         The session, which the caller closes, and the stage; None when the run has all its steps.
@@ -210,10 +213,13 @@ def start(config: AutoencoderRun, layout: Layout, beat: Heartbeat) -> tuple[Sess
     if found is None:
         return None
     config, critic = found.run, None
+    check_media(config)
     if config.adversarial is not None:
         settings = config.adversarial
         critic = (lambda: build_discriminator(settings.discriminator), settings.optim)
-    session = start_session(found, layout, beat, lambda fresh: _build(config, fresh), critic, needs=_needs)
+    session = start_session(
+        found, layout, beat, lambda fresh: _build(config, fresh), critic, needs=_needs if ahead else None
+    )
     if config.lpips is not None and layout.is_main:
         warn_of_small_views(session.loader.views)
     stage = AutoencoderStage(
@@ -250,7 +256,8 @@ def run(config: AutoencoderRun) -> None:
 
 
 def _needs(config: AutoencoderRun) -> Iterator[Need]:
-    """List the networks and clips that a stage opens, beside its data."""
+    """List what a stage reads beside its samples, for ``check_later_stages``."""
+    yield ("media", config.data.sets, config.evaluation.shards), lambda: check_media(config)
     if config.loss.perceptual_weight:
         yield ("network", config.perceptual), lambda: build_perceptual(config.perceptual)
     lpips = config.lpips

@@ -1,4 +1,4 @@
-"""Whether the LPIPS of held-out samples that an autoencoder's run asks for can be measured. Knows no network."""
+"""Whether an autoencoder's data are media, and whether the LPIPS it asks for can be measured. Knows no network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ltd.config import ConfigError
 from ltd.data import ViewConfig
 from ltd.data.buckets import candidate_sizes
+from ltd.data.latents import is_cache
 from ltd.training.autoencoder_heldout import LEAST_PIXELS
 from ltd.training.stages import at_step
 
@@ -16,6 +17,24 @@ if TYPE_CHECKING:
     from ltd.training.autoencoder import AutoencoderRun
 
 logger = logging.getLogger(__name__)
+
+
+def check_media(run: AutoencoderRun) -> None:
+    """Refuse latent caches: they have no pixels to train on.
+
+    Args:
+        run: The run, as it is in one stage.
+
+    Raises:
+        ConfigError: Names the field.
+    """
+    named = {f"data.datasets[{number}].shards": each.shards for number, each in enumerate(run.data.datasets)}
+    named |= {} if run.data.shards is None else {"data.shards": run.data.shards}
+    named |= {} if run.evaluation.shards is None else {"evaluation.shards": run.evaluation.shards}
+    for name, shards in named.items():
+        for path in (shards,) if isinstance(shards, str) else shards:
+            if is_cache(path):
+                raise ConfigError(f"{name}: {path} holds latents; an autoencoder trains on media shards")
 
 
 def check_lpips(run: AutoencoderRun) -> None:

@@ -38,7 +38,7 @@ from ltd.training.denoiser_alignment import DenoiserAlignmentRun
 from ltd.training.denoiser_checks import check_conditions, check_lineage, check_objective, check_trainable
 from ltd.training.denoiser_heldout import heldout_losses, with_given
 from ltd.training.denoiser_work import DenoiserWork
-from ltd.training.evaluators import build_evaluators, evaluator_needs
+from ltd.training.evaluators import build_evaluators, denoiser_needs
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.latent_inputs import LatentInputs, pack, unpack
 from ltd.training.loop import train
@@ -249,13 +249,16 @@ class DenoiserStage:
         return heldout_losses(self.run, self.layout, self.inputs, self.objective, self.denoiser)
 
 
-def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session, DenoiserStage] | None:
+def start(
+    config: DenoiserRun, layout: Layout, beat: Heartbeat, ahead: bool = False
+) -> tuple[Session, DenoiserStage] | None:
     """Build a run up to its first step, or take it up where its checkpoint stands.
 
     Args:
         config: The run.
         layout: Processes of the run.
         beat: Their heartbeat.
+        ahead: Whether what later stages read is opened too, to see that it is there and fits.
 
     Returns:
         The session, which the caller closes, and the stage; None when the run has all its steps.
@@ -279,9 +282,8 @@ def start(config: DenoiserRun, layout: Layout, beat: Heartbeat) -> tuple[Session
     def build(fresh: bool) -> Dit:
         return _build(config, layout, inputs[0], fresh=fresh, origin=origin)
 
-    session = start_session(
-        found, layout, beat, build, accept=accept, needs=lambda later: evaluator_needs(later, inputs[0])
-    )
+    needs = (lambda later: denoiser_needs(later, inputs[0])) if ahead else None
+    session = start_session(found, layout, beat, build, accept=accept, needs=needs)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
     session.evaluators += build_evaluators(config, session, stage.inputs)

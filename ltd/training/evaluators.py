@@ -15,7 +15,7 @@ from ltd.data.real_clips import RealClips
 from ltd.denoisers import DitConfig
 from ltd.diffusion import ParametrizationConfig
 from ltd.encoders.joined import build_text
-from ltd.encoders.text import check_lengths
+from ltd.encoders.text import TextEncoder, check_lengths
 from ltd.inference.conditions import check_guidance
 from ltd.inference.generate import Request
 from ltd.parallel.layout import Layout
@@ -69,20 +69,34 @@ def build_evaluators(run: DenoiserRun, session: Session, inputs: LatentInputs) -
     return found
 
 
-def evaluator_needs(run: DenoiserRun, inputs: LatentInputs) -> Iterator[Need]:
-    """List the prompts, clips and networks that a run's evaluators open, for ``check_later_stages``.
+def denoiser_needs(run: DenoiserRun, inputs: LatentInputs) -> Iterator[Need]:
+    """List what a stage reads beside its samples: caches, prompts, clips, networks; for ``check_later_stages``.
 
     Args:
-        run: The run.
-        inputs: Its autoencoder's sizes and classes.
+        run: The run as it is in the stage.
+        inputs: Autoencoder, text encoder and classes, which all stages share.
 
     Yields:
-        What tells each from others, and what opens it.
+        What tells each from others, and what opens it in this process alone.
     """
     samples, metrics = run.samples, run.metrics
+    encoders: list[TextEncoder | None] = []
+
+    def text() -> TextEncoder | None:
+        if not encoders:
+            encoders.append(inputs.encoder or build_text(run.text, run.model.text_join))
+        return encoders[0]
+
+    yield ("inputs", run.data, run.evaluation.shards), lambda: inputs.check_stage(run)
+    if (samples is not None and samples.every) or (metrics is not None and metrics.every) or inputs.embeds_text(run):
+        yield ("text",), text
     if samples is not None and samples.every:
-        yield ("samples", samples, run.data), lambda: _read_requests(run, samples, inputs)
+        yield (
+            ("samples", samples, run.data),
+            lambda: _check_drawn(run, samples, _read_requests(run, samples, inputs), text()),
+        )
     if metrics is not None and metrics.every:
+        yield ("drawn", metrics), lambda: _check_drawn(run, metrics, (), None)
         yield ("metrics", metrics, run.data), lambda: _open_clips(run, metrics, inputs)
         shape = measured_view(run, metrics).shape
         yield (
@@ -117,6 +131,23 @@ def _check_shape(shape: VideoShape, run: DenoiserRun, inputs: LatentInputs, fiel
         raise ConfigError(f"{field}: {shape}: {error}") from None
 
 
+def _check_drawn(
+    run: DenoiserRun, config: DrawConfig, requests: Sequence[Request], encoder: TextEncoder | None
+) -> None:
+    """Refuse guidance away from nothing, prompts that are too long, and scores against captions that nobody is told."""
+    section = "samples" if isinstance(config, SamplesConfig) else "metrics"
+    check_guidance(config.guidance, run.model, f"{section}.guidance")
+    if isinstance(config, SamplesConfig) and encoder is not None:
+        check_lengths(encoder, [request.prompt for request in requests], "samples.prompts")
+        check_lengths(encoder, [config.negative], "samples.negative")
+    if isinstance(config, MetricsConfig) and run.model.text_dim is None:
+        for place in config.places("clip_score"):
+            raise ConfigError(
+                f"metrics.measures[{place}].metrics: clip_score holds samples against their captions, and the model "
+                "takes none (model.text_dim is null); leave it out"
+            )
+
+
 def _drawer(
     run: DenoiserRun,
     config: DrawConfig,
@@ -126,13 +157,9 @@ def _drawer(
 ) -> Drawer:
     """Prepare to sample; the text encoder is let go when this process's prompts are embedded."""
     layout = session.layout
-    section = "samples" if isinstance(config, SamplesConfig) else "metrics"
-    check_guidance(config.guidance, run.model, f"{section}.guidance")
     encoder = inputs.encoder or build_text(run.text, run.model.text_join, device=layout.device)
+    _check_drawn(run, config, requests, encoder)
     own = [requests[number].prompt for numbers, _ in deal(requests, config.batch_size, layout) for number in numbers]
-    if isinstance(config, SamplesConfig) and encoder is not None:
-        check_lengths(encoder, [request.prompt for request in requests], "samples.prompts")
-        check_lengths(encoder, [config.negative], "samples.negative")
     text = None if encoder is None else RememberedText(encoder, [*own, config.negative])
     network: Any = session.engine.module
     parametrization = ParametrizationConfig(path=run.objective.path, prediction=run.objective.prediction)
@@ -151,16 +178,14 @@ def _measuring(run: DenoiserRun, config: MetricsConfig, session: Session, inputs
     clips = _open_clips(run, config, inputs)
     requests = draw_requests(clips, config, run.model, inputs.classes, session.layout)
     captions = tuple(request.prompt for request in requests)
+    drawer = _drawer(run, config, requests, session, inputs)
     for place in config.places("clip_score"):
-        field = f"metrics.measures[{place}].metrics: clip_score holds samples against their captions, and"
-        if run.model.text_dim is None:
-            raise ConfigError(f"{field} the model takes none (model.text_dim is null); leave it out")
         if not any(captions):
             raise ConfigError(
-                f"{field} the {len(captions)} real clips that were drawn have none; leave it out, or name tars with "
-                "captions in metrics.reference"
+                f"metrics.measures[{place}].metrics: clip_score holds samples against their captions, and the "
+                f"{len(captions)} real clips that were drawn have none; leave it out, or name tars with captions in "
+                "metrics.reference"
             )
-    drawer = _drawer(run, config, requests, session, inputs)
     making = Making(
         "training",
         "samples",

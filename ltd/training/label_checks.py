@@ -36,7 +36,7 @@ def check_run_labels(run: DenoiserRun, layout: Layout) -> tuple[str, ...]:
     names: tuple[str, ...] = ()
     if layout.is_main:
         try:
-            names = _check(run, run.model.num_classes)
+            names = read_run_labels(run)
         except ConfigError as error:
             problem = str(error)
     problem, names = layout.broadcast_object((problem, names))
@@ -45,7 +45,11 @@ def check_run_labels(run: DenoiserRun, layout: Layout) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check(run: DenoiserRun, num_classes: int) -> tuple[str, ...]:
+def read_run_labels(run: DenoiserRun) -> tuple[str, ...]:
+    """Check labels as ``check_run_labels`` does, in this process alone."""
+    num_classes = run.model.num_classes
+    if num_classes is None:
+        return ()
     classes = read_classes(run.data.classes)
     names: tuple[str, ...] = ()
     opened = [open_sources(run.data)]

@@ -23,7 +23,8 @@ from ltd.inference.media import pixels_to_video
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.denoiser_alignment import build_aligner
-from ltd.training.label_checks import check_run_labels
+from ltd.training.denoiser_checks import check_lineage
+from ltd.training.label_checks import check_run_labels, read_run_labels
 from ltd.training.run import check_views
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ class LatentInputs:
         self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
         self._encoded_flops = 0.0
-        heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
-        shards = (*(dataset.shards for dataset in run.data.sets), *heldout)
-        caches = [self._checked_cache(run, path, layout) for path in shards]
+        caches = self._open_caches(run)
+        _check_sources(caches, layout)
         trained = caches[: len(run.data.sets)]
         self.aligner = build_aligner(
             run.alignment,
@@ -84,8 +84,43 @@ class LatentInputs:
         _check_model(run, autoencoder, None if self.null.text is None else self.null.text.shape[-1])
         self._check_parts(run, caches[0])
 
-    def _checked_cache(self, run: DenoiserRun, shards: str | tuple[str, ...], layout: Layout) -> LatentCache | None:
-        """Open a latent cache and refuse one of another autoencoder, text encoder or data; None for media."""
+    def check_stage(self, run: DenoiserRun) -> None:
+        """Refuse data of a later stage that do not fit; in this process alone.
+
+        Args:
+            run: The run as it is in that stage.
+
+        Raises:
+            ConfigError: If sizes, caches, features or classes are not those of this run's autoencoder, text encoder,
+                alignment or model.
+        """
+        check_views(run.data, self.compression, run.model.patch)
+        caches = self._open_caches(run)
+        for cache in caches:
+            if cache is not None:
+                check_source(cache.manifest)
+        if caches[0] is not None and run.text is not None:
+            _null_text(caches[0])
+        if caches[0] is not None:
+            self._check_parts(run, caches[0])
+        trained = caches[: len(run.data.sets)]
+        if any(cache is not None for cache in trained) or self.aligner is None or self.aligner.teacher is None:
+            features = run.data.read_features
+            build_aligner(run.alignment, trained, self.compression, run.model.patch, "cpu", read_features=features)
+        names = read_run_labels(run)
+        check_lineage(self.lineage(), {"classes": list(names)} if names else {})
+
+    def embeds_text(self, run: DenoiserRun) -> bool:
+        """Say whether a stage reads captions that no cache has embeddings of."""
+        return run.text is not None and None in self._open_caches(run)
+
+    def _open_caches(self, run: DenoiserRun) -> list[LatentCache | None]:
+        """Open the latent caches of training and held-out data; None for media."""
+        heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
+        return [self._open_cache(run, shards) for shards in (*(each.shards for each in run.data.sets), *heldout)]
+
+    def _open_cache(self, run: DenoiserRun, shards: str | tuple[str, ...]) -> LatentCache | None:
+        """Open a latent cache and refuse one of another autoencoder or text encoder; None for media."""
         paths = (shards,) if isinstance(shards, str) else shards
         if len(paths) != 1 or not is_cache(paths[0]):
             return None
@@ -94,15 +129,6 @@ class LatentInputs:
         if run.text is not None:
             expected["text_encoder_hash"] = text_hash(run.text, run.model.text_join)
         check_cache(cache.manifest, **expected)
-        problem = None
-        if layout.is_main:  # reads the tars' indexes: once is enough
-            try:
-                check_source(cache.manifest)
-            except ConfigError as error:
-                problem = str(error)
-        problem = layout.broadcast_object(problem)
-        if problem is not None:
-            raise ConfigError(problem)
         return cache
 
     def _check_parts(self, run: DenoiserRun, cache: LatentCache | None) -> None:
@@ -223,6 +249,21 @@ def open_autoencoder(run: DenoiserRun) -> autoencoders.Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return autoencoders.build_autoencoder(run.untrained_autoencoder).eval().requires_grad_(False)
+
+
+def _check_sources(caches: Sequence[LatentCache | None], layout: Layout) -> None:
+    """Refuse caches of data that have changed; one process reads the tars' indexes, and tells all."""
+    problem = None
+    if layout.is_main:
+        try:
+            for cache in caches:
+                if cache is not None:
+                    check_source(cache.manifest)
+        except ConfigError as error:
+            problem = str(error)
+    problem = layout.broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Data and networks of the stages to come, opened once before the first step: none is found missing hours later.
+"""What the stages to come read, opened once before the first step: nothing is found missing or unfit hours later.
 
-Knows what is opened by name only; whoever starts a run lists it.
+Knows samples alone; whoever starts a run lists what else there is.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ltd.training.start import Start
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=RunConfig)
-#: What a stage opens: a value that tells it from others, and what opens it or raises a ``ConfigError``.
+#: What a stage reads: a value that tells it from others, and what opens it or raises a ``ConfigError``.
 Need: TypeAlias = tuple[object, Callable[[], object]]
 
 
 def check_later_stages(start: Start[R], layout: Layout, needs: Callable[[R], Iterator[Need]]) -> None:
-    """Open what later stages read and the one that begins does not; called by all processes.
+    """Open what later stages read and the one that stands at the start does not; called by all processes.
 
     Args:
         start: Where the run stands.
         layout: Its processes; the main one looks, and lets go of what it opened.
-        needs: Lists what a stage opens besides its data and held-out data.
+        needs: Lists what a stage reads besides its samples and held-out samples; it must not communicate.
 
     Raises:
         ConfigError: If something is missing, damaged or does not fit; names the stage and the field, on all processes.
@@ -41,11 +41,14 @@ def check_later_stages(start: Start[R], layout: Layout, needs: Callable[[R], Ite
 
 
 def _find_problem(start: Start[R], layout: Layout, needs: Callable[[R], Iterator[Need]]) -> str | None:
-    known = [key for key, _ in _list(start.run, layout, needs)]
+    try:
+        known = [key for key, _ in _list(start.run, layout, needs)]
+    except ConfigError:
+        return None  # the present stage finds its own faults, on all processes
     for number, stage in enumerate(start.base.stages):
         if stage.from_step <= start.step:
             continue
-        logger.info("looking at what the stage from step %d reads", stage.from_step)
+        before = len(known)
         try:
             for key, look in _list(at_step(start.base, stage.from_step)[0], layout, needs):
                 if key not in known:
@@ -53,6 +56,8 @@ def _find_problem(start: Start[R], layout: Layout, needs: Callable[[R], Iterator
                     look()
         except ConfigError as error:
             return f"stages[{number}].set.{error}"
+        if len(known) > before:
+            logger.info("what the stage from step %d reads is there", stage.from_step)
     return None
 
 

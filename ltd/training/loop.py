@@ -33,7 +33,8 @@ from ltd.training.step import RewindError, Stage, StepResult, take_step
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=RunConfig)
-Starter: TypeAlias = Callable[[R, Layout, Heartbeat], "tuple[Session, Stage] | None"]
+#: Builds where a run stands; told whether to look at what the stages behind that read too.
+Starter: TypeAlias = Callable[[R, Layout, Heartbeat, bool], "tuple[Session, Stage] | None"]
 
 
 class StopSignal:
@@ -103,8 +104,10 @@ def train(run: R, layout: Layout, beat: Heartbeat, start: Starter[R]) -> bool:
     Returns:
         Whether the run has all its steps; False if SIGTERM ended it early, after a checkpoint was written.
     """
+    ahead = True  # once: what later stages read is not opened again at each boundary
     with StopSignal() as stop:  # over all stages: a signal at a boundary stops the next one
-        while (started := start(run, layout, beat)) is not None:
+        while (started := start(run, layout, beat, ahead)) is not None:
+            ahead = False
             with started[0] as session:
                 following = session.until
                 if following <= session.start_step:

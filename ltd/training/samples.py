@@ -135,7 +135,10 @@ def read_requests(
         path = Path(config.prompts)
         if not path.is_file():
             raise ConfigError(f"samples.prompts: {path} does not exist")
-        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"samples.prompts: {path} is no text that can be read ({error})") from None
         if not prompts:
             raise ConfigError(f"samples.prompts: {path} holds no prompt; needed one per line")
     if model.text_dim is not None and config.prompts is None:

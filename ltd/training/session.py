@@ -196,7 +196,7 @@ def start_session(
     critic: tuple[Callable[[], nn.Module], OptimConfig] | None = None,
     accept: Callable[[dict[str, Any]], None] | None = None,
     *,
-    needs: Callable[[Any], Iterator[Need]],
+    needs: Callable[[Any], Iterator[Need]] | None,
 ) -> Session:
     """Write the configuration, build the module, engine, EMA and loader, and restore them from a checkpoint.
 
@@ -207,14 +207,14 @@ def start_session(
         build_module: Makes the module; told whether its values count (no checkpoint replaces them).
         critic: Makes a discriminator that is trained beside the module; and its optimiser.
         accept: Is given the lineage of the checkpoint, before anything of the run is replaced, and may refuse it.
-        needs: Lists what a stage of the run opens besides its data, for ``check_later_stages``.
+        needs: Lists what a stage of the run reads besides its samples, for ``check_later_stages``; None looks at none.
 
     Returns:
         The session.
 
     Raises:
-        ConfigError: If the checkpoint is of another model, ``evaluation.shards`` holds nothing usable, or a later stage
-            cannot open what it reads.
+        ConfigError: If the checkpoint is of another model, ``evaluation.shards`` holds nothing usable, or what a later
+            stage reads is missing or does not fit.
     """
     run = start.run
     beat.enter("start", 0)
@@ -229,7 +229,8 @@ def start_session(
         _save_config(start.base, layout)
     loader = _build_loader(run, layout, start.manifest)
     _preflight(run, layout, loader)
-    check_later_stages(start, layout, needs)
+    if needs is not None:
+        check_later_stages(start, layout, needs)
     torch.manual_seed(derive_seed(run.seed, "initialization"))
     module = build_module(start.checkpoint is None)
     compiled = compile_blocks(module, run.parallel)
