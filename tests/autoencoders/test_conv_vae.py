@@ -364,6 +364,11 @@ def test_cropping_gives_the_last_rows_no_cell() -> None:
         ({"temporal_kernel": 1}, "halve_time: an image VAE"),
         ({"norm": "group", "num_groups": 3}, "num_groups: got 3"),
         ({"odd_sizes": "crop", "patch": 2}, "odd_sizes: crop needs patch 1"),
+        ({"odd_sizes": "crop", "shortcuts": True}, "odd_sizes: crop does not go with shortcuts"),
+        (
+            {"norm": "group", "num_groups": 8, "multipliers": (1, 1, 1)},
+            "num_groups: got 8, needed a divisor of the decoder's halved widths",
+        ),
         ({"decoder_width": 7, "multipliers": (1, 1, 1)}, "narrow_before: halves the decoder's widths"),
         ({"shortcuts": True, "multipliers": (1, 9, 9)}, r"multipliers\[1\]: 72 channels do not divide"),
         ({"shortcuts": True, "encoder_width": 72, "decoder_width": 1, "multipliers": (1, 1, 9)}, r"multipliers\["),
@@ -384,6 +389,26 @@ def test_wrong_sizes_name_the_nearest() -> None:
         model.decode(torch.zeros(1, 5, 3, 2, 2))
     with pytest.raises(ValueError, match="a later chunk needs a multiple of 2"):
         list(model.encode_stream([torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 3, 16, 16)]))
+    for empty in ((0, 3, 3, 16, 16), (1, 3, 3, 0, 16)):
+        with pytest.raises(ValueError, match=r"video: got shape .*needed 1 or more of each"):
+            model.encode(torch.zeros(empty))
+    for empty in ((0, 4, 3, 2, 2), (1, 4, 0, 2, 2), (1, 4, 3, 0, 2)):
+        with pytest.raises(ValueError, match=r"latents: got shape .*needed 1 or more of each"):
+            model.decode(torch.zeros(empty))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("size", [(1, 3, 4), (2, 2, 4)])
+def test_a_later_chunk_of_another_size_is_refused(grad: bool, size: tuple[int, int, int]) -> None:
+    model = make("wan 2.1", torch.float32)
+    b, h, w = size
+    with torch.set_grad_enabled(grad):
+        _, state = model.decode_chunk(torch.zeros(1, 4, 1, 2, 4), START)
+        with pytest.raises(ValueError, match=r"state: got frames \(b, h, w\) of \(1, 2, 4\), needed"):
+            model.decode_chunk(torch.zeros(b, 4, 1, h, w), state)
+        _, state = model.encode_chunk(torch.zeros(1, 3, 1, 8, 16), START)
+        with pytest.raises(ValueError, match=r"state: got frames \(b, h, w\) of \(1, 8, 16\), needed"):
+            model.encode_chunk(torch.zeros(b, 3, 4, 4 * h, 4 * w), state)
 
 
 @torch.no_grad()

@@ -36,6 +36,11 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], list[tuple[int, int, int
         {**WAN, "is_residual": True, "decoder_base_dim": 12, "in_channels": 12, "out_channels": 12, "patch_size": 2},
         [(9, 32, 48), (1, 32, 32)],
     ),
+    "wan, patches and no shortcuts": (
+        AutoencoderKLWan,
+        {**WAN, "in_channels": 12, "out_channels": 12, "patch_size": 2},
+        [(5, 32, 48), (1, 32, 32)],
+    ),
     "stable diffusion": (AutoencoderKL, {**KL, **TWO, "block_out_channels": (8, 16)}, SIZES["image"]),
     "sdxl, latents of their own mean": (
         AutoencoderKL,

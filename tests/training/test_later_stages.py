@@ -8,22 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train
+from ltd import autoencoders
 from ltd import config as config_io
+from ltd.autoencoders import build_autoencoder
 from ltd.config import ConfigError
 from ltd.encoders import perceptual
 from ltd.parallel import ParallelConfig
 from ltd.parallel.layout import Layout
 from ltd.training.autoencoder import AutoencoderRun
+from ltd.training.denoiser import DenoiserRun
 from ltd.training.later_stages import Need, check_later_stages
+from ltd.training.replay import load_run, replay
 from ltd.training.stages import StageConfig
 from ltd.training.start import Start
 from tests import launched
+from tests.training.test_denoiser_alignment import make_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 AUTOENCODER = ROOT / "configs" / "debug" / "autoencoder.yaml"
 DENOISER = ROOT / "configs" / "debug" / "denoiser.yaml"
+LABELS = ROOT / "configs" / "debug" / "denoiser_labels.yaml"
 MISSING = "/nowhere/at-all"
 STEPS = 4
 
@@ -42,47 +49,113 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def cache(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents of an autoencoder that no run here has."""
+    folder = tmp_path_factory.mktemp("cache")
+    model = config_io.load(DenoiserRun, DENOISER, []).untrained_autoencoder
+    assert model is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        autoencoders.save(build_autoencoder(model), folder / "autoencoder")
+    return make_cache(shards, folder / "autoencoder", folder / "latents")
+
+
 @pytest.mark.parametrize(
     ("config", "later", "message"),
     [
-        (AUTOENCODER, f"{{data: {{shards: {MISSING}}}}}", "data.shards: "),
-        (DENOISER, f"{{data: {{shards: {MISSING}}}}}", "data.shards: "),
+        (AUTOENCODER, "{data: {shards: MISSING}}", "data.shards: got 'MISSING'"),
+        (DENOISER, "{data: {shards: MISSING}}", "data.shards: got 'MISSING'"),
+        (
+            DENOISER,
+            "{data: {shards: null, datasets: [{shards: SHARDS}, {shards: MISSING}]}}",
+            "data.datasets[1].shards: got 'MISSING'",
+        ),
         (AUTOENCODER, "{data: {views: [{num_frames: 65, height: 32, width: 32}]}}", "data.views[0]: "),
-        (AUTOENCODER, f"{{evaluation: {{every: 1, shards: {MISSING}}}}}", "evaluation.shards: "),
+        (DENOISER, "{data: {views: [{num_frames: 9, height: 28, width: 28}]}}", "data.views[0]: height must be a mul"),
+        (DENOISER, "{data: {views: [{num_frames: 7, height: 32, width: 32}]}}", "data.views[0]: num_frames must be"),
+        (
+            DENOISER,
+            "{data: {batching: {kind: buckets, tokens: 512, token: [4, 12, 12], sides: [24], frames: [9]}}}",
+            "data.batching.token: got [4, 12, 12]",
+        ),
+        (AUTOENCODER, "{evaluation: {every: 1, shards: MISSING}}", "evaluation.shards: got 'MISSING'"),
+        (AUTOENCODER, "{data: {shards: CACHE}}", "data.shards: CACHE holds latents; an autoencoder trains on media"),
+        (AUTOENCODER, "{evaluation: {every: 1, shards: CACHE}}", "evaluation.shards: CACHE holds latents; an auto"),
+        (DENOISER, "{data: {shards: CACHE}}", "data.shards: the latent cache was made with autoencoder_hash = "),
         (AUTOENCODER, "{parallel: {accumulation: 3}}", "data.global_batch: "),
-        (
-            AUTOENCODER,
-            "{loss: {perceptual_weight: 0.1}, perceptual: VGG}",
-            "perceptual.heads: ",
-        ),
-        (
-            AUTOENCODER,
-            "{evaluation: {every: 1, shards: SHARDS}, lpips: VGG}",
-            "lpips.heads: ",
-        ),
-        (AUTOENCODER, f"{{metrics: {{every: 1, reference: {MISSING}, NUMBERS}}}}", "metrics.reference: "),
-        (DENOISER, f"{{metrics: {{every: 1, reference: {MISSING}, NUMBERS}}}}", "metrics.reference: "),
+        (AUTOENCODER, "{loss: {perceptual_weight: 0.1}, perceptual: VGG}", "perceptual.heads: "),
+        (AUTOENCODER, "{evaluation: {every: 1, shards: SHARDS}, lpips: VGG}", "lpips.heads: "),
+        (AUTOENCODER, "{metrics: {every: 1, reference: MISSING, NUMBERS}}", "metrics.reference: got 'MISSING'"),
+        (DENOISER, "{metrics: {every: 1, reference: MISSING, NUMBERS}}", "metrics.reference: got 'MISSING'"),
         (AUTOENCODER, "{metrics: {every: 1, NETWORK}}", "metrics.measures[0].features.path: "),
         (DENOISER, "{metrics: {every: 1, NETWORK}}", "metrics.measures[0].features.path: "),
-        (DENOISER, f"{{samples: {{every: 1, prompts: {MISSING}.jsonl}}}}", "samples.prompts: "),
+        (DENOISER, "{samples: {every: 1, prompts: MISSING}}", "samples.prompts: MISSING does not exist"),
+        (DENOISER, "{samples: {every: 1, prompts: LONG}}", "samples.prompts: 'AAAA"),
+        (DENOISER, "{samples: {every: 1, prompts: BYTES}}", "samples.prompts: BYTES is no text that can be read"),
+        (LABELS, "{data: {classes: [a, b]}}", "data.classes: "),
     ],
 )
 def test_what_a_later_stage_lacks_is_told_before_the_first_step(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: Path, later: str, message: str
+    shards: Path,
+    cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: Path,
+    later: str,
+    message: str,
 ) -> None:
+    (tmp_path / "long").write_text("A" * 400)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfd")
     features = f"{{kind: torchscript, path: {MISSING}.pt, dim: 8}}"
-    later = (
-        later.replace("SHARDS", str(shards))
-        .replace("VGG", f"{{kind: vgg_lpips, backbone: {MISSING}, heads: {MISSING}}}")
-        .replace(
-            "NUMBERS",
-            "num_samples: 2, measures: [{features: {kind: packaged, name: efficientnet_lite0}, metrics: [fid]}]",
-        )
-        .replace("NETWORK", f"num_samples: 2, measures: [{{features: {features}, metrics: [fid]}}]")
-    )
+    names = {
+        "VGG": f"{{kind: vgg_lpips, backbone: {MISSING}, heads: {MISSING}}}",
+        "NUMBERS": "num_samples: 2, measures: [{features: {kind: packaged, name: efficientnet_lite0}, metrics: [fid]}]",
+        "NETWORK": f"num_samples: 2, measures: [{{features: {features}, metrics: [fid]}}]",
+        "MISSING": MISSING,
+        "SHARDS": str(shards),
+        "CACHE": str(cache),
+        "LONG": str(tmp_path / "long"),
+        "BYTES": str(tmp_path / "bytes"),
+    }
+    for name, value in names.items():
+        later, message = later.replace(name, value), message.replace(name, value)
     said = refusal(arguments(config, shards, tmp_path / "run", later), capsys)
     assert f"error: stages[1].set.{message}" in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_guidance_away_from_nothing_is_refused_in_a_later_stage(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["text=null", "model.text_dim=null", "caption_dropout=0"]
+    measure = "{features: {kind: packaged, name: pixels}, metrics: [kid]}"
+    for section, message in (
+        ("{metrics: {every: 1, num_samples: 4, guidance: 3, measures: [MEASURE]}}", "metrics.guidance: got 3, but"),
+        ("{samples: {every: 1, guidance: 3}}", "samples.guidance: got 3, but the denoiser takes neither text nor"),
+    ):
+        later = section.replace("MEASURE", measure)
+        said = refusal(arguments(DENOISER, shards, tmp_path / "run", later, *plain), capsys)
+        assert f"error: stages[1].set.{message}" in said
+
+
+def test_what_is_to_come_is_opened_once_and_not_at_each_boundary(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    loaded: list[str] = []
+    load = perceptual._load_shift_tolerant
+    monkeypatch.setattr(perceptual, "_load_shift_tolerant", lambda field: loaded.append(field) or load(field))
+    words = arguments(AUTOENCODER, shards, tmp_path / "run", "{log_every: 2}")
+    last = ", {from_step: 3, set: {loss: {perceptual_weight: 0.1}}}]"
+    words = [word.removesuffix("]") + last if word.startswith("stages=") else word for word in words]
+    assert train.main(words) == 0
+    assert loaded == ["perceptual"] * 2, "once before the first step, once for its stage"
+    told = [line for line in caplog.messages if line.startswith("what the stage")]
+    assert told == ["what the stage from step 3 reads is there"]
+    loaded.clear()
+    replay(load_run(tmp_path / "run", []), tmp_path / "run", 3)
+    assert not loaded, "whoever takes a step again needs no later stage"
 
 
 def test_a_fault_of_the_first_stage_is_not_blamed_on_a_later_one(
@@ -131,21 +204,21 @@ def test_each_thing_is_opened_once_and_not_if_the_first_stage_has_it(shards: Pat
     check_later_stages(Start(dataclasses.replace(run, stages=()), None, {}, own=False), layout, refuse)
 
 
-def test_a_network_of_both_stages_is_loaded_by_the_first_alone(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = []
-    load = perceptual._load_shift_tolerant
-    monkeypatch.setattr(perceptual, "_load_shift_tolerant", lambda field: loaded.append(field) or load(field))
-    later = "{loss: {perceptual_weight: 0.2}}"
-    words = arguments(AUTOENCODER, shards, tmp_path / "run", later, "loss.perceptual_weight=0.1")
-    assert train.main(words) == 0
-    assert len(loaded) == 3, "a stage each"
-
-
 @pytest.mark.dist
 def test_two_processes_are_told_alike(shards: Path, tmp_path: Path) -> None:
     words = arguments(AUTOENCODER, shards, tmp_path / "run", f"{{data: {{shards: {MISSING}}}}}")
     with pytest.raises(AssertionError, match=r"exit codes \[2, 2\]") as failed:
         launched.train(*words, "parallel.engine=deepspeed", "parallel.precision=fp32")
     assert "error: stages[1].set.data.shards: " in str(failed.value)
+
+
+@pytest.mark.dist
+def test_a_fault_of_the_present_stage_is_told_by_every_process(shards: Path, tmp_path: Path) -> None:
+    """What only listing a stage's needs finds, on the one process that looks."""
+    buckets = "data.batching={kind: buckets, tokens: 256, token: [4, 8, 8], sides: [32]}"
+    measure = "{features: {kind: packaged, name: pixels}, metrics: [kid]}"
+    section = f"metrics={{every: 1, num_samples: 4, measures: [{measure}]}}"
+    words = arguments(AUTOENCODER, shards, tmp_path / "run", "{log_every: 2}", buckets, section)
+    with pytest.raises(AssertionError, match=r"exit codes \[2, 2\]") as failed:
+        launched.train(*words, "parallel.engine=deepspeed", "parallel.precision=fp32")
+    assert str(failed.value).count("error: metrics.shape: ") == 2
