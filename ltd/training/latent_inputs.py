@@ -99,8 +99,6 @@ class LatentInputs:
         for cache in caches:
             if cache is not None:
                 check_source(cache.manifest)
-        if caches[0] is not None and run.text is not None:
-            _null_text(caches[0])
         if caches[0] is not None:
             self._check_parts(run, caches[0])
         trained = caches[: len(run.data.sets)]

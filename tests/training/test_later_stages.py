@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,30 @@ def test_what_a_later_stage_lacks_is_told_before_the_first_step(
     said = refusal(arguments(config, shards, tmp_path / "run", later), capsys)
     assert f"error: stages[1].set.{message}" in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_caches_of_a_later_stage_have_what_the_run_takes_from_them(
+    shards: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["untrained_autoencoder=null", f"autoencoder={cache.parent / 'autoencoder'}"]
+    aligned = "alignment={teacher: {kind: efficientnet_lite0, size: 32}, block: 1}"
+    bare = make_cache(shards, cache.parent / "autoencoder", tmp_path / "bare", text=None)
+    copied = tmp_path / "shards"
+    shutil.copytree(shards, copied)
+    changed = make_cache(copied, cache.parent / "autoencoder", tmp_path / "changed")
+    tar = min(copied.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    for path, overrides, message in (
+        (cache, [aligned], f"alignment: got the latent cache {cache} as data, which has no pixels"),
+        (bare, [], "data.shards: the latent cache "),
+        (changed, [], "data.shards: "),
+    ):
+        words = arguments(DENOISER, shards, tmp_path / "run", f"{{data: {{shards: {path}}}}}", *own, *overrides)
+        assert f"error: stages[1].set.{message}" in refusal(words, capsys)
+    # One that has all of it: from media to a cache, and back.
+    words = arguments(DENOISER, shards, tmp_path / "run", f"{{data: {{shards: {cache}}}}}", *own)
+    back = f", {{from_step: 3, set: {{data: {{shards: {shards}}}}}}}]"
+    assert train.main([word.removesuffix("]") + back if word.startswith("stages=") else word for word in words]) == 0
 
 
 def test_guidance_away_from_nothing_is_refused_in_a_later_stage(
