@@ -87,7 +87,10 @@ class CachedRows:
 
 def is_cache(path: str | Path) -> bool:
     """Say whether a directory is a latent cache, finished or not."""
-    return (Path(path) / "manifest.json").is_file() or (Path(path) / "writing.json").is_file()
+    try:
+        return (Path(path) / "manifest.json").is_file() or (Path(path) / "writing.json").is_file()
+    except OSError:  # a pattern may be longer than a file's name can be
+        return False
 
 
 def read_cache_manifest(directory: str | Path) -> dict[str, Any]:

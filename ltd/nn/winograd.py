@@ -12,7 +12,6 @@ Reference: Lavin and Gray (2016), arXiv 1509.09308, Sec. 4.1; Winograd (1980), A
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -55,15 +54,17 @@ def pays(weight: Tensor, size: Sequence[int]) -> bool:
         and t > 1
         and h % 2 == 0
         and b * t * h * w >= _PIXELS
-        and not has_matrix_units()
+        and not HAS_MATRIX_UNITS
     )
 
 
-@functools.cache
-def has_matrix_units() -> bool:
-    """Tell whether the processor multiplies tiles of bf16 (AMX): there products are no longer what takes the time."""
+def _find_matrix_units() -> bool:
     found = getattr(torch.cpu, "_is_amx_tile_supported", None)  # since torch 2.6
     return found is not None and bool(found())
+
+
+#: Whether the processor multiplies tiles of bf16 (AMX): there products are no longer what takes the time.
+HAS_MATRIX_UNITS = _find_matrix_units()
 
 
 def convolve_pairs(

@@ -11,6 +11,7 @@ from ltd.data import ViewConfig
 from ltd.data.buckets import candidate_sizes
 from ltd.data.latents import is_cache
 from ltd.training.autoencoder_heldout import LEAST_PIXELS
+from ltd.training.run import named_shards
 from ltd.training.stages import at_step
 
 if TYPE_CHECKING:
@@ -28,10 +29,9 @@ def check_media(run: AutoencoderRun) -> None:
     Raises:
         ConfigError: Names the field.
     """
-    named = {f"data.datasets[{number}].shards": each.shards for number, each in enumerate(run.data.datasets)}
-    named |= {} if run.data.shards is None else {"data.shards": run.data.shards}
-    named |= {} if run.evaluation.shards is None else {"evaluation.shards": run.evaluation.shards}
-    for name, shards in named.items():
+    for name, shards in named_shards(run).items():
+        if name.startswith("evaluation") and not run.evaluation.every:
+            continue
         for path in (shards,) if isinstance(shards, str) else shards:
             if is_cache(path):
                 raise ConfigError(f"{name}: {path} holds latents; an autoencoder trains on media shards")

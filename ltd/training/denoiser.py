@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from ltd.training.denoiser_work import DenoiserWork
 from ltd.training.evaluators import build_evaluators, denoiser_needs
 from ltd.training.init_from import InitFromConfig, Origin, find_origin
 from ltd.training.latent_inputs import LatentInputs, pack, unpack
+from ltd.training.later_stages import Need
 from ltd.training.loop import train
 from ltd.training.metrics import MetricsConfig
 from ltd.training.run import RunConfig
@@ -282,8 +284,14 @@ def start(
     def build(fresh: bool) -> Dit:
         return _build(config, layout, inputs[0], fresh=fresh, origin=origin)
 
-    needs = (lambda later: denoiser_needs(later, inputs[0])) if ahead else None
-    session = start_session(found, layout, beat, build, accept=accept, needs=needs)
+    classes: list[tuple[str, ...]] = [tuple(found.manifest.get("lineage", {}).get("classes", ()))]
+
+    def needs(later: DenoiserRun) -> Iterator[Need]:
+        if len(classes) == 1:
+            classes.append(inputs[0].classes)
+        return denoiser_needs(later, inputs[0], classes)
+
+    session = start_session(found, layout, beat, build, accept=accept, needs=needs if ahead else None)
     stage = DenoiserStage(config, session.engine, layout, inputs[0])
     session.lineage |= stage.inputs.lineage()
     session.evaluators += build_evaluators(config, session, stage.inputs)

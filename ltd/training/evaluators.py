@@ -22,6 +22,7 @@ from ltd.parallel.layout import Layout
 from ltd.rng import generator
 from ltd.shapes import VideoShape, num_tokens
 from ltd.training.drawing import DrawConfig, Drawer, RememberedText, deal
+from ltd.training.label_checks import read_run_labels
 from ltd.training.latent_inputs import LatentInputs, open_autoencoder
 from ltd.training.later_stages import Need
 from ltd.training.measures import build_measures
@@ -61,7 +62,7 @@ def build_evaluators(run: DenoiserRun, session: Session, inputs: LatentInputs) -
     """
     found: list[Evaluator] = []
     if run.samples is not None and run.samples.every:
-        requests = _read_requests(run, run.samples, inputs)
+        requests = _read_requests(run, run.samples, inputs, inputs.classes)
         drawer = _drawer(run, run.samples, requests, session, inputs)
         found.append(Sampling(drawer, requests, lambda: session.tracker))
     if run.metrics is not None and run.metrics.every:
@@ -69,31 +70,46 @@ def build_evaluators(run: DenoiserRun, session: Session, inputs: LatentInputs) -
     return found
 
 
-def denoiser_needs(run: DenoiserRun, inputs: LatentInputs) -> Iterator[Need]:
+def denoiser_needs(run: DenoiserRun, inputs: LatentInputs, classes: list[tuple[str, ...]]) -> Iterator[Need]:
     """List what a stage reads beside its samples: caches, prompts, clips, networks; for ``check_later_stages``.
 
     Args:
         run: The run as it is in the stage.
-        inputs: Autoencoder, text encoder and classes, which all stages share.
+        inputs: Autoencoder and text encoder, which all stages share.
+        classes: Names of the classes in the stages before, to which this one's are added when they are read.
 
     Yields:
         What tells each from others, and what opens it in this process alone.
     """
     samples, metrics = run.samples, run.metrics
     encoders: list[TextEncoder | None] = []
+    named: list[tuple[str, ...]] = []
 
     def text() -> TextEncoder | None:
         if not encoders:
             encoders.append(inputs.encoder or build_text(run.text, run.model.text_join))
         return encoders[0]
 
+    def names() -> tuple[str, ...]:
+        if not named:
+            named.append(read_run_labels(run))
+            known = next((each for each in reversed(classes) if each), ())
+            if known and named[0] and named[0] != known:
+                raise ConfigError(
+                    "data.classes: the names of the classes, or their order, are other than in the stages before; give "
+                    "the same list"
+                )
+            classes.append(named[0])
+        return named[0]
+
     yield ("inputs", run.data, run.evaluation.shards), lambda: inputs.check_stage(run)
+    yield ("classes", run.data, run.evaluation.shards), names
     if (samples is not None and samples.every) or (metrics is not None and metrics.every) or inputs.embeds_text(run):
         yield ("text",), text
     if samples is not None and samples.every:
         yield (
             ("samples", samples, run.data),
-            lambda: _check_drawn(run, samples, _read_requests(run, samples, inputs), text()),
+            lambda: _check_drawn(run, samples, _read_requests(run, samples, inputs, names()), text()),
         )
     if metrics is not None and metrics.every:
         yield ("drawn", metrics), lambda: _check_drawn(run, metrics, (), None)
@@ -105,8 +121,10 @@ def denoiser_needs(run: DenoiserRun, inputs: LatentInputs) -> Iterator[Need]:
         )
 
 
-def _read_requests(run: DenoiserRun, config: SamplesConfig, inputs: LatentInputs) -> list[Request]:
-    requests = read_requests(config, _views(run), run.model, inputs.classes)
+def _read_requests(
+    run: DenoiserRun, config: SamplesConfig, inputs: LatentInputs, classes: Sequence[str]
+) -> list[Request]:
+    requests = read_requests(config, _views(run), run.model, classes)
     for shape in {request.shape for request in requests}:
         _check_shape(shape, run, inputs, "samples.shapes")
     return requests

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +23,8 @@ from ltd.inference.media import pixels_to_video
 from ltd.parallel.layout import Layout
 from ltd.rng import DrawRandom
 from ltd.training.denoiser_alignment import build_aligner
-from ltd.training.denoiser_checks import check_lineage
-from ltd.training.label_checks import check_run_labels, read_run_labels
-from ltd.training.run import check_views
+from ltd.training.label_checks import check_run_labels
+from ltd.training.run import check_views, named_shards
 
 if TYPE_CHECKING:
     from ltd.training.denoiser import DenoiserRun
@@ -56,8 +55,9 @@ class LatentInputs:
         self.hash = autoencoders.weights_hash(autoencoder)
         self.encoder: TextEncoder | None = None
         self._encoded_flops = 0.0
-        caches = self._open_caches(run)
-        _check_sources(caches, layout)
+        opened = self._open_caches(run)
+        _check_sources(opened, layout)
+        caches = list(opened.values())
         trained = caches[: len(run.data.sets)]
         self.aligner = build_aligner(
             run.alignment,
@@ -91,31 +91,33 @@ class LatentInputs:
             run: The run as it is in that stage.
 
         Raises:
-            ConfigError: If sizes, caches, features or classes are not those of this run's autoencoder, text encoder,
-                alignment or model.
+            ConfigError: If sizes, caches or features are not those of this run's autoencoder, text encoder or
+                alignment.
         """
         check_views(run.data, self.compression, run.model.patch)
-        caches = self._open_caches(run)
-        for cache in caches:
-            if cache is not None:
-                check_source(cache.manifest)
+        opened = self._open_caches(run)
+        _read_sources(opened)
+        caches = list(opened.values())
         if caches[0] is not None:
             self._check_parts(run, caches[0])
         trained = caches[: len(run.data.sets)]
         if any(cache is not None for cache in trained) or self.aligner is None or self.aligner.teacher is None:
             features = run.data.read_features
             build_aligner(run.alignment, trained, self.compression, run.model.patch, "cpu", read_features=features)
-        names = read_run_labels(run)
-        check_lineage(self.lineage(), {"classes": list(names)} if names else {})
 
     def embeds_text(self, run: DenoiserRun) -> bool:
         """Say whether a stage reads captions that no cache has embeddings of."""
-        return run.text is not None and None in self._open_caches(run)
+        return run.text is not None and None in self._open_caches(run).values()
 
-    def _open_caches(self, run: DenoiserRun) -> list[LatentCache | None]:
-        """Open the latent caches of training and held-out data; None for media."""
-        heldout = (run.evaluation.shards,) if run.evaluation.shards else ()
-        return [self._open_cache(run, shards) for shards in (*(each.shards for each in run.data.sets), *heldout)]
+    def _open_caches(self, run: DenoiserRun) -> dict[str, LatentCache | None]:
+        """Open the latent caches of training and held-out data, by the field that names them; None for media."""
+        opened: dict[str, LatentCache | None] = {}
+        for name, shards in named_shards(run).items():
+            try:
+                opened[name] = self._open_cache(run, shards)
+            except ConfigError as error:
+                raise ConfigError(_rename(error, name)) from None
+        return opened
 
     def _open_cache(self, run: DenoiserRun, shards: str | tuple[str, ...]) -> LatentCache | None:
         """Open a latent cache and refuse one of another autoencoder or text encoder; None for media."""
@@ -249,19 +251,31 @@ def open_autoencoder(run: DenoiserRun) -> autoencoders.Autoencoder:
         return autoencoders.build_autoencoder(run.untrained_autoencoder).eval().requires_grad_(False)
 
 
-def _check_sources(caches: Sequence[LatentCache | None], layout: Layout) -> None:
+def _check_sources(caches: Mapping[str, LatentCache | None], layout: Layout) -> None:
     """Refuse caches of data that have changed; one process reads the tars' indexes, and tells all."""
     problem = None
     if layout.is_main:
         try:
-            for cache in caches:
-                if cache is not None:
-                    check_source(cache.manifest)
+            _read_sources(caches)
         except ConfigError as error:
             problem = str(error)
     problem = layout.broadcast_object(problem)
     if problem is not None:
         raise ConfigError(problem)
+
+
+def _read_sources(caches: Mapping[str, LatentCache | None]) -> None:
+    for name, cache in caches.items():
+        if cache is not None:
+            try:
+                check_source(cache.manifest)
+            except ConfigError as error:
+                raise ConfigError(_rename(error, name)) from None
+
+
+def _rename(error: ConfigError, name: str) -> str:
+    """Name the field that a cache was opened for, instead of that of a run with one data set."""
+    return str(error).replace("data.shards", name, 1)
 
 
 def _null_text(cache: LatentCache) -> tuple[Tensor, Tensor]:

@@ -23,24 +23,32 @@ R = TypeVar("R", bound=RunConfig)
 Need: TypeAlias = tuple[object, Callable[[], object]]
 
 
-def check_later_stages(start: Start[R], layout: Layout, needs: Callable[[R], Iterator[Need]]) -> None:
+def check_later_stages(
+    start: Start[R], layout: Layout, needs: Callable[[R], Iterator[Need]], moved: Callable[[], None]
+) -> None:
     """Open what later stages read and the one that stands at the start does not; called by all processes.
+
+    What cannot be reached just now, as a store over a network, is only warned of.
 
     Args:
         start: Where the run stands.
         layout: Its processes; the main one looks, and lets go of what it opened.
         needs: Lists what a stage reads besides its samples and held-out samples; it must not communicate.
+        moved: Called on every process each time something was opened, so that none counts as standing still.
 
     Raises:
         ConfigError: If something is missing, damaged or does not fit; names the stage and the field, on all processes.
     """
-    problem = _find_problem(start, layout, needs) if layout.is_main and start.base.stages else None
-    problem = layout.broadcast_object(problem)
+    if not start.base.stages:
+        return
+    problem = layout.lead(lambda step: _find_problem(start, layout, needs, step), moved)
     if problem is not None:
         raise ConfigError(problem)
 
 
-def _find_problem(start: Start[R], layout: Layout, needs: Callable[[R], Iterator[Need]]) -> str | None:
+def _find_problem(
+    start: Start[R], layout: Layout, needs: Callable[[R], Iterator[Need]], step: Callable[[], None]
+) -> str | None:
     try:
         known = [key for key, _ in _list(start.run, layout, needs)]
     except ConfigError:
@@ -54,8 +62,12 @@ def _find_problem(start: Start[R], layout: Layout, needs: Callable[[R], Iterator
                 if key not in known:
                     known.append(key)
                     look()
+                    step()
         except ConfigError as error:
             return f"stages[{number}].set.{error}"
+        except OSError as error:
+            logger.warning("what the stage from step %d reads cannot be looked at now: %s", stage.from_step, error)
+            continue
         if len(known) > before:
             logger.info("what the stage from step %d reads is there", stage.from_step)
     return None

@@ -143,6 +143,13 @@ def check_views(data: DataConfig, compression: Compression, patch: tuple[int, in
         )
 
 
+def named_shards(run: RunConfig) -> dict[str, str | tuple[str, ...]]:
+    """List the data that a run trains on, and then those held out, by the field that names them."""
+    named = {f"data.datasets[{number}].shards": each.shards for number, each in enumerate(run.data.datasets)}
+    named |= {} if run.data.datasets or run.data.shards is None else {"data.shards": run.data.shards}
+    return named | ({} if run.evaluation.shards is None else {"evaluation.shards": run.evaluation.shards})
+
+
 def check_heldout(run: RunConfig, layout: Layout) -> None:
     """Open the held-out data before the first step, so that no run ends at its first evaluation.
 

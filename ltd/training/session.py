@@ -230,7 +230,7 @@ def start_session(
     loader = _build_loader(run, layout, start.manifest)
     _preflight(run, layout, loader)
     if needs is not None:
-        check_later_stages(start, layout, needs)
+        check_later_stages(start, layout, needs, beat.again)
     torch.manual_seed(derive_seed(run.seed, "initialization"))
     module = build_module(start.checkpoint is None)
     compiled = compile_blocks(module, run.parallel)

@@ -17,6 +17,7 @@ from ltd.data import Batch, DataConfig, DatasetConfig, PackedConfig, ViewConfig,
 from ltd.data.entries import Entries, Entry
 from ltd.data.index import index_tar, open_index
 from ltd.data.latent_join import finish_cache
+from ltd.data.latents import is_cache
 from ltd.data.order import unit
 from ltd.data.plan import random_placement
 from ltd.data.windows import enumerate_windows
@@ -46,6 +47,10 @@ def make_cache(folder: Path, tar: Path) -> dict[str, torch.Tensor]:
     write(folder, index, windows, dtype="fp32")
     finish_cache(folder)
     return {window.key: latents(window)[0] for window in windows}
+
+
+def test_a_long_pattern_is_no_cache(tmp_path: Path) -> None:
+    assert not is_cache(tmp_path / f"{{{','.join(f'x{number:03d}' for number in range(80))}}}.tar")
 
 
 def take(config: DataConfig, *, steps: int, **world: Any) -> list[Any]:

@@ -87,14 +87,14 @@ def test_no_frame_sees_a_later_one_even_where_that_is_not_finite(biased: bool) -
 
 
 def test_it_is_used_in_bf16_on_a_cpu_for_wide_kernels_and_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(winograd, "HAS_MATRIX_UNITS", False)
     weight = torch.zeros(64, 64, 3, 3, 3, dtype=torch.bfloat16)
     size = (1, 2, 16, 32)
     assert winograd.pays(weight, size) and winograd.pays(weight, (1, 3, 16, 32))
     others = [weight.float(), weight.half(), weight[:32], weight[:, :32], weight[:, :, :1], weight.to("meta")]
     assert not any(winograd.pays(other, size) for other in others)
     assert not any(winograd.pays(weight, other) for other in [(1, 1, 64, 64), (1, 2, 17, 32), (1, 2, 16, 31)])
-    monkeypatch.setattr(winograd, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(winograd, "HAS_MATRIX_UNITS", True)
     assert not winograd.pays(weight, size)
 
 
@@ -102,7 +102,7 @@ def test_matrix_units_are_found_where_the_system_lists_them() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         pytest.skip("needs /proc/cpuinfo")
-    assert winograd.has_matrix_units() == ("amx_tile" in cpuinfo.read_text())
+    assert ("amx_tile" in cpuinfo.read_text()) == winograd.HAS_MATRIX_UNITS
 
 
 @pytest.mark.parametrize("front", ["repeat", "zeros"])
@@ -120,7 +120,7 @@ def test_chunks_of_any_length_are_the_clip_to_the_rounding_of_bf16(front: str, m
         calls.append(len(frames))
         pairs(frames, *rest, **more)
 
-    monkeypatch.setattr(winograd, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(winograd, "HAS_MATRIX_UNITS", False)
     monkeypatch.setattr(winograd, "convolve_pairs", counted)
     for cuts in ((9,), (1, 4, 4), (1, 1, 3, 4), (2, 5, 2)):
         state: State = START

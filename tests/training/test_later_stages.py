@@ -84,6 +84,12 @@ def cache(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (AUTOENCODER, "{data: {shards: CACHE}}", "data.shards: CACHE holds latents; an autoencoder trains on media"),
         (AUTOENCODER, "{evaluation: {every: 1, shards: CACHE}}", "evaluation.shards: CACHE holds latents; an auto"),
         (DENOISER, "{data: {shards: CACHE}}", "data.shards: the latent cache was made with autoencoder_hash = "),
+        (
+            DENOISER,
+            "{data: {shards: null, datasets: [{shards: CACHE}, {shards: CACHE}]}}",
+            "data.datasets[0].shards: the latent cache was made with autoencoder_hash = ",
+        ),
+        (DENOISER, "{evaluation: {every: 1, shards: CACHE}}", "evaluation.shards: the latent cache was made with auto"),
         (AUTOENCODER, "{parallel: {accumulation: 3}}", "data.global_batch: "),
         (AUTOENCODER, "{loss: {perceptual_weight: 0.1}, perceptual: VGG}", "perceptual.heads: "),
         (AUTOENCODER, "{evaluation: {every: 1, shards: SHARDS}, lpips: VGG}", "lpips.heads: "),
@@ -95,6 +101,11 @@ def cache(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (DENOISER, "{samples: {every: 1, prompts: LONG}}", "samples.prompts: 'AAAA"),
         (DENOISER, "{samples: {every: 1, prompts: BYTES}}", "samples.prompts: BYTES is no text that can be read"),
         (LABELS, "{data: {classes: [a, b]}}", "data.classes: "),
+        (
+            LABELS,
+            "{data: {classes: null}, samples: {every: 1, labels: [disc up]}}",
+            "samples.labels: got 'disc up', but the run knows no names",
+        ),
     ],
 )
 def test_what_a_later_stage_lacks_is_told_before_the_first_step(
@@ -148,6 +159,46 @@ def test_caches_of_a_later_stage_have_what_the_run_takes_from_them(
     words = arguments(DENOISER, shards, tmp_path / "run", f"{{data: {{shards: {cache}}}}}", *own)
     back = f", {{from_step: 3, set: {{data: {{shards: {shards}}}}}}}]"
     assert train.main([word.removesuffix("]") + back if word.startswith("stages=") else word for word in words]) == 0
+
+
+def test_class_names_of_later_stages_are_those_of_the_stages_before(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names may begin in a later stage, whose samples may be asked for by them; from then on they stay."""
+    names = config_io.load(DenoiserRun, LABELS, []).data.classes
+    assert isinstance(names, tuple)
+    later = f"{{data: {{classes: [{', '.join(names)}]}}, samples: {{every: 9, steps: 1, labels: [disc up]}}}}"
+    words = arguments(LABELS, shards, tmp_path / "run", later, "data.classes=null")
+    last = f", {{from_step: 3, set: {{data: {{classes: [{', '.join(reversed(names))}]}}, samples: null}}}}]"
+    wrong = [word.removesuffix("]") + last if word.startswith("stages=") else word for word in words]
+    said = refusal(wrong, capsys)
+    assert "error: stages[2].set.data.classes: the names of the classes, or their order, are other than in the" in said
+    assert train.main(words) == 0
+
+
+def test_what_cannot_be_reached_just_now_is_warned_of(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = config_io.load(AutoencoderRun, AUTOENCODER, arguments(AUTOENCODER, shards, Path("run"), "{}")[1:])
+    moves: list[None] = []
+
+    def needs(stage: AutoencoderRun) -> Iterator[Need]:
+        def fail() -> None:
+            raise ConnectionError("the store is down")
+
+        yield ("there", stage.log_every), lambda: None
+        yield ("down", stage.log_every), fail
+
+    stages = tuple(StageConfig(from_step=step, set={"log_every": 1 + step}) for step in (1, 2))
+    start: Start[Any] = Start(dataclasses.replace(run, stages=stages), None, {}, own=False)
+    layout = Layout(ParallelConfig(engine="torch"), global_rank=0, world_size=1, local_rank=0)
+    check_later_stages(start, layout, needs, lambda: moves.append(None))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "what the stage from step 2 reads cannot be looked at now: the store is down" in caplog.text
+    assert len(moves) == 2, "each time something was opened, so that no process counts as standing still"
+
+
+def test_held_out_latents_that_nothing_reads_are_no_fault(shards: Path, cache: Path, tmp_path: Path) -> None:
+    words = arguments(AUTOENCODER, shards, tmp_path / "run", "{log_every: 2}", f"evaluation.shards={cache}")
+    assert train.main(words) == 0
 
 
 def test_guidance_away_from_nothing_is_refused_in_a_later_stage(
@@ -223,10 +274,10 @@ def test_each_thing_is_opened_once_and_not_if_the_first_stage_has_it(shards: Pat
     for step, wanted in ((0, [0.1]), (1, [0.2]), (3, [])):
         opened.clear()
         start: Start[Any] = Start(run, None, {"step": step}, own=False)
-        check_later_stages(start, layout, needs)
+        check_later_stages(start, layout, needs, lambda: None)
         assert opened == wanted
     # Without stages nothing is listed at all.
-    check_later_stages(Start(dataclasses.replace(run, stages=()), None, {}, own=False), layout, refuse)
+    check_later_stages(Start(dataclasses.replace(run, stages=()), None, {}, own=False), layout, refuse, lambda: None)
 
 
 @pytest.mark.dist

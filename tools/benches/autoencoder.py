@@ -4,8 +4,8 @@ Equal random weights; before anything is timed the outputs of both in fp64 must 
 deviation (in fp32 both round: at this width by about 1e-5). Times are in bf16 for a clip of 17 frames. Peak memory is
 resident memory above the weights while 49 frames of 256x256 are decoded: diffusers streams one latent frame at a time,
 as ours does, but returns the whole clip, of which 18 MB lie beside the rest at its peak, where ours gives frames as
-they come; each in a process of its own. Where there is a GPU, all is measured there too, its memory as the allocator
-counts it.
+they come; each in a process of its own. Where there is a GPU, times and memory are measured there too, memory as its
+allocator counts it; equality and rounding errors are those of the CPU.
 """
 
 from __future__ import annotations
