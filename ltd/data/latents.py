@@ -4,8 +4,7 @@ A cache is a directory. Each writing process appends to a part of its own: one f
 text tokens, and a line of ``records.jsonl`` after each row, so that a killed job goes on where it stopped, with any
 number of processes. Joining the parts writes what the windows are as columns (``columns/``) and, last,
 ``manifest.json``, without which nothing reads the cache. ``ltd.data.latent_writer`` writes the parts,
-``ltd.data.latent_join`` joins them; here are the format, its check and the reader. Knows no models: hashes and tensors
-are handed in.
+``ltd.data.latent_join`` joins them; here are the format, its check and the reader. Knows no models, only hashes.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -87,10 +87,9 @@ class CachedRows:
 
 def is_cache(path: str | Path) -> bool:
     """Say whether a directory is a latent cache, finished or not."""
-    try:
-        return (Path(path) / "manifest.json").is_file() or (Path(path) / "writing.json").is_file()
-    except OSError:  # a pattern may be longer than a file's name can be
-        return False
+    with suppress(OSError):  # a pattern may be longer than a file's name can be
+        return any((Path(path) / name).is_file() for name in ("manifest.json", "writing.json"))
+    return False
 
 
 def read_cache_manifest(directory: str | Path) -> dict[str, Any]:
