@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -121,9 +122,13 @@ def _statistics(tree: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]
     if not isinstance(scale, int | float) or not scale > 0:
         raise ConfigError(f"scaling_factor: got {scale!r}, needed a number above 0")
     if mean is None or std is None:
-        mean = [tree.get("shift_factor") or 0.0] * channels
-        std = [1.0] * channels
+        shift = tree.get("shift_factor") or 0.0
+        if not _are_numbers([shift]):
+            raise ConfigError(f"shift_factor: got {shift!r}, needed a number or null")
+        mean, std = [shift] * channels, [1.0] * channels
     for name, value in (("latents_mean", mean), ("latents_std", std)):
+        if not _are_numbers(value):
+            raise ConfigError(f"{name}: got {value!r}, needed a list of numbers")
         if len(value) != channels:
             raise ConfigError(f"{name}: got {len(value)} numbers, needed one for each of {channels} latent channels")
     # With statistics of each channel, pipelines compute z * latents_std / scaling_factor + latents_mean.
@@ -131,3 +136,7 @@ def _statistics(tree: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]
     if not bool((deviation > 0).all()):
         raise ConfigError(f"latents_std: got {std}, needed numbers above 0")
     return torch.tensor(mean), deviation.float()
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(each, int | float) and math.isfinite(each) for each in values)

@@ -55,6 +55,9 @@ def to_config(theirs: Mapping[str, Any]) -> ConvVaeConfig:
     for name, needed in (("attn_scales", []), ("dropout", 0), ("out_channels", folded)):
         if tree[name] != needed:
             raise ConfigError(f"{CLASS_NAME}.{name}: got {tree[name]}, only {needed} can be converted")
+    for name, kind, words in (("dim_mult", int, "whole numbers"), ("temperal_downsample", bool, "true and false")):
+        if not isinstance(tree[name], list | tuple) or any(type(each) is not kind for each in tree[name]):
+            raise ConfigError(f"{CLASS_NAME}.{name}: got {tree[name]!r}, needed a list of {words}")
     if folded % patch**2:
         raise ConfigError(f"{CLASS_NAME}.in_channels: got {folded}, needed a multiple of patch_size^2 = {patch**2}")
     return ConvVaeConfig(

@@ -177,7 +177,10 @@ def test_statistics_of_channels_and_a_scale_are_what_pipelines_make_of_them(tmp_
         ({"latents_mean": None}, r"latents_mean, latents_std: missing in config\.json, needed 4 numbers each"),
         ({"latents_std": [0.0] * 4}, r"latents_std: got .*, needed numbers above 0"),
         ({"base_dim": "x"}, r"base_dim: got .*, needed an integer of 1 or more"),
-        ({"dim_mult": None}, r"config\.json or the index of weights cannot be read"),
+        ({"dim_mult": None}, "dim_mult: got None, needed a list of whole numbers"),
+        ({"latents_mean": [None] * 4}, r"latents_mean: got \[None, .*needed a list of numbers"),
+        ({"latents_std": [float("nan")] * 4}, r"latents_std: got \[nan, .*needed a list of numbers"),
+        ({"latents_std": 2.0}, r"latents_std: got 2\.0, needed a list of numbers"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -185,6 +188,14 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], messag
     path = source / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match=message):
+        import_autoencoder(source)
+
+
+def test_a_shift_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    source = folder(build("flux"), tmp_path / "flux")
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shift_factor": "0.1"}))
+    with pytest.raises(ConfigError, match=r"shift_factor: got '0\.1', needed a number or null"):
         import_autoencoder(source)
 
 
@@ -298,6 +309,11 @@ def _tensors(source: Path, change: Any) -> None:
         (lambda s: _edit(s, window=4), "AutoencoderKLWan.window: got 4, which no known setting"),
         (lambda s: _edit(s, base_dim="8"), "AutoencoderKLWan.base_dim: got '8', needed an integer of 1 or more"),
         (lambda s: _edit(s, is_residual="false"), "is_residual: got 'false', needed true or false"),
+        (lambda s: _edit(s, dim_mult="12"), "dim_mult: got '12', needed a list of whole numbers"),
+        (
+            lambda s: _edit(s, temperal_downsample=[0, 1, 1]),
+            r"temperal_downsample: got \[0, 1, 1\], needed a list of true",
+        ),
         (lambda s: _edit(s, _class_name="AutoencoderKL"), r"AutoencoderKL\.\w+: got .*, which no known setting"),
         (lambda s: _edit(s, z_dim=5), "decoder.conv_in.weight|conv_out|latents_mean"),
         (lambda s: _edit(s, num_res_blocks=2), "missing .*unknown"),
