@@ -7,7 +7,7 @@ A stage is called as ``stage(x, state, guide) -> (x, state)`` on ``(b, c, t, h, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class _Descent:
 
     def pieces(self, x: Tensor, guide: Tensor | None) -> Iterator[Tensor]:
         """Run the stages, yielding the last one's output as it comes; what is read is let go of."""
-        waiting, gathered = [(0, x, guide)], _Gathered({})
+        waiting, gathered = [(0, x, guide)], _Gathered()
         del x, guide
         while waiting:
             index, x, guide = waiting.pop()
@@ -169,7 +169,7 @@ class _Descent:
 class _Gathered:
     """Pieces, with their guides, that wait in front of a stage until there is enough for it to work on."""
 
-    pieces: dict[int, list[tuple[Tensor, Tensor | None]]]
+    pieces: dict[int, list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
 
     def frames(self, index: int) -> int:
         """Count the frames that wait in front of a stage."""

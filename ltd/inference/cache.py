@@ -220,16 +220,13 @@ class _Job:
             self._write(index, writer, f"cache {out.name}")
         writer.close()
         layout.barrier()
-        problem = None
-        if layout.is_main and not writer.complete:
-            try:
+
+        def finish() -> None:
+            if not writer.complete:
                 manifest = finish_cache(out, accept_unreadable=config.accept_unreadable)
                 logger.info("%s: %s", out, manifest["counts"])
-            except ConfigError as error:
-                problem = str(error)
-        problem = layout.broadcast_object(problem)  # all processes end together
-        if problem is not None:
-            raise ConfigError(problem)
+
+        layout.decide(finish)
         return out
 
     def _identity(self, index: Index) -> CacheIdentity:

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ltd.config import ConfigError
 from ltd.parallel.config import ParallelConfig
+from ltd.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,29 @@ class Layout:
             The main process's value.
         """
         return self.gather_objects(value if self.is_main else None)[0]
+
+    def decide(self, work: Callable[[], T]) -> T:
+        """Let the main process find something out for all, as file systems show new files to some hosts later.
+
+        Args:
+            work: Called on the main process only; it must not communicate.
+
+        Returns:
+            What it gave, a plain value, on every process.
+
+        Raises:
+            ConfigError, StorageError: What ``work`` raised, on every process.
+        """
+        found: Any = None
+        if self.is_main:
+            try:
+                found = work()
+            except (ConfigError, StorageError) as error:
+                found = error
+        found = self.broadcast_object(found)
+        if isinstance(found, ConfigError | StorageError):
+            raise found
+        return cast("T", found)
 
     def lead(self, work: Callable[[Callable[[], None]], T], moved: Callable[[], None]) -> T:
         """Let the main process work alone while the others wait in step, so that none counts as standing still.

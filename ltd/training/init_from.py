@@ -117,17 +117,14 @@ def find_origin(
         _check_other_weights(settings, start)
         logger.info("init_from counts for a new run only; this one goes on from a checkpoint")
         return None
-    record: dict[str, str] | Exception | None = None
-    if layout.is_main:
+
+    def examine() -> dict[str, str]:
         try:
-            record = _examine(settings, model, objective)
+            return _examine(settings, model, objective)
         except (ConfigError, storage.StorageError) as error:
-            record = ConfigError(f"init_from: {error}")
-    # One process decides: a run that is still training has a latest checkpoint that changes.
-    record = layout.broadcast_object(record)
-    if isinstance(record, Exception):
-        raise record
-    assert record is not None
+            raise ConfigError(f"init_from: {error}") from None
+
+    record = layout.decide(examine)  # a run that is still training has a latest checkpoint that changes
     return Origin(open_weights(record["files"], settings.weights), settings, record)
 
 

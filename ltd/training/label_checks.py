@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ltd.config import ConfigError
 from ltd.data.labels import check_labels, class_names, read_classes
 from ltd.data.mixture import open_sources
 from ltd.parallel.layout import Layout
@@ -32,17 +31,7 @@ def check_run_labels(run: DenoiserRun, layout: Layout) -> tuple[str, ...]:
     """
     if run.model.num_classes is None:
         return ()
-    problem: str | None = None
-    names: tuple[str, ...] = ()
-    if layout.is_main:
-        try:
-            names = read_run_labels(run)
-        except ConfigError as error:
-            problem = str(error)
-    problem, names = layout.broadcast_object((problem, names))
-    if problem is not None:
-        raise ConfigError(problem)
-    return tuple(names)
+    return layout.decide(lambda: read_run_labels(run))
 
 
 def read_run_labels(run: DenoiserRun) -> tuple[str, ...]:

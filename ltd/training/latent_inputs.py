@@ -56,7 +56,7 @@ class LatentInputs:
         self.encoder: TextEncoder | None = None
         self._encoded_flops = 0.0
         opened = self._open_caches(run)
-        _check_sources(opened, layout)
+        layout.decide(lambda: _read_sources(opened))  # one process reads the tars' indexes
         caches = list(opened.values())
         trained = caches[: len(run.data.sets)]
         self.aligner = build_aligner(
@@ -251,20 +251,8 @@ def open_autoencoder(run: DenoiserRun) -> autoencoders.Autoencoder:
         return autoencoders.build_autoencoder(run.untrained_autoencoder).eval().requires_grad_(False)
 
 
-def _check_sources(caches: Mapping[str, LatentCache | None], layout: Layout) -> None:
-    """Refuse caches of data that have changed; one process reads the tars' indexes, and tells all."""
-    problem = None
-    if layout.is_main:
-        try:
-            _read_sources(caches)
-        except ConfigError as error:
-            problem = str(error)
-    problem = layout.broadcast_object(problem)
-    if problem is not None:
-        raise ConfigError(problem)
-
-
 def _read_sources(caches: Mapping[str, LatentCache | None]) -> None:
+    """Refuse caches of data that have changed."""
     for name, cache in caches.items():
         if cache is not None:
             try:

@@ -162,15 +162,11 @@ def check_heldout(run: RunConfig, layout: Layout) -> None:
     """
     if not run.evaluation.every or run.evaluation.shards is None:
         return
-    problem: str | None = None
-    if layout.is_main:
-        try:
-            open_heldout(run)
-        except ConfigError as error:
-            problem = str(error)
-    problem = layout.broadcast_object(problem)
-    if problem is not None:
-        raise ConfigError(problem)
+
+    def look() -> None:
+        open_heldout(run)
+
+    layout.decide(look)
 
 
 def open_heldout(run: RunConfig) -> MixedSource:

@@ -66,19 +66,13 @@ def find_start(run: R, layout: Layout) -> Start[R] | None:
         ConfigError: If ``resume`` or ``fork`` names no checkpoint, or one of another kind or with too many steps, or
             ``fork`` one of another model; or if a W&B sweep set fields that did not reach the run.
     """
-    found: Start[R] | Exception | None = None
-    if layout.is_main:
-        try:
-            if run.tracking.wandb != "disabled":
-                check_sweep(config_io.to_dict(run))
-            found = _locate_start(run)
-        except (ConfigError, storage.StorageError) as error:
-            found = error
-    # One process decides: file systems show a new checkpoint to some hosts later than to others.
-    found = layout.broadcast_object(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
+
+    def locate() -> Start[R] | None:
+        if run.tracking.wandb != "disabled":
+            check_sweep(config_io.to_dict(run))
+        return _locate_start(run)
+
+    return layout.decide(locate)
 
 
 def _locate_start(run: R) -> Start[R] | None:

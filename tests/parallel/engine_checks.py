@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from ltd.parallel import (
     ParallelConfig,
     build_engine,
 )
+from ltd.storage import StorageError
 from tests.parallel.setup import (
     LR,
     OPTIM,
@@ -206,6 +208,25 @@ def lp_weights(engine: Any, zero: int) -> Iterator[tuple[str, Tensor | None]]:
             yield name, parameter.detach() if parameter.numel() else None
 
 
+def _decide(layout: Layout) -> list[Any]:
+    """Give what the main process found, how it failed twice, and on which processes the work was done."""
+    called: list[int] = []
+
+    def find(error: Exception | None = None) -> str:
+        called.append(layout.global_rank)
+        if error is not None:
+            raise error
+        return f"of {layout.global_rank}"
+
+    told: list[Any] = [layout.decide(find)]
+    for error in (ConfigError("field: wrong"), StorageError("file: damaged")):
+        try:
+            layout.decide(functools.partial(find, error))
+        except (ConfigError, StorageError) as caught:
+            told.append(f"{type(caught).__name__} {caught}")
+    return [told, called]
+
+
 def check_layout() -> dict[str, Any]:
     config = ParallelConfig(precision="fp32", timeout_s=77)
     layout = Layout.from_environment(config)
@@ -223,6 +244,7 @@ def check_layout() -> dict[str, Any]:
         "any": [layout.any(layout.global_rank == 1), layout.any(False)],
         "broadcast": layout.broadcast_object({"rank": layout.global_rank}),
         "gather": layout.gather_objects(layout.global_rank),
+        "decided": layout.gather_objects(_decide(layout)),
         "sum": layout.sum_(torch.tensor([1.0 + layout.global_rank])).item(),
         "messages": messages,
         "compiled": getattr(deepspeed.comm.comm.cdb, "shm_comm_op", None) is not None,

@@ -28,6 +28,8 @@ def test_layout(results: dict[str, Any]) -> None:
     assert found["any"] == [True, False]
     assert found["broadcast"] == {"rank": 0}
     assert found["gather"] == [0, 1]
+    told = ["of 0", "ConfigError field: wrong", "StorageError file: damaged"]
+    assert found["decided"] == [[told, [0, 0, 0]], [told, []]]
     assert found["sum"] == 3.0
     assert "parallel.sequence" in found["messages"]["sequence"] and "world size 2" in found["messages"]["sequence"]
     assert "parallel.engine" in found["messages"]["engine"]

@@ -15,7 +15,6 @@ import train
 from ltd import autoencoders
 from ltd import config as config_io
 from ltd.autoencoders import build_autoencoder
-from ltd.config import ConfigError
 from ltd.encoders import perceptual
 from ltd.parallel import ParallelConfig
 from ltd.parallel.layout import Layout
@@ -269,7 +268,7 @@ def test_each_thing_is_opened_once_and_not_if_the_first_stage_has_it(shards: Pat
         yield ("weight", weight), lambda: opened.append(weight)
 
     def refuse(stage: AutoencoderRun) -> Iterator[Need]:
-        raise ConfigError("listed")
+        raise AssertionError("listed")
 
     for step, wanted in ((0, [0.1]), (1, [0.2]), (3, [])):
         opened.clear()
