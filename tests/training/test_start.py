@@ -16,6 +16,8 @@ from ltd import storage
 from ltd.config import ConfigError
 from ltd.data import MicroBatch
 from ltd.data.synthetic import make_toy_shards
+from ltd.parallel import ParallelConfig
+from ltd.parallel.layout import Layout
 from ltd.training import session, start
 from ltd.training.autoencoder import AutoencoderStage
 from tests import launched
@@ -72,10 +74,12 @@ def test_going_back_sets_the_newer_aside_once(shards: Path, tmp_path: Path, capl
 
 
 def test_one_process_decides_where_all_start(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other:
+    class Other(Layout):
         """The second of two processes, which sees no checkpoint yet."""
 
-        is_main = False
+        def __init__(self) -> None:
+            super().__init__(ParallelConfig(engine="torch"), global_rank=0, world_size=1, local_rank=0)
+            self.is_main = False
 
         def broadcast_object(self, value: object) -> object:
             assert value is None
@@ -86,10 +90,10 @@ def test_one_process_decides_where_all_start(shards: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(start, "_locate_start", fail)
     main: Any = start.Start(None, tmp_path / "step-00000004", {"step": 4}, True)  # type: ignore[type-var]
-    assert start.find_start(None, Other()) is main  # type: ignore[arg-type]
+    assert start.find_start(None, Other()) is main  # type: ignore[type-var]
     main = ConfigError("resume: no")
     with pytest.raises(ConfigError, match="resume: no"):
-        start.find_start(None, Other())  # type: ignore[arg-type]
+        start.find_start(None, Other())  # type: ignore[type-var]
 
 
 def test_a_step_whose_samples_all_failed_changes_nothing(
